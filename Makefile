@@ -1,0 +1,59 @@
+# Everything runs in .venv, made from PYTHON with the versions of requirements-dev.lock.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+ARGS   ?=
+PROMPT ?= def read_config(path):
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean
+
+help: ## show this list
+	@echo "usage: make TARGET [PYTHON=python3.12] [ARGS='...']"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(STAMP) ## the shipped checkpoint writes text, then a table of what that cost (PROMPT='...')
+	@$(BIN)/fastllama generate --table $(ARGS) '$(subst ','\'',$(PROMPT))'
+
+test: $(STAMP) ## run the tests (ARGS='-k cache')
+	@$(BIN)/pytest $(ARGS)
+
+lint: $(STAMP) ## ruff, pyright and codespell, changing nothing
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+	@$(BIN)/codespell
+
+format: $(STAMP) ## let ruff fix and lay out the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP) ## decoding speed against the eager forward and transformers (ARGS='--model ...')
+	@$(BIN)/fastllama bench $(ARGS)
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find fastllama kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One message for each thing that a bare machine may lack.
+define check_machine
+fail() { echo "make: $$1" >&2; exit 1; }; \
+command -v '$(PYTHON)' >/dev/null || fail "'$(PYTHON)' not found: install Python 3.10 or newer, or name one with PYTHON=..."; \
+'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+  || fail "$$('$(PYTHON)' --version 2>&1) is too old: fastllama needs 3.10 or newer; name one with PYTHON=..."; \
+'$(PYTHON)' -c 'import venv, ensurepip' 2>/dev/null \
+  || fail "'$(PYTHON)' cannot make virtual environments: install its venv package (Debian, Ubuntu: python3-venv)"; \
+'$(PYTHON)' -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' \
+  || fail "no Python.h for '$(PYTHON)', which torch.compile needs: install its headers (Debian, Ubuntu: python3-dev)"; \
+found=; for compiler in $$CXX c++ g++ clang++; do command -v "$$compiler" >/dev/null && found=1; done; \
+test -n "$$found" || fail "no C++ compiler (c++, g++ or clang++): install one (Debian, Ubuntu: g++) or name it with CXX=..."
+endef
+
+$(STAMP): pyproject.toml requirements-dev.lock
+	@$(check_machine)
+	@echo "Installing into $(VENV) (only when pyproject.toml or requirements-dev.lock changed)"
+	@'$(PYTHON)' -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c requirements-dev.lock setuptools wheel
+	@$(BIN)/python -m pip install --disable-pip-version-check -c requirements-dev.lock --no-build-isolation -e '.[dev]'
+	@touch $@

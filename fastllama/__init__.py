@@ -1,0 +1,19 @@
+"""fastllama: decode Llama models as fast as the memory of the machine allows."""
+
+from fastllama.cache import CacheOverflowError, StaticCache
+from fastllama.checkpoint import CheckpointError
+from fastllama.config import GenerationConfig, LlamaConfig
+from fastllama.model import LlamaForCausalLM
+from fastllama.tokenizer import load_tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheOverflowError",
+    "CheckpointError",
+    "GenerationConfig",
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    "StaticCache",
+    "load_tokenizer",
+]

@@ -1,0 +1,182 @@
+"""KV caches: the preallocated ``StaticCache`` and the growing ``DynamicCache`` of the eager forward.
+
+Shape suffixes: ``b`` batch, ``t`` new tokens, ``s`` cache slots, ``k`` KV heads, ``d`` head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fastllama.config import LlamaConfig
+
+
+class CacheOverflowError(ValueError):
+    """A write past the capacity of a StaticCache, found before anything was written."""
+
+
+class StaticCache:
+    """Keys and values of every layer in memory that is allocated once and never moves.
+
+    Every row has its own length, ``length_b``; the tokens of row r sit in slots ``0 .. length_b[r] - 1``. Slots at
+    or beyond a row's length hold leftovers and are never attended.
+
+    Args:
+        config: gives layers, KV heads and head_dim.
+        batch_size: rows b.
+        max_cache_len: slots per row s.
+        device: where the cache lives.
+        dtype: floating dtype of keys and values; the config's when None.
+
+    Raises:
+        ValueError: ``batch_size`` or ``max_cache_len`` is not positive.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch_size: int,
+        max_cache_len: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if batch_size < 1 or max_cache_len < 1:
+            raise ValueError(
+                f"StaticCache needs a positive batch_size and max_cache_len, got {batch_size} and {max_cache_len}"
+            )
+        self.batch_size, self.max_cache_len = batch_size, max_cache_len
+        self.dtype = dtype or getattr(torch, config.dtype)
+        self.device = torch.device(device)
+        shape = (batch_size, config.num_key_value_heads, max_cache_len, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        # Zeros, not empty: a slot that was never written may be multiplied by a probability of zero, and 0 * NaN is NaN.
+        self.key_cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in layers]
+        self.value_cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in layers]
+        self.length_b = torch.zeros(batch_size, dtype=torch.long, device=self.device)
+        self._length = 0  # longest row, known to the host without a device sync
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by keys and values."""
+        return sum(cache.nbytes for cache in (*self.key_cache, *self.value_cache))
+
+    def update(
+        self,
+        key_bktd: torch.Tensor,
+        value_bktd: torch.Tensor,
+        layer_idx: int,
+        cache_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write t new tokens of one layer and return that layer's whole keys and values ``[b, k, s, d]``.
+
+        Args:
+            key_bktd, value_bktd: the new keys and values; b may be smaller than the cache's batch.
+            layer_idx: which layer.
+            cache_kwargs: ``{"cache_position": [t] or [b, t] int64}``; the next free slots when absent.
+
+        Raises:
+            CacheOverflowError: a position lies outside the cache; nothing was written.
+            ValueError: more rows than the cache has.
+        """
+        rows, _, t, _ = key_bktd.shape
+        if rows > self.batch_size:
+            raise ValueError(
+                f"got {rows} rows for a StaticCache of batch_size {self.batch_size}; make the cache larger"
+            )
+        position_t = (cache_kwargs or {}).get("cache_position")
+        if position_t is None:
+            # All layers write the same step; the length moves on when the last one has written.
+            position_t = torch.arange(self._length, self._length + t, device=self.device)
+        if not torch.compiler.is_compiling():
+            self.check_capacity(position_t)
+        keys, values = self.key_cache[layer_idx], self.value_cache[layer_idx]
+        position_bt = position_t.expand(rows, t)
+        row_b1 = torch.arange(rows, device=self.device)[:, None]
+        keys[row_b1, :, position_bt] = key_bktd.transpose(1, 2).to(self.dtype)
+        values[row_b1, :, position_bt] = value_bktd.transpose(1, 2).to(self.dtype)
+        if layer_idx == len(self.key_cache) - 1:
+            self.length_b[:rows] = position_bt[:, -1] + 1
+            if not torch.compiler.is_compiling():
+                self._length = int(self.length_b.max())
+        return keys[:rows], values[:rows]
+
+    def check_capacity(self, position_t: torch.Tensor) -> None:
+        """Raise CacheOverflowError unless every position is a slot of this cache."""
+        low, high = (int(x) for x in position_t.aminmax()) if position_t.numel() else (0, 0)
+        if low < 0 or high >= self.max_cache_len:
+            raise CacheOverflowError(
+                f"cache position {high if high >= self.max_cache_len else low} does not fit a StaticCache of "
+                f"{self.max_cache_len} slots; allocate it with a larger max_cache_len or crop() it"
+            )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens in the longest row. (Rows may differ: see ``length_b``.)"""
+        self._length = int(self.length_b.max())
+        return self._length
+
+    def get_max_length(self) -> int:
+        """Slots per row, the capacity."""
+        return self.max_cache_len
+
+    get_max_cache_shape = get_max_length  # the name transformers uses today
+
+    def crop(self, max_length: int) -> None:
+        """Forget every token from ``max_length`` on, in each row; negative drops that many tokens of the longest row."""
+        if max_length < 0:
+            max_length = max(self.get_seq_length() + max_length, 0)
+        self.length_b.clamp_(max=max_length)
+        self._length = min(self._length, max_length)
+
+    def reset(self) -> None:
+        """Forget every token. Memory stays where it is; stale slots are unreachable, so they are not cleared."""
+        self.length_b.zero_()
+        self._length = 0
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row r becomes what row ``beam_idx[r]`` was, in place, in every layer.
+
+        Raises:
+            ValueError: ``beam_idx`` does not name one existing row for each row.
+        """
+        if beam_idx.shape != (self.batch_size,):
+            raise ValueError(f"beam_idx must have shape ({self.batch_size},), got {tuple(beam_idx.shape)}")
+        if int(beam_idx.min()) < 0 or int(beam_idx.max()) >= self.batch_size:
+            raise ValueError(f"beam_idx must name rows 0 to {self.batch_size - 1}, got {beam_idx.tolist()}")
+        beam_idx = beam_idx.to(self.device)
+        for cache in (*self.key_cache, *self.value_cache):
+            cache.copy_(cache.index_select(0, beam_idx))
+        self.length_b.copy_(self.length_b.index_select(0, beam_idx))
+
+
+class DynamicCache:
+    """Keys and values that grow by concatenation: what the eager forward makes when it is given no cache."""
+
+    def __init__(self) -> None:
+        self.key_cache: list[torch.Tensor] = []
+        self.value_cache: list[torch.Tensor] = []
+
+    def update(
+        self,
+        key_bktd: torch.Tensor,
+        value_bktd: torch.Tensor,
+        layer_idx: int,
+        cache_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append t tokens to one layer and return all of its keys and values ``[b, k, s, d]``."""
+        if layer_idx == len(self.key_cache):
+            self.key_cache.append(key_bktd)
+            self.value_cache.append(value_bktd)
+        else:
+            self.key_cache[layer_idx] = torch.cat((self.key_cache[layer_idx], key_bktd), dim=2)
+            self.value_cache[layer_idx] = torch.cat((self.value_cache[layer_idx], value_bktd), dim=2)
+        return self.key_cache[layer_idx], self.value_cache[layer_idx]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens in the cache."""
+        return self.key_cache[layer_idx].shape[2] if self.key_cache else 0
+
+    def get_max_length(self) -> None:
+        """None: a growing cache has no capacity."""
+        return None

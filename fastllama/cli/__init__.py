@@ -1,0 +1,44 @@
+"""The ``fastllama`` command.
+
+What it writes for others goes to stdout: text, JSON, tables that were asked for. Progress, statistics and
+errors go to stderr. It exits with 0, with 1 for an error, 2 for wrong usage, 130 after Ctrl-C, 141 when its
+reader went away.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fastllama.cli.bench import bench
+from fastllama.cli.chat import chat
+from fastllama.cli.console import installed_version, write
+from fastllama.cli.generate import generate
+from fastllama.cli.info import info
+
+app = typer.Typer(
+    help="Decode Llama checkpoints as fast as the memory of the machine allows.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (generate, chat, info, bench):
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
+) -> None:
+    """Decode Llama checkpoints as fast as the memory of the machine allows."""
+    if version:
+        write(f"fastllama {installed_version('fastllama')}\n")
+    elif context.invoked_subcommand is None:
+        write(context.get_help() + "\n")
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app(prog_name="fastllama")

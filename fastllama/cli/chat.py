@@ -1,0 +1,117 @@
+"""``fastllama chat``: a conversation, line by line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from fastllama.cli import options
+from fastllama.cli.console import errors_in_one_line, stderr, write
+from fastllama.cli.reply import stream_reply
+
+
+def chat(
+    model: options.Model = "demo",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    quantize: options.Quantize = None,
+    system: Annotated[str | None, typer.Option(help="Instructions ahead of the conversation.")] = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    sample: options.Sample = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    seed: options.Seed = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Talk with a model: Ctrl-C stops an answer, /clear starts anew, /quit or Ctrl-D leaves."""
+    with errors_in_one_line(debug):
+        sampling = options.sampling_arguments(sample, temperature, top_k, top_p, min_p, seed)
+        loaded = options.load(model, dtype, device, quantize, quiet)
+        conversation = Conversation(loaded.tokenizer, system)
+        if not conversation.has_template and not quiet:
+            stderr().print(
+                "no chat template in this checkpoint: it continues your lines as plain text", style="dim"
+            )
+        for line in user_lines():
+            if line == "/clear":
+                conversation = Conversation(loaded.tokenizer, system)
+            elif line:
+                _answer(loaded, conversation, line, max_new_tokens, quiet, sampling)
+
+
+class Conversation:
+    """What was said so far, and the prompt that follows from it.
+
+    Args:
+        tokenizer: its chat template is used if it has one, else turns are joined by line ends.
+        system: instructions ahead of the first turn.
+    """
+
+    def __init__(self, tokenizer: Any, system: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._messages = [{"role": "system", "content": system}] if system else []
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the checkpoint was made for conversations."""
+        return bool(self._tokenizer.chat_template)
+
+    def say(self, role: str, content: str) -> None:
+        """Add a turn of the ``user`` or of the ``assistant``."""
+        self._messages.append({"role": role, "content": content})
+
+    def take_back(self) -> None:
+        """Remove the last turn."""
+        self._messages.pop()
+
+    def prompt_ids(self) -> list[int]:
+        """Token ids to continue with the assistant's next turn."""
+        if self.has_template:
+            return list(self._tokenizer.apply_chat_template(self._messages, add_generation_prompt=True))
+        return list(self._tokenizer("\n".join(message["content"] for message in self._messages)).input_ids)
+
+
+def user_lines() -> Iterator[str]:
+    """What the user types until /quit or the end of stdin; a prompt is shown on a terminal only."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  input() edits lines and keeps a history with it
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        yield line
+
+
+def _answer(
+    loaded: options.Loaded,
+    conversation: Conversation,
+    line: str,
+    max_new_tokens: int | None,
+    quiet: bool,
+    sampling: dict[str, Any],
+) -> None:
+    """One turn of the user and the answer to it."""
+    from fastllama.cache import CacheOverflowError
+
+    conversation.say("user", line)
+    prompt_ids = conversation.prompt_ids()
+    arguments = {"max_new_tokens": loaded.budget(len(prompt_ids), max_new_tokens)} | sampling
+    try:
+        reply = stream_reply(loaded, prompt_ids, write, quiet=quiet, stop_on_interrupt=True, **arguments)
+    except CacheOverflowError as error:
+        conversation.take_back()
+        stderr().print(f"{error}; /clear starts anew", style="red", markup=False)
+        return
+    write("\n")
+    conversation.say("assistant", reply.text)
+    if not quiet:
+        stderr().print(("stopped: " if reply.interrupted else "") + reply.speed(), style="dim")

@@ -1,0 +1,140 @@
+"""What every command says and how it ends: text on stdout, progress and one-line errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+CTRL_C, BROKEN_PIPE = 130, 141
+PACKAGES = ("fastllama", "torch", "triton", "transformers", "tokenizers", "safetensors")
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def stdout() -> Console:
+    """For tables; made anew since stdout may have been redirected."""
+    return _Console(highlight=False)
+
+
+def stderr() -> Console:
+    """For notes and progress."""
+    return Console(stderr=True, highlight=False)
+
+
+def write(text: str) -> None:
+    """Put text on stdout at once, as it is."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write_json(record: Mapping[str, Any], file: str) -> None:
+    """Write one JSON object on one line to a file, or to stdout for ``-``."""
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    if file == "-":
+        write(line)
+        return
+    with open(file, "w", encoding="utf-8") as target:
+        target.write(line)
+
+
+def installed_version(package: str) -> str:
+    """The version of a distribution, or ``not installed``."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what runs."""
+    return {"python": sys.version.split()[0]} | {name: installed_version(name) for name in PACKAGES}
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Show on stderr what is going on, including what the engine says of its compiling.
+
+    Gives a function that changes the message; an empty one ends the show, for a spinner erases what else is
+    on its line. Where stderr is no terminal each message is a line of its own.
+    """
+    console = stderr()
+    status = console.status("") if console.is_terminal else None
+    over = quiet
+
+    def say(message: str) -> None:
+        nonlocal over
+        if over:
+            return
+        if not message:
+            over = True
+            if status:
+                status.stop()
+        elif status:
+            status.update(Text(message, style="dim"))
+            status.start()
+        else:
+            console.print(message, markup=False)
+
+    with engine_messages(say):
+        try:
+            yield say
+        finally:
+            say("")
+
+
+@contextmanager
+def engine_messages(say: Callable[[str], None]) -> Iterator[None]:
+    """Pass the engine's log records of level INFO on to ``say``."""
+    logger = logging.getLogger("fastllama.engine")
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: say(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(min(level or logging.INFO, logging.INFO))
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+@contextmanager
+def errors_in_one_line(debug: bool) -> Iterator[None]:
+    """Turn what goes wrong inside into one line on stderr and an exit code; ``debug`` lets it through."""
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="fastllama: %(message)s")
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise typer.Exit(CTRL_C) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
+        raise typer.Exit(BROKEN_PIPE) from None
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        print(f"fastllama: error: {one_line(error)}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error; of one that was not written for users, its type too."""
+    message = " ".join(str(error).split())
+    if isinstance(error, ValueError | NotImplementedError | OSError | ImportError) and message:
+        return message
+    return f"{type(error).__name__}: {message} (--debug shows where)"

@@ -1,0 +1,145 @@
+"""``fastllama info``: what would run, without loading weights."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fastllama.cli import options
+from fastllama.cli.console import errors_in_one_line, stdout, versions, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastllama.config import LlamaConfig
+
+SHAPE_FIELDS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+
+
+def info(
+    model: options.Model = "demo",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to reckon with; else all it can hold.")
+    ] = None,
+    json_file: options.JsonFile = None,
+    debug: options.Debug = False,
+) -> None:
+    """Say what would run: device, sizes, the floor per token, operations chosen and why. Loads no weights."""
+    with errors_in_one_line(debug):
+        facts = gather(model, dtype, options.pick_device(device), context)
+        if json_file != "-":
+            show(facts)
+        if json_file:
+            write_json(facts, json_file)
+
+
+def gather(model: str, dtype: str | None, device: str, context: int | None) -> dict[str, Any]:
+    """Everything that ``info`` tells, in sections of plain values."""
+    import torch
+
+    from fastllama import ops
+
+    config = config_of(model)
+    if dtype is not None:
+        config = config.replace(dtype=dtype)
+    where = torch.device(device)
+    return {
+        "model": {"name": model} | {field: getattr(config, field) for field in SHAPE_FIELDS},
+        "decoding": _decoding(config, where, context or config.max_position_embeddings),
+        "ops": [choice._asdict() for choice in ops.report(where, getattr(torch, config.dtype))],
+        "machine": _machine(where),
+        "versions": versions(),
+    }
+
+
+def config_of(name: str) -> LlamaConfig:
+    """The config of what ``--model`` names; a hub id is downloaded whole, as ``generate`` would."""
+    from fastllama.checkpoint import is_random, random_config, resolve_folder
+    from fastllama.config import LlamaConfig
+
+    return random_config(name) if is_random(name) else LlamaConfig.from_pretrained(resolve_folder(name))
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    import torch
+
+    from fastllama.measure import free_memory
+
+    machine = {
+        "device": str(device),
+        "processor": platform.machine(),
+        "system": platform.system(),
+        "torch_threads": torch.get_num_threads(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "free_memory_bytes": free_memory(),
+    }
+    if device.type == "cuda":
+        machine |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "free_gpu_memory_bytes": torch.cuda.mem_get_info(device)[0],
+            "cuda": torch.version.cuda,
+        }
+    return machine
+
+
+def _decoding(config: LlamaConfig, device: torch.device, context: int) -> dict[str, Any]:
+    """Sizes, and the floor of the time per token with a full context."""
+    import torch
+
+    from fastllama import LlamaForCausalLM
+    from fastllama.measure import kv_cache_bytes, memory_bandwidth, parameter_count, weight_bytes_per_step
+
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(config)
+    itemsize = getattr(torch, config.dtype).itemsize
+    parameters = parameter_count(skeleton)
+    weights = weight_bytes_per_step(skeleton, itemsize=itemsize)
+    cache = kv_cache_bytes(config, context, itemsize=itemsize)
+    bandwidth = memory_bandwidth(device)
+    return {
+        "dtype": config.dtype,
+        "parameters": parameters,
+        "weight_bytes": parameters * itemsize,
+        "weight_bytes_per_step": weights,
+        "context": context,
+        "kv_cache_bytes": cache,
+        "memory_bandwidth_gb_s": bandwidth.bytes_per_second / 1e9,
+        "memory_bandwidth_method": bandwidth.method,
+        "floor_ms_empty_cache": 1e3 * weights / bandwidth.bytes_per_second,
+        "floor_ms_full_cache": 1e3 * (weights + cache) / bandwidth.bytes_per_second,
+    }
+
+
+def show(facts: Mapping[str, Any]) -> None:
+    """Print the facts, a block for each section."""
+    console = stdout()
+    for section, content in facts.items():
+        console.print(section, style="bold")
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        rows = [choice.values() for choice in content] if section == "ops" else content.items()
+        for row in rows:
+            table.add_row("", *(readable(value) for value in row))
+        console.print(table)
+
+
+def readable(value: object) -> str:
+    """Large integers in groups of three, floats with three digits."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

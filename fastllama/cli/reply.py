@@ -1,0 +1,96 @@
+"""One streamed answer to a prompt, as ``generate`` and ``chat`` show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastllama.cli.console import progress
+
+if TYPE_CHECKING:
+    from fastllama.cli.options import Loaded
+    from fastllama.measure import Decode
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model wrote.
+
+    Attributes:
+        prompt_ids: the prompt's token ids.
+        text: the new text, complete characters only unless the model ended inside one.
+        decode: its tokens and when they came.
+        interrupted: whether Ctrl-C ended it.
+    """
+
+    prompt_ids: tuple[int, ...]
+    text: str
+    decode: Decode
+    interrupted: bool = False
+
+    @property
+    def tokens_per_second(self) -> float:
+        """After the first token; 0 where there was no second."""
+        spent = sum(self.decode.tpot)
+        return len(self.decode.tpot) / spent if spent else 0.0
+
+    def speed(self) -> str:
+        """One line on how fast that went."""
+        count = len(self.decode.tokens)
+        line = f"{count} tokens, the first after {self.decode.ttft:.2f} s"
+        return f"{line}, then {self.tokens_per_second:.1f} a second" if count > 1 else line
+
+    def timing(self) -> dict[str, float]:
+        """The same for records."""
+        return {
+            "ttft_ms": 1e3 * self.decode.ttft,
+            "tpot_ms": 1e3 / self.tokens_per_second if self.tokens_per_second else 0.0,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+def stream_reply(
+    loaded: Loaded,
+    prompt_ids: Sequence[int],
+    show: Callable[[str], None],
+    *,
+    quiet: bool,
+    stop_on_interrupt: bool = False,
+    **arguments: Any,
+) -> Reply:
+    """Let the model continue a prompt.
+
+    Args:
+        loaded: model and tokenizer.
+        prompt_ids: token ids of the prompt.
+        show: given each piece of text as soon as it is complete.
+        quiet: show no progress while the engine compiles.
+        stop_on_interrupt: make of Ctrl-C the end of the answer, in place of raising it.
+        arguments: of ``model.stream``.
+    """
+    import torch
+
+    from fastllama.measure import Stopwatch
+
+    pieces: list[str] = []
+    interrupted = False
+    detokenizer = loaded.tokenizer.detokenizer()
+    detokenizer.put(list(prompt_ids))  # the new text depends on what it follows: a leading space is kept
+    input_ids = torch.tensor([list(prompt_ids)], device=loaded.model.device)
+    tokens: Any = loaded.model.stream(input_ids, **arguments)
+    with closing(tokens) as stream, progress(quiet) as say:
+        watch = Stopwatch(stream)
+        try:
+            for token in watch:
+                say("")
+                pieces.append(detokenizer.put(token))
+                show(pieces[-1])
+        except KeyboardInterrupt:
+            if not stop_on_interrupt:
+                raise
+            interrupted = True
+    pieces.append(detokenizer.end())
+    show(pieces[-1])
+    return Reply(tuple(prompt_ids), "".join(pieces), watch.decode, interrupted)

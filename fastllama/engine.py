@@ -1,0 +1,515 @@
+"""The decoding engine: static buffers, the compiled prefill and decode steps, and the loop that replays them.
+
+Decoding a token is a fixed program over fixed memory: ids, positions, sampling parameters, finished flags and output
+live in buffers that never move, and one compiled step goes from token id to next token id, updating them in place.
+A prompt of n tokens is prefilled up to n - 1 in chunks of a few sizes; its last token takes the decode step.
+
+Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``d`` head dim, ``n`` output tokens, ``e`` EOS ids.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from fastllama.cache import StaticCache
+from fastllama.config import LlamaConfig
+from fastllama.fused import FusedDecoder
+from fastllama.model import LlamaForCausalLM
+from fastllama.rope import rotary_cos_sin, static_length
+from fastllama.sampling import SamplingParams, candidates_needed, row_seeds, sample
+
+logger = logging.getLogger(__name__)
+
+PREFILL_CHUNKS = (8, 32, 128, 512)
+# How much of a chunk may be padding before a smaller one is used: a CPU pays for every padded token, a GPU for every pass.
+MAX_PADDING = {"cpu": 0.25, "cuda": 1.0}
+MAX_EOS_IDS = 16
+POLL_STEPS = 8  # on CUDA, decode steps that are launched between two looks at the finished flags
+DEFAULT_CACHE_LEN = 4096
+
+
+@dataclass(frozen=True)
+class Request:
+    """One batch to decode.
+
+    prompts: int64 ``[tokens]`` for each row, at least one token each, on any device.
+    max_new_tokens: steps to decode at most.
+    temperature, top_k, top_p, min_p: see :class:`fastllama.sampling.SamplingParams`; temperature 0 is greedy.
+    seed: of the draws.
+    eos_token_ids: a row that draws one of these is finished, and gives ``pad_token_id`` from then on.
+    """
+
+    prompts: Sequence[torch.Tensor]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = 0
+
+
+class Rows(NamedTuple):
+    """The persistent buffers of a decode step, cut to its batch."""
+
+    ids_b1: torch.Tensor
+    position_b1: torch.Tensor
+    finished_b: torch.Tensor
+    output_bn: torch.Tensor
+    step_1: torch.Tensor
+    params: SamplingParams
+    eos_e: torch.Tensor
+    pad_1: torch.Tensor
+
+
+class Memory(NamedTuple):
+    """What both steps read and write besides their rows: rotary tables and KV caches."""
+
+    cos_sd: torch.Tensor
+    sin_sd: torch.Tensor
+    k_caches: list[torch.Tensor]
+    v_caches: list[torch.Tensor]
+
+
+class State:
+    """Every buffer of an engine, allocated once for ``batch_size`` rows of ``max_cache_len`` slots."""
+
+    def __init__(
+        self, config: LlamaConfig, batch_size: int, max_cache_len: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        b, s = batch_size, max_cache_len
+        self.config = config
+        self.cache = StaticCache(config, b, s, device, dtype)
+        self.rope_key: int | None = None
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
+            return _static(torch.zeros(shape, dtype=dtype, device=device))
+
+        table = (s, config.head_dim)
+        self.memory = Memory(
+            buffer(*table, dtype=torch.float32),
+            buffer(*table, dtype=torch.float32),
+            [_static(x) for x in self.cache.key_cache],
+            [_static(x) for x in self.cache.value_cache],
+        )
+        params = SamplingParams(
+            temperature=buffer(b, dtype=torch.float32),
+            top_k=buffer(b),
+            top_p=buffer(b, dtype=torch.float32),
+            min_p=buffer(b, dtype=torch.float32),
+            seed=buffer(b),
+        )
+        self._all_rows = Rows(
+            ids_b1=buffer(b, 1),
+            position_b1=buffer(b, 1),
+            finished_b=buffer(b, dtype=torch.bool),
+            output_bn=buffer(b, s),
+            step_1=buffer(1),
+            params=params,
+            eos_e=buffer(MAX_EOS_IDS),
+            pad_1=buffer(1),
+        )
+        self._rows: dict[int, Rows] = {}
+        self._chunks = {t: (buffer(b, t), buffer(b, t)) for t in PREFILL_CHUNKS}
+
+    def rows(self, b: int) -> Rows:
+        """The first b rows of every buffer: the same views each time."""
+        if b not in self._rows:
+            whole = self._all_rows
+            cut = {name: _static(getattr(whole, name)[:b]) for name in ("ids_b1", "position_b1", "finished_b")}
+            params = SamplingParams(*(_static(x[:b]) for x in whole.params))
+            self._rows[b] = whole._replace(**cut, output_bn=_static(whole.output_bn[:b]), params=params)
+        return self._rows[b]
+
+    def chunk(self, b: int, t: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and positions ``[b, t]`` of a prefill chunk."""
+        ids_bt, position_bt = self._chunks[t]
+        return _static(ids_bt[:b]), _static(position_bt[:b])
+
+    def set_rope(self, seq_len: int) -> None:
+        """Fill the rotary tables as they are for a sequence of ``seq_len`` tokens; most rope types have but one."""
+        limit = static_length(self.config)
+        if limit is None or seq_len <= limit:
+            key = 0
+        else:
+            key = seq_len if self.config.rope.rope_type == "dynamic" else 1
+        if key == self.rope_key:
+            return
+        slots_1s = torch.arange(self.cache.max_cache_len, device=self.memory.cos_sd.device)[None]
+        cos_1sd, sin_1sd = rotary_cos_sin(self.config, slots_1s, seq_len)
+        self.memory.cos_sd.copy_(cos_1sd[0])
+        self.memory.sin_sd.copy_(sin_1sd[0])
+        self.rope_key = key
+
+
+def _static(tensor: torch.Tensor) -> torch.Tensor:
+    """Tell CUDA graphs that this tensor never moves, so that replays read it in place instead of copying it in."""
+    if tensor.is_cuda:
+        torch._dynamo.mark_static_address(tensor)
+    return tensor
+
+
+def _prefill_step(net: FusedDecoder, ids_bt: torch.Tensor, position_bt: torch.Tensor, memory: Memory) -> None:
+    net(ids_bt, position_bt, *memory)
+
+
+def _decode_step(net: FusedDecoder, rows: Rows, memory: Memory, candidates: int) -> None:
+    """From the rows' tokens to their next tokens, updating every buffer in place."""
+    logits_bv = net.logits(net(rows.ids_b1, rows.position_b1, *memory))
+    token_b = sample(logits_bv, rows.params, rows.position_b1[:, 0] + 1, candidates)
+    token_b = torch.where(rows.finished_b, rows.pad_1, token_b)
+    rows.output_bn.index_copy_(1, rows.step_1, token_b[:, None])
+    rows.position_b1.add_(~rows.finished_b[:, None])  # a finished row stays where it is, inside its cache
+    rows.finished_b.logical_or_((token_b[:, None] == rows.eos_e).any(dim=1))
+    rows.ids_b1.copy_(token_b[:, None])
+    rows.step_1.add_(1)
+
+
+def prefill_chunks(tokens: int, max_padding: float) -> list[int]:
+    """Sizes of the chunks that a prefill of ``tokens`` tokens takes; only the last may hold padding."""
+    chunks = []
+    while tokens > 0:
+        above = next((size for size in PREFILL_CHUNKS if size >= tokens), None)
+        below = next((size for size in reversed(PREFILL_CHUNKS) if size <= tokens), None)
+        padded = above is not None and (below is None or above - tokens <= max_padding * above)
+        size = above if padded else below
+        assert size is not None
+        chunks.append(size)
+        tokens -= size
+    return chunks
+
+
+def batch_bucket(rows: int) -> int:
+    """The batch that ``rows`` rows run in: the next power of two."""
+    return 1 << (rows - 1).bit_length()
+
+
+class Engine:
+    """Decodes for one model, through steps that are compiled once per batch bucket and prefill chunk.
+
+    One caller at a time; others wait, from any thread. A call that is interrupted leaves nothing behind: the next one
+    starts by setting every buffer.
+
+    Args:
+        model: shares its weights with the engine; its q/k/v and gate/up parameters become views of fused matrices.
+    """
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+        with _plain_mode():
+            self._net = FusedDecoder(model)
+        self._weights = weights_fingerprint(model)
+        self._graphs: dict[tuple[Any, ...], Callable[..., None]] = {}
+        self._state: State | None = None
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        # Inductor's CUDA graphs can only be replayed by the thread that recorded them.
+        self._worker = ThreadPoolExecutor(1, "fastllama-cuda") if self.device.type == "cuda" else None
+
+    # ---- what callers see ------------------------------------------------------------------------------------------
+
+    def decode(self, request: Request) -> Iterator[torch.Tensor]:
+        """Decode a batch; yields the new tokens as they come, int64 ``[rows, n]`` on the CPU, n ≥ 1.
+
+        Ends when every row is finished or after ``max_new_tokens``. Holds the engine until it is exhausted or closed.
+
+        Raises:
+            ValueError: a request that cannot be decoded.
+            RuntimeError: this thread already holds the engine in an unfinished iteration.
+        """
+        self._check(request)
+        with self._exclusive():
+            rows = len(request.prompts)
+            longest = max(len(prompt) for prompt in request.prompts)
+            needed = longest + request.max_new_tokens
+            state = self._reserve(rows, needed if self._state else max(needed, self._default_cache_len()))
+            self._start(state, request)
+            self._prefill(state, request.prompts)
+            yield from self._replay(state, request, longest)
+
+    def warmup(self, max_batch_size: int = 1, max_cache_len: int | None = None) -> None:
+        """Allocate for that many rows and slots, and compile every step that calls within them can need.
+
+        Raises:
+            ValueError: ``max_batch_size`` or ``max_cache_len`` is not positive, or exceeds what the model was made for.
+        """
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
+        if max_cache_len is not None and max_cache_len < 2:
+            raise ValueError(f"max_cache_len must hold a prompt and a new token, so at least 2; got {max_cache_len}")
+        with self._exclusive():
+            state = self._reserve(max_batch_size, max_cache_len or self._default_cache_len())
+            bucket = 1
+            while bucket <= batch_bucket(max_batch_size):
+                self._compile_bucket(state, bucket)
+                bucket *= 2
+
+    def release(self) -> None:
+        """Give back buffers, cache and compiled steps. The next call makes them anew."""
+        with self._exclusive():
+            self._graphs.clear()
+            self._state = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def cache(self) -> StaticCache | None:
+        """The KV cache, once there is one."""
+        return self._state.cache if self._state else None
+
+    @property
+    def compiled_steps(self) -> tuple[tuple[Any, ...], ...]:
+        """What has been compiled: ("prefill", batch, tokens) and ("decode", batch, candidates)."""
+        return tuple(self._graphs)
+
+    def serves(self, model: LlamaForCausalLM) -> bool:
+        """Whether the model's weights are still the ones this engine was made from."""
+        return self._weights == weights_fingerprint(model)
+
+    # ---- the parts of a call ---------------------------------------------------------------------------------------
+
+    def _check(self, request: Request) -> None:
+        if not request.prompts or min(len(prompt) for prompt in request.prompts) < 1:
+            raise ValueError("every row needs at least one prompt token; give a BOS token to start from nothing")
+        if request.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+        if len(request.eos_token_ids) > MAX_EOS_IDS:
+            raise ValueError(f"at most {MAX_EOS_IDS} EOS ids are supported, got {len(request.eos_token_ids)}")
+        low = min(int(prompt.min()) for prompt in request.prompts)
+        high = max(int(prompt.max()) for prompt in request.prompts)
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"input_ids hold token id {low if low < 0 else high}, outside the vocabulary of "
+                f"{self.config.vocab_size}: is this the model's own tokenizer?"
+            )
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        me = threading.get_ident()
+        if self._owner == me and self._lock.locked():
+            raise RuntimeError(
+                "this thread is still iterating over an earlier stream of this model; exhaust it or close() it first"
+            )
+        with self._lock:
+            self._owner = me
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    def _default_cache_len(self) -> int:
+        return min(self.config.max_position_embeddings, DEFAULT_CACHE_LEN)
+
+    def _reserve(self, rows: int, slots: int) -> State:
+        """The state, made or made larger so that ``rows`` rows of ``slots`` slots fit."""
+        rows = batch_bucket(rows)
+        state = self._state
+        if state and state.cache.batch_size >= rows and state.cache.max_cache_len >= slots:
+            return state
+        if state:
+            rows = max(rows, state.cache.batch_size)
+            held = state.cache.max_cache_len
+            slots = held if held >= slots else max(slots, 2 * held)
+            logger.info("the KV cache grows to %d rows of %d slots; warmup() reserves it beforehand", rows, slots)
+            self._graphs.clear()
+            self._state = state = None  # so that the old cache is gone before the new one is allocated
+        with _plain_mode():
+            self._state = State(self.config, rows, slots, self.device, self.dtype)
+        return self._state
+
+    @torch.no_grad()
+    def _start(self, state: State, request: Request) -> None:
+        """Set every buffer that a call reads."""
+        count = len(request.prompts)
+        rows = state.rows(batch_bucket(count))
+        rows.step_1.zero_()
+        rows.pad_1.fill_(request.pad_token_id)
+        rows.eos_e.fill_(-1)
+        rows.eos_e[: len(request.eos_token_ids)] = torch.tensor(request.eos_token_ids, dtype=torch.long)
+        rows.finished_b.fill_(True)  # rows beyond the request idle in slot 0
+        rows.finished_b[:count] = False
+        rows.position_b1.zero_()
+        rows.ids_b1.zero_()
+        rows.position_b1[:count, 0] = torch.tensor([len(prompt) - 1 for prompt in request.prompts])
+        rows.ids_b1[:count, 0] = torch.stack([prompt[-1].cpu() for prompt in request.prompts])
+        params = rows.params
+        params.temperature.fill_(request.temperature)
+        params.top_k.fill_(request.top_k)
+        params.top_p.fill_(request.top_p)
+        params.min_p.fill_(request.min_p)
+        params.seed.copy_(row_seeds(request.seed, len(params.seed)))
+
+    @torch.no_grad()
+    def _prefill(self, state: State, prompts: Sequence[torch.Tensor]) -> None:
+        """Fill the cache with all but the last token of each prompt.
+
+        A row that is shorter than a chunk is padded with copies of its last prefilled token, at that token's
+        position: they write what is there already. So nothing is written past a row's end and no mask is needed.
+        """
+        b = batch_bucket(len(prompts))
+        longest = max(len(prompt) for prompt in prompts)
+        state.set_rope(longest)
+        # A prompt of one token has nothing to prefill: that token is written by the prefill too, and again by the step.
+        prefix_bt = torch.zeros(b, max(longest - 1, 1), dtype=torch.long)
+        last_b1 = torch.zeros(b, 1, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            prefix = prompt[: max(len(prompt) - 1, 1)].cpu()
+            prefix_bt[row, : len(prefix)] = prefix
+            last_b1[row] = len(prefix) - 1
+        start = 0
+        for t in prefill_chunks(longest - 1, self._max_padding):
+            position_bt = torch.arange(start, start + t).minimum(last_b1)
+            ids_bt, target_bt = state.chunk(b, t)
+            ids_bt.copy_(prefix_bt.gather(1, position_bt))
+            target_bt.copy_(position_bt)
+            self._run(("prefill", b, t), _prefill_step, self._net, ids_bt, target_bt, state.memory)
+            start += t
+
+    def _replay(self, state: State, request: Request, longest: int) -> Iterator[torch.Tensor]:
+        """Replay the decode step and yield the tokens.
+
+        On CUDA a burst of steps is launched before the tokens of the burst before it are read, so that the device never
+        waits for the host; what was launched past the end is dropped.
+        """
+        rows = state.rows(batch_bucket(len(request.prompts)))
+        ending = Ending(len(request.prompts), request.eos_token_ids)
+        burst, pending = (POLL_STEPS if self._worker else 1), None
+        for first in range(0, request.max_new_tokens, burst):
+            last = min(first + burst, request.max_new_tokens)
+            for step in range(first, last):
+                self._decode_once(state, rows, request, longest + step)
+            taken = Snapshot(rows.output_bn[: len(request.prompts), first:last])
+            ready, pending = (pending, taken) if self._worker else (taken, None)
+            if ready:
+                yield ending.cut(ready.read())
+                if ending.reached:
+                    return
+        if pending:
+            yield ending.cut(pending.read())
+
+    def _decode_once(self, state: State, rows: Rows, request: Request, seq_len: int) -> None:
+        state.set_rope(seq_len)
+        candidates = candidates_needed(request.temperature, request.top_k, self.config.vocab_size)
+        key = ("decode", len(rows.ids_b1), candidates)
+        self._run(key, _decode_step, self._net, rows, state.memory, candidates)
+
+    def _run(self, key: tuple[Any, ...], step: Callable[..., None], *args: Any) -> None:
+        """Replay the compiled step of this key, compiling it if it is new."""
+        graph = self._graphs.get(key)
+        if graph is None:
+            kind, batch, size = key
+            noun = "tokens" if kind == "prefill" else "candidates"
+            logger.info("compiling %s step: batch %d, %d %s", kind, batch, size, noun)
+            graph = self._graphs[key] = _compile(step)
+        if self._worker is None:
+            with _plain_mode():
+                graph(*args)
+        else:
+            stream = torch.cuda.current_stream(self.device)
+            self._worker.submit(_call_on_stream, stream, graph, args).result()
+
+    def _compile_bucket(self, state: State, b: int) -> None:
+        """Compile and run every step of one batch bucket, on rows that idle in slot 0."""
+        capacity, vocab = state.cache.max_cache_len, self.config.vocab_size
+        idle = Request([torch.zeros(1, dtype=torch.long)] * b, 1)
+        state.set_rope(1)
+        for t in PREFILL_CHUNKS:
+            if t > max(prefill_chunks(capacity, self._max_padding)):
+                break  # no prompt that fits is that long
+            ids_bt, position_bt = state.chunk(b, t)
+            ids_bt.zero_()
+            position_bt.zero_()
+            for _ in range(self._warmup_runs):
+                self._run(("prefill", b, t), _prefill_step, self._net, ids_bt, position_bt, state.memory)
+        for candidates in sorted({candidates_needed(t, k, vocab) for t, k in ((0, 0), (1, 1), (1, 65), (1, 0))}):
+            for _ in range(self._warmup_runs):
+                self._start(state, idle)
+                rows = state.rows(b)
+                self._run(("decode", b, candidates), _decode_step, self._net, rows, state.memory, candidates)
+
+    @property
+    def _max_padding(self) -> float:
+        return MAX_PADDING.get(self.device.type, 1.0)
+
+    @property
+    def _warmup_runs(self) -> int:
+        """CUDA graphs run once eagerly and once under capture before they are replayed."""
+        return 3 if self.device.type == "cuda" else 1
+
+
+class Snapshot:
+    """A copy of some tokens as they are when the steps launched so far are done; on CUDA made without waiting."""
+
+    def __init__(self, tokens_bn: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tokens_bn.is_cuda:
+            self._tokens_bn = torch.empty(tokens_bn.shape, dtype=torch.long, pin_memory=True)
+            self._tokens_bn.copy_(tokens_bn, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._tokens_bn = tokens_bn.clone()
+
+    def read(self) -> torch.Tensor:
+        """The tokens on the host ``[b, n]``, as soon as they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tokens_bn
+
+
+class Ending:
+    """Follows the tokens on the host to see when every row has drawn an EOS id."""
+
+    def __init__(self, rows: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._open = set(range(rows))
+        self._eos = frozenset(eos_token_ids)
+
+    @property
+    def reached(self) -> bool:
+        """Whether all rows are finished."""
+        return not self._open
+
+    def cut(self, tokens_bn: torch.Tensor) -> torch.Tensor:
+        """The tokens up to the step in which the last row finished."""
+        for step, tokens in enumerate(tokens_bn.T.tolist()):
+            self._open.difference_update([row for row in self._open if tokens[row] in self._eos])
+            if not self._open:
+                return tokens_bn[:, : step + 1]
+        return tokens_bn
+
+
+def _compile(step: Callable[..., None]) -> Callable[..., None]:
+    """Compile a step under a code object of its own.
+
+    Dynamo keeps compiled code per code object, scans it linearly and stops at a limit; with one code object per step,
+    there is one entry to check, no limit to meet, and the entry goes when the step goes.
+    """
+    fresh = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__)
+    return torch.compile(fresh, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+
+@contextmanager
+def _plain_mode() -> Iterator[None]:
+    """Without gradients, outside inference mode: buffers made in it could not be updated outside."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _call_on_stream(stream: torch.cuda.Stream, graph: Callable[..., None], args: tuple[Any, ...]) -> None:
+    with _plain_mode(), torch.cuda.stream(stream):
+        graph(*args)
+
+
+def weights_fingerprint(model: LlamaForCausalLM) -> tuple[Any, ...]:
+    """Tells whether a model's parameters have been replaced or moved (in-place updates reach the engine anyway)."""
+    return tuple((p.data_ptr(), p.dtype, p.shape) for p in model.parameters())

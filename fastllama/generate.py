@@ -1,0 +1,181 @@
+"""generate(): Hugging Face's arguments and results over the engine; streaming.
+
+Shape suffixes: ``b`` batch, ``t`` prompt tokens, ``n`` new tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from fastllama.config import GenerationConfig
+from fastllama.engine import Engine, Request
+from fastllama.model import LlamaForCausalLM
+
+logger = logging.getLogger(__name__)
+
+
+class Streamer(Protocol):
+    """What ``generate(streamer=...)`` takes, as in transformers: the prompt first, then each step's tokens."""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt ``[b, t]``, later one token a row ``[b]``; int64 on the CPU."""
+
+    def end(self) -> None:
+        """Called after the last token."""
+
+
+def generate(
+    model: LlamaForCausalLM,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    generation_config: GenerationConfig | None = None,
+    streamer: Streamer | None = None,
+    **settings: Any,
+) -> torch.Tensor:
+    """Decode a batch; see :meth:`fastllama.LlamaForCausalLM.generate`."""
+    tokens = stream(model, input_ids, attention_mask, generation_config=generation_config, **settings)
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    new: list[torch.Tensor] = []
+    try:
+        for token_b in tokens:
+            new.append(token_b)
+            if streamer is not None:
+                streamer.put(token_b)
+    finally:
+        tokens.close()
+    if streamer is not None:
+        streamer.end()
+    return torch.cat((input_ids, torch.stack(new, dim=1).to(input_ids.device)), dim=1)
+
+
+def stream(
+    model: LlamaForCausalLM,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    generation_config: GenerationConfig | None = None,
+    **settings: Any,
+) -> TokenStream:
+    """Decode a batch step by step; see :meth:`fastllama.LlamaForCausalLM.stream`."""
+    config = merge_settings(generation_config or model.generation_config, settings)
+    request = make_request(input_ids, attention_mask, config)
+    limit = model.config.max_position_embeddings
+    if input_ids.shape[1] + request.max_new_tokens > limit and model.config.rope.rope_type in ("default", "linear"):
+        logger.warning(
+            "prompt and new tokens come to %d but the model was made for %d positions; beyond them it may write nonsense",
+            input_ids.shape[1] + request.max_new_tokens,
+            limit,
+        )
+    return TokenStream(engine_of(model), request)
+
+
+class TokenStream(Iterator[torch.Tensor]):
+    """Iterator over the new tokens, int64 ``[b]`` on the CPU a step. It holds the engine until exhausted or closed."""
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._bursts = engine.decode(request)
+        self._columns: Iterator[torch.Tensor] = iter(())
+
+    def __next__(self) -> torch.Tensor:
+        for token_b in self._columns:
+            return token_b
+        self._columns = iter(next(self._bursts).unbind(1))
+        return next(self._columns)
+
+    def close(self) -> None:
+        """Stop decoding and let the engine go."""
+        self._bursts.close()
+
+
+def engine_of(model: LlamaForCausalLM) -> Engine:
+    """The model's engine, made on first use and again when the model's weights were replaced or moved."""
+    if model.engine is None or not model.engine.serves(model):
+        model.engine = Engine(model)
+    return model.engine
+
+
+def merge_settings(config: GenerationConfig, settings: dict[str, Any]) -> GenerationConfig:
+    """The generation config with a call's own settings over it; None leaves the config's value.
+
+    ``max_length`` given in the call overrules the config's ``max_new_tokens``.
+
+    Raises:
+        TypeError: for a setting that ``generate`` does not know, naming it.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    known = [field.name for field in dataclasses.fields(config)]
+    if unknown := sorted(set(given) - set(known)):
+        raise TypeError(f"generate() does not know {', '.join(unknown)}; it takes {', '.join(known)}")
+    if "max_length" in given and "max_new_tokens" not in given:
+        given["max_new_tokens"] = None
+    return config.replace(**given)
+
+
+def make_request(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: GenerationConfig
+) -> Request:
+    """Check a call's tensors, unpad its rows and resolve its settings.
+
+    Raises:
+        ValueError: ids or mask of another shape or dtype, a row without tokens, no room for a new token.
+    """
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.long, torch.int):
+        raise ValueError(
+            f"input_ids must be integers [batch, tokens], got {input_ids.dtype} of shape {tuple(input_ids.shape)}; "
+            'tokenize with return_tensors="pt"'
+        )
+    seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
+    eos = config.eos_token_id
+    pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if eos else 0)
+    return Request(
+        prompts=unpad(input_ids.long(), attention_mask),
+        max_new_tokens=_new_tokens(input_ids.shape[1], config),
+        temperature=config.temperature if config.do_sample else 0.0,
+        top_k=config.top_k or 0,
+        top_p=1.0 if config.top_p is None else config.top_p,
+        min_p=config.min_p or 0.0,
+        seed=seed,
+        eos_token_ids=eos,
+        pad_token_id=pad,
+    )
+
+
+def _new_tokens(prompt_tokens: int, config: GenerationConfig) -> int:
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens
+    if config.max_length <= prompt_tokens:
+        raise ValueError(
+            f"the prompt has {prompt_tokens} tokens and max_length is {config.max_length}, which leaves no room for "
+            "a new one; raise max_length or give max_new_tokens"
+        )
+    return config.max_length - prompt_tokens
+
+
+def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """Each row's tokens ``[tokens]`` without its padding, wherever that is.
+
+    Dropping masked tokens changes nothing for the others: they are never attended, and positions count unmasked
+    tokens only.
+
+    Raises:
+        ValueError: a mask of another shape, or a row of padding alone.
+    """
+    if attention_mask is None:
+        return list(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}; "
+            "they must be equal"
+        )
+    rows = [ids[mask != 0] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    for index, row in enumerate(rows):
+        if len(row) == 0:
+            raise ValueError(f"row {index} of attention_mask is all zeros: that prompt has no tokens")
+    return rows

@@ -1,0 +1,17 @@
+"""Text to token ids and back, as the checkpoint's own tokenizer files say.
+
+- settings.py: what the JSON files beside the vocabulary say
+- backend.py: what a vocabulary can do
+- json_backend.py: tokenizer.json; sentencepiece_backend.py: tokenizer.model
+- chat.py: chat templates, rendered in a sandbox
+- streaming.py: ids in, text out, one token at a time and never half a character
+- tokenizer.py: what people call: padding, truncation, tensors, decoding, loading
+"""
+
+from __future__ import annotations
+
+from fastllama.tokenizer.settings import TokenizerError
+from fastllama.tokenizer.streaming import IncrementalDetokenizer
+from fastllama.tokenizer.tokenizer import Encoding, Tokenizer, load_tokenizer
+
+__all__ = ["Encoding", "IncrementalDetokenizer", "Tokenizer", "TokenizerError", "load_tokenizer"]

@@ -1,0 +1,83 @@
+"""tokenizer.json, through the tokenizers library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken
+
+from fastllama.tokenizer.backend import ids_around
+from fastllama.tokenizer.settings import TokenizerError, TokenizerSettings
+
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+class JsonBackend:
+    """A vocabulary as tokenizer.json writes it, to the letter.
+
+    transformers 4 and ``PreTrainedTokenizerFast`` read the file so too; for a ``LlamaTokenizer``,
+    transformers 5 replaces the file's normalizer by its own. The file also says which ids go around a text:
+    ``add_bos_token`` and ``add_eos_token`` of the config count only where it has no post-processor.
+
+    Args:
+        path: tokenizer.json.
+        settings: what is said beside it; special tokens that the file lacks are added to it.
+
+    Raises:
+        TokenizerError: the file is broken.
+    """
+
+    def __init__(self, path: Path, settings: TokenizerSettings) -> None:
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise TokenizerError(f"{path} is no whole tokenizer.json ({error}); fetch it again.") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.add_tokens(missing_tokens(self._tokenizer, settings))
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=False)
+        self.size = self._tokenizer.get_vocab_size()
+        self.named = {name: token.content for name, token in settings.named.items()}
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        decoder = self._tokenizer.decoder
+        self._has_byte_runs = decoder is not None and b'"ByteFallback"' in decoder.__getstate__()
+        has_its_own = self._tokenizer.post_processor is not None
+        self.prefix, self.suffix = self._own_ids_around() if has_its_own else ids_around(self, settings)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        return self._tokenizer.id_to_token(token_id)
+
+    def reads_as_run(self, token_id: int) -> bool:
+        # One broken byte turns the whole run of byte tokens into replacement characters.
+        return self._has_byte_runs and bool(BYTE_TOKEN.fullmatch(self.id_to_token(token_id) or ""))
+
+    def _own_ids_around(self) -> tuple[list[int], list[int]]:
+        """What the post-processor puts around a text."""
+        encoding = self._tokenizer.encode("a")
+        inside = [i for i, is_put in enumerate(encoding.special_tokens_mask) if not is_put]
+        first, last = (inside[0], inside[-1]) if inside else (len(encoding.ids), len(encoding.ids))
+        return encoding.ids[:first], encoding.ids[last + 1 :]
+
+
+def missing_tokens(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> list[AddedToken]:
+    """The tokens that the settings name and tokenizer.json lacks, or has with other flags."""
+    present = tokenizer.get_added_tokens_decoder().values()
+    descriptions = {repr(token) for token in present}
+    missing = [token for _, token in sorted(settings.added.items()) if repr(token) not in descriptions]
+    contents = {token.content for token in (*present, *missing)}
+    special = (*settings.named.values(), *settings.extra)
+    return missing + [token for token in special if token.content not in contents]

@@ -1,0 +1,105 @@
+"""What the JSON files beside a vocabulary say: special and added tokens, flags, chat templates."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+ADDED_TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer's files are missing, broken, or of a kind that is not read."""
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """tokenizer_config.json and its companions, in one form.
+
+    Attributes:
+        config: tokenizer_config.json as it stands, under special_tokens_map.json where that one counts.
+        named: special tokens with a role, e.g. ``{"bos_token": AddedToken("<s>")}``.
+        extra: further special tokens, in the order listed.
+        added: added tokens by id (``added_tokens_decoder``, or else added_tokens.json).
+        chat_template: one Jinja template, or templates by name, or none.
+    """
+
+    config: dict[str, Any]
+    named: dict[str, AddedToken]
+    extra: list[AddedToken]
+    added: dict[int, AddedToken]
+    chat_template: str | dict[str, str] | None
+
+
+def read_settings(folder: Path) -> TokenizerSettings:
+    """Reads the JSON files of a folder; one that is missing says nothing.
+
+    special_tokens_map.json and added_tokens.json are of an older layout: they count only where
+    tokenizer_config.json has no ``added_tokens_decoder`` (as in transformers).
+
+    Raises:
+        TokenizerError: a file is no JSON object.
+    """
+    config = read_json(folder / "tokenizer_config.json")
+    older_layout = "added_tokens_decoder" not in config
+    if older_layout:
+        config |= read_json(folder / "special_tokens_map.json")
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    named = config | (extra if isinstance(extra, dict) else {})
+    settings = TokenizerSettings(
+        config=config,
+        named={
+            name: added_token(token, special=True)
+            for name, token in named.items()
+            if name.endswith("_token") and isinstance(token, str | dict)
+        },
+        extra=[] if isinstance(extra, dict) else [added_token(token, special=True) for token in extra],
+        added={int(i): added_token(token) for i, token in config.get("added_tokens_decoder", {}).items()},
+        chat_template=read_chat_template(folder, config),
+    )
+    special = {token.content for token in (*settings.named.values(), *settings.extra)}
+    if older_layout:
+        for content, token_id in read_json(folder / "added_tokens.json").items():
+            settings.added[token_id] = AddedToken(content, special=content in special)
+    for token in settings.added.values():
+        token.special = token.special or token.content in special
+    return settings
+
+
+def added_token(token: str | dict[str, Any], **flags: bool) -> AddedToken:
+    """An added token from its JSON form, ``flags`` overriding what that says."""
+    if isinstance(token, str):
+        return AddedToken(token, **flags)
+    return AddedToken(token["content"], **{f: token[f] for f in ADDED_TOKEN_FLAGS if f in token} | flags)
+
+
+def read_chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:
+    """The chat template(s): chat_template.jinja and additional_chat_templates/ count before the config."""
+    default, others = folder / "chat_template.jinja", folder / "additional_chat_templates"
+    files = {path.stem: path for path in sorted(others.glob("*.jinja"))}
+    if default.is_file():
+        files["default"] = default
+    if files:
+        templates = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        return templates["default"] if list(templates) == ["default"] else templates
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}
+    return template
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, or an empty one where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{path} is not valid JSON ({error}); fetch the file again.") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} holds a JSON {type(value).__name__}, expected an object.")
+    return value

@@ -1,0 +1,68 @@
+// Sixteen-lane float arithmetic for the CPU kernels, in the vector extensions that gcc and clang share: one source
+// becomes AVX-512, AVX2 or NEON code, whatever -march=native finds.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace fastllama {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+constexpr int64_t kLanes = 16;
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef _Float16 f16x16 __attribute__((vector_size(32)));
+
+inline f32x16 load16(const float* p) {
+  f32x16 x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+inline f32x16 load16(const BFloat16* p) {  // a bfloat16 is the upper half of a float32
+  u16x16 bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return reinterpret_cast<f32x16>(__builtin_convertvector(bits, u32x16) << 16);
+}
+
+inline f32x16 load16(const Half* p) {
+  f16x16 x;
+  std::memcpy(&x, p, sizeof(x));
+  return __builtin_convertvector(x, f32x16);
+}
+
+inline void store16(float* p, f32x16 x) { std::memcpy(p, &x, sizeof(x)); }
+
+inline float sum16(f32x16 x) {
+  float total = 0.f;
+  for (int i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+}
+
+// out[r][m] = w_r · x_m for R weight rows and M activation rows (x_m = x + m * n): each weight is loaded once.
+template <int R, int M, typename T>
+inline void dot_tile(const T* const (&w)[R], const float* x, int64_t n, float (&out)[R][M]) {
+  f32x16 acc[R][M] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    f32x16 x16[M];
+    for (int m = 0; m < M; ++m) x16[m] = load16(x + m * n + i);
+    for (int r = 0; r < R; ++r) {
+      const f32x16 w16 = load16(w[r] + i);
+      for (int m = 0; m < M; ++m) acc[r][m] += w16 * x16[m];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) {
+      out[r][m] = sum16(acc[r][m]);
+      for (int64_t j = i; j < n; ++j) out[r][m] += static_cast<float>(w[r][j]) * x[m * n + j];
+    }
+}
+
+}  // namespace fastllama

@@ -1,0 +1,59 @@
+"""Builds and loads the C++ kernels of ``cpu/`` on first use; the compiled library is cached by torch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import platform
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "cpu"
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+
+
+@functools.cache
+def load() -> str | None:
+    """Load the CPU kernels, compiling them first if need be.
+
+    Returns:
+        None when the kernels are there; otherwise why they are not (no compiler, no ninja, failed build). The reason is
+        also logged, once.
+    """
+    from torch.utils import cpp_extension
+
+    files = sorted(SOURCES.iterdir())
+    try:
+        cpp_extension.load(
+            name=f"fastllama_cpu_{_fingerprint(files)}",
+            sources=[str(file) for file in files if file.suffix == ".cpp"],
+            extra_cflags=list(FLAGS),
+            is_python_module=False,
+        )
+    except (OSError, RuntimeError, ImportError) as error:
+        reason = f"the C++ kernels could not be built: {str(error).strip().splitlines()[0]}"
+        logger.warning("%s; decoding runs on torch's own operators, which is slower", reason)
+        return reason
+    return None
+
+
+def _fingerprint(files: list[Path]) -> str:
+    """Names a build after everything that decides its machine code, the processor included."""
+    parts = [torch.__version__, platform.machine(), *FLAGS, torch.backends.cpu.get_cpu_capability(), _cpu_flags()]
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cpu_flags() -> str:
+    """The instruction sets of the processor, for -march=native builds in a home directory that machines share."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
