@@ -35,7 +35,7 @@ ACTIVATIONS = {
 
 @dataclass
 class CausalLMOutput:
-    """What ``forward`` returns; fields that were not asked for are None. Indexing skips them, as in transformers."""
+    """What ``forward`` returns; fields that were not asked for are None, and skipped by indices, as in transformers."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -43,18 +43,19 @@ class CausalLMOutput:
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
+    def keys(self) -> list[str]:
+        """Names of the fields that are not None, in order."""
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are not None, in order."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return tuple(value for value in values if value is not None)
+        return tuple(getattr(self, name) for name in self.keys())
 
     def __getitem__(self, key: str | int | slice) -> Any:
-        if isinstance(key, str):
-            return getattr(self, key)
-        return self.to_tuple()[key]
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.to_tuple())
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
 
 
 class LlamaRMSNorm(nn.Module):
@@ -251,9 +252,9 @@ class LlamaModel(nn.Module):
         cache: Any, attention_mask: torch.Tensor | None, seen: int, cache_position: torch.Tensor
     ) -> int:
         """How many key slots the mask spans; also where a static cache that is too small is refused."""
-        capacity = cache.get_max_length() if hasattr(cache, "get_max_length") else None
-        if capacity is None:
+        if not isinstance(cache, StaticCache):
             return seen
+        capacity = cache.get_max_length()
         if torch.compiler.is_compiling():
             return capacity
         last = int(cache_position[..., -1].max())
@@ -454,9 +455,9 @@ class LlamaForCausalLM(nn.Module):
                 input_ids = input_ids[:, cache_position]
         if attention_mask is not None and attention_mask.dim() == 2 and position_ids is None:
             position_ids = positions_from_mask(attention_mask)
+        if position_ids is not None:
             if past_key_values is not None:
                 position_ids = position_ids[:, -input_ids.shape[1] :]
-        if position_ids is not None:
             position_ids = position_ids.clone(memory_format=torch.contiguous_format)
         first_step = cache_position is None or int(cache_position[0]) == 0
         inputs: dict[str, Any] = {"input_ids": None, "inputs_embeds": None}

@@ -74,6 +74,10 @@ def rotary_attention_ref(
 @torch.library.impl("fastllama::prefill_attention", "CPU")
 def _prefill_attention(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd):
     b, t, _ = qkv_btn.shape
+    low, high = position_bt.aminmax()
+    if low < 0 or high >= k_cache_bksd.shape[2]:
+        bad, slots = int(low if low < 0 else high), k_cache_bksd.shape[2]
+        raise IndexError(f"fastllama: position {bad} lies outside the KV cache of {slots} slots")
     q_bhtd = rotate_and_write(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
     groups = q_bhtd.shape[1] // k_cache_bksd.shape[1]
     out_bthd = q_bhtd.new_empty((b, t, *q_bhtd.shape[1::2]))

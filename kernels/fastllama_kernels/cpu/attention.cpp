@@ -102,12 +102,28 @@ void run_head(const Shape& shape, const T* qkv, const float* cos, const float* s
   }
 }
 
+void check_arguments(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& positions,
+                     const Tensor& key_cache, const Tensor& value_cache, const Shape& shape) {
+  using torch::headeronly::ScalarType;
+  const int64_t batch = qkv.size(0), rows = key_cache.size(0), table = cos.size(0);
+  STD_TORCH_CHECK(batch <= rows, "fastllama: qkv has ", batch, " rows, expected at most the cache's ", rows);
+  STD_TORCH_CHECK(table >= shape.slots, "fastllama: cos has ", table, " rows, expected at least ", shape.slots);
+  check(qkv, "qkv", qkv.scalar_type(), {batch, shape.tokens, shape.packed()});
+  check(cos, "cos", ScalarType::Float, {table, shape.dim});
+  check(sin, "sin", ScalarType::Float, {table, shape.dim});
+  check(positions, "positions", ScalarType::Long, {batch, shape.tokens});
+  for (const auto* cache : {&key_cache, &value_cache})
+    check(*cache, "cache", qkv.scalar_type(), {rows, shape.kv_heads, shape.slots, shape.dim});
+}
+
 Tensor rotary_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor key_cache, Tensor value_cache) {
   const int64_t batch = qkv.size(0), kv_heads = key_cache.size(1), dim = key_cache.size(3);
   const Shape shape{qkv.size(1), qkv.size(2) / dim - 2 * kv_heads, kv_heads, dim, key_cache.size(2)};
+  check_arguments(qkv, cos, sin, positions, key_cache, value_cache, shape);
   const int64_t* position = data<int64_t>(positions);
   for (int64_t i = 0; i < batch * shape.tokens; ++i)
-    STD_TORCH_CHECK(position[i] >= 0 && position[i] < shape.slots, "position outside the KV cache");
+    STD_TORCH_CHECK(position[i] >= 0 && position[i] < shape.slots, "fastllama: position ", position[i],
+                    " lies outside the KV cache of ", shape.slots, " slots");
   Tensor out = empty_with_last(qkv, shape.heads * dim);
   dispatch(qkv, [&](auto zero) {
     using T = decltype(zero);

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
 #include <vector>
 
 #include "vec.h"
@@ -26,7 +27,25 @@ void dispatch(const Tensor& tensor, const F& f) {
     case ScalarType::Float: return f(float{});
     case ScalarType::BFloat16: return f(BFloat16{});
     case ScalarType::Half: return f(Half{});
-    default: STD_TORCH_CHECK(false, "fastllama CPU kernels take float32, bfloat16 and float16 tensors");
+    default:
+      STD_TORCH_CHECK(false, "fastllama: got a tensor of dtype number ", static_cast<int>(tensor.scalar_type()),
+                      ", expected float32, bfloat16 or float16");
+  }
+}
+
+// Refuses a tensor that a kernel would misread: what was got, what was expected.
+inline void check(const Tensor& tensor, const char* name, torch::headeronly::ScalarType dtype,
+                  std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "fastllama: ", name, " has dtype number ",
+                  static_cast<int>(tensor.scalar_type()), ", expected ", static_cast<int>(dtype));
+  STD_TORCH_CHECK(tensor.is_contiguous(), "fastllama: ", name, " is strided, expected a contiguous tensor");
+  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), "fastllama: ", name, " has ", tensor.dim(),
+                  " dimensions, expected ", shape.size());
+  int64_t i = 0;
+  for (const int64_t size : shape) {
+    STD_TORCH_CHECK(tensor.size(i) == size, "fastllama: dimension ", i, " of ", name, " is ", tensor.size(i),
+                    ", expected ", size);
+    ++i;
   }
 }
 

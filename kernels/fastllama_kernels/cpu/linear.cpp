@@ -27,28 +27,34 @@ float activate(float x, int64_t kind) {  // numbered as ACTIVATIONS of ../linear
   }
 }
 
-// The activations as float32 [rows, n], normalised (RMS, weighted) when a norm weight is given.
+// The activations [rows, n] as the products take them, normalised (RMS, weighted) when a norm weight is given.
 template <typename T>
-std::vector<float> prologue(const T* x, const T* norm_weight, double eps, int64_t rows, int64_t n) {
-  std::vector<float> out(rows * n);
+std::vector<typename Activations<T>::type> prologue(const T* x, const T* norm_weight, double eps, int64_t rows,
+                                                    int64_t n) {
+  using X = typename Activations<T>::type;
+  std::vector<X> out(rows * n);
+  std::vector<float> row(n);
   for (int64_t r = 0; r < rows; ++r) {
-    float* y = out.data() + r * n;
-    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<float>(x[r * n + i]);
-    if (norm_weight == nullptr) continue;
+    X* y = out.data() + r * n;
+    if (norm_weight == nullptr) {
+      for (int64_t i = 0; i < n; ++i) y[i] = static_cast<X>(x[r * n + i]);
+      continue;
+    }
+    for (int64_t i = 0; i < n; ++i) row[i] = static_cast<float>(x[r * n + i]);
     f32x16 squares = {};
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) squares += load16(y + i) * load16(y + i);
+    for (; i + kLanes <= n; i += kLanes) squares += load16(row.data() + i) * load16(row.data() + i);
     float sum = sum16(squares);
-    for (; i < n; ++i) sum += y[i] * y[i];
+    for (; i < n; ++i) sum += row[i] * row[i];
     const float scale = 1.f / std::sqrt(sum / n + static_cast<float>(eps));
-    for (i = 0; i < n; ++i) y[i] *= scale * static_cast<float>(norm_weight[i]);
+    for (i = 0; i < n; ++i) y[i] = static_cast<X>(row[i] * scale * static_cast<float>(norm_weight[i]));
   }
   return out;
 }
 
 // Calls emit(row of x, index in w, values) with the dot products of w's kWeightRows matrix rows and every row of x.
-template <typename T, typename Emit>
-void for_each_row(const T* const (&w)[kWeightRows], const float* x, int64_t rows, int64_t n, const Emit& emit) {
+template <typename T, typename X, typename Emit>
+void for_each_row(const T* const (&w)[kWeightRows], const X* x, int64_t rows, int64_t n, const Emit& emit) {
   const auto tile = [&](auto count, int64_t first) {
     constexpr int M = decltype(count)::value;
     float out[kWeightRows][M];
@@ -86,7 +92,7 @@ void linear_kernel(const Tensor& x, const Tensor& weight, const std::optional<Te
   T* op = static_cast<T*>(out.mutable_data_ptr());
   const int64_t groups = (out_features + kWeightRows - 1) / kWeightRows;
   parallel_groups(groups, kWeightRows * n * sizeof(T), [&](int64_t begin, int64_t end) {
-    const std::vector<float> activations = prologue(xp, np, eps, rows, n);
+    const auto activations = prologue(xp, np, eps, rows, n);
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = g * kWeightRows, count = std::min<int64_t>(kWeightRows, out_features - first);
       const T* w[kWeightRows];
@@ -113,7 +119,7 @@ void gate_up_kernel(const Tensor& x, const Tensor& weight, const std::optional<T
   T* op = static_cast<T*>(out.mutable_data_ptr());
   const int64_t groups = (features + kPairs - 1) / kPairs;
   parallel_groups(groups, kWeightRows * n * sizeof(T), [&](int64_t begin, int64_t end) {
-    const std::vector<float> activations = prologue(xp, np, eps, rows, n);
+    const auto activations = prologue(xp, np, eps, rows, n);
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = g * kPairs, count = std::min<int64_t>(kPairs, features - first);
       const T* w[kWeightRows];
@@ -135,9 +141,25 @@ void gate_up_kernel(const Tensor& x, const Tensor& weight, const std::optional<T
   });
 }
 
+void check_arguments(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& norm_weight) {
+  const auto dtype = x.scalar_type();
+  STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous(), "fastllama: x is strided, expected a contiguous tensor");
+  const int64_t n = x.size(x.dim() - 1), out_features = weight.size(0);
+  check(weight, "weight", dtype, {out_features, n});
+  if (bias.has_value()) check(*bias, "bias", dtype, {out_features});
+  if (norm_weight.has_value()) check(*norm_weight, "norm_weight", dtype, {n});
+}
+
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> norm_weight, double eps,
               std::optional<Tensor> residual) {
+  check_arguments(x, weight, bias, norm_weight);
   Tensor out = empty_with_last(x, weight.size(0));
+  if (residual.has_value())
+    STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type() && residual->is_contiguous() &&
+                        std::equal(residual->sizes().begin(), residual->sizes().end(), out.sizes().begin(),
+                                   out.sizes().end()),
+                    "fastllama: expected a contiguous residual of the result's shape and dtype");
   dispatch(x, [&](auto zero) {
     linear_kernel<decltype(zero)>(x, weight, bias, norm_weight, eps, residual, out);
   });
@@ -146,6 +168,8 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
 
 Tensor gate_up(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> norm_weight, double eps,
                int64_t activation) {
+  check_arguments(x, weight, bias, norm_weight);
+  STD_TORCH_CHECK(weight.size(0) % 2 == 0, "fastllama: weight has ", weight.size(0), " rows, expected gate and up");
   Tensor out = empty_with_last(x, weight.size(0) / 2);
   dispatch(x, [&](auto zero) {
     gate_up_kernel<decltype(zero)>(x, weight, bias, norm_weight, eps, activation, out);

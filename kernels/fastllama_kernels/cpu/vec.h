@@ -5,6 +5,10 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -45,6 +49,14 @@ inline float sum16(f32x16 x) {
   return total;
 }
 
+// What the activations of a product with T weights are held in: bfloat16 where the processor multiplies it directly.
+template <typename T>
+struct Activations { using type = float; };
+#ifdef __AVX512BF16__
+template <>
+struct Activations<BFloat16> { using type = BFloat16; };
+#endif
+
 // out[r][m] = w_r · x_m for R weight rows and M activation rows (x_m = x + m * n): each weight is loaded once.
 template <int R, int M, typename T>
 inline void dot_tile(const T* const (&w)[R], const float* x, int64_t n, float (&out)[R][M]) {
@@ -64,5 +76,32 @@ inline void dot_tile(const T* const (&w)[R], const float* x, int64_t n, float (&
       for (int64_t j = i; j < n; ++j) out[r][m] += static_cast<float>(w[r][j]) * x[m * n + j];
     }
 }
+
+#ifdef __AVX512BF16__
+// The same with bfloat16 on both sides: pairs are multiplied and summed in float32 by one instruction.
+template <int R, int M>
+inline void dot_tile(const BFloat16* const (&w)[R], const BFloat16* x, int64_t n, float (&out)[R][M]) {
+  constexpr int64_t kPairs = 2 * kLanes;
+  const auto load = [](const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); };
+  __m512 acc[R][M];
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) acc[r][m] = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + kPairs <= n; i += kPairs) {
+    __m512bh x32[M];
+    for (int m = 0; m < M; ++m) x32[m] = load(x + m * n + i);
+    for (int r = 0; r < R; ++r) {
+      const __m512bh w32 = load(w[r] + i);
+      for (int m = 0; m < M; ++m) acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w32, x32[m]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) {
+      out[r][m] = _mm512_reduce_add_ps(acc[r][m]);
+      for (int64_t j = i; j < n; ++j)
+        out[r][m] += static_cast<float>(w[r][j]) * static_cast<float>(x[m * n + j]);
+    }
+}
+#endif
 
 }  // namespace fastllama
