@@ -7,8 +7,7 @@ megabytes. Only safetensors is read: unpickling a ``.bin`` file can run any code
 from __future__ import annotations
 
 import importlib.resources
-import itertools
-import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,22 +31,22 @@ from fastllama.config import (
     write_json,
 )
 
-logger = logging.getLogger(__name__)
-
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 DEMO = "demo"
 RANDOM_PREFIX = "random:"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
-#: What of a repository on the hub a checkpoint is made of; folders inside it hold other formats.
-HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
-HUB_IGNORED = ("*/*", "consolidated*.safetensors")
+#: What of a repository on the hub makes up a checkpoint; its folders hold other formats.
+HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
+HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
 
-BLOCK_BYTES = 8 * 2**20  # mapped at once while loading
-RANDOM_POOL = 8388593  # normal numbers that random weights are cut from; prime, so that no two rows coincide
+FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the dtypes that are read, in safetensors' names
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # stored by old checkpoints, computed from the config
-SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+BLOCK_BYTES = 16 * 2**20  # mapped at once while loading
+RANDOM_POOL = 8388593  # normal numbers that random weights are cut from; prime, so that no two rows coincide
+SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -83,10 +82,18 @@ class _Stored:
     dtype: str
 
 
-# ---- names -----------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------------
 
 
 def _llama3(factor: float, **shape: Any) -> LlamaConfig:
+    rope = RopeParameters(
+        rope_type="llama3",
+        rope_theta=500000.0,
+        factor=factor,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
     return LlamaConfig(
         vocab_size=128256,
         num_key_value_heads=8,
@@ -95,14 +102,7 @@ def _llama3(factor: float, **shape: Any) -> LlamaConfig:
         bos_token_id=128000,
         eos_token_id=128001,
         dtype="bfloat16",
-        rope=RopeParameters(
-            rope_type="llama3",
-            rope_theta=500000.0,
-            factor=factor,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=8192,
-        ),
+        rope=rope,
         **shape,
     )
 
@@ -128,17 +128,12 @@ RANDOM_SHAPES: dict[str, LlamaConfig] = {
 }
 
 
-def is_random(name: str | os.PathLike[str]) -> bool:
-    """Whether the name asks for random weights of a published shape (``random:SHAPE``)."""
-    return isinstance(name, str) and name.startswith(RANDOM_PREFIX)
-
-
 def resolve(name: str | os.PathLike[str]) -> Source:
     """The configs of a checkpoint and where its weights are, fetched from the hub if need be.
 
     Args:
-        name: a folder, the id of a repository on the Hugging Face hub, ``"demo"`` for the checkpoint shipped with
-            the package (``"./demo"`` for a folder of that name), or ``"random:SHAPE"`` with a shape of
+        name: a folder, the id of a repository on the Hugging Face hub, ``"demo"`` for the checkpoint shipped
+            with the package (``"./demo"`` for a folder of that name), or ``"random:SHAPE"`` with a shape of
             ``RANDOM_SHAPES``.
 
     Raises:
@@ -147,8 +142,8 @@ def resolve(name: str | os.PathLike[str]) -> Source:
     """
     if is_random(name):
         config = random_config(str(name))
-        ids = GenerationConfig(bos_token_id=config.bos_token_id).replace(eos_token_id=config.eos_token_id)
-        return Source(str(name), None, config, ids)
+        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        return Source(str(name), None, config, GenerationConfig.from_dict(ids))
     folder = resolve_folder(name)
     if not (folder / CONFIG_NAME).is_file():
         raise CheckpointNotFoundError(f"{folder} is not a checkpoint: it has no {CONFIG_NAME}")
@@ -156,8 +151,13 @@ def resolve(name: str | os.PathLike[str]) -> Source:
     return Source(str(name), folder, config, generation)
 
 
+def is_random(name: str | os.PathLike[str]) -> bool:
+    """Whether the name asks for random weights of a published shape."""
+    return isinstance(name, str) and name.startswith(RANDOM_PREFIX)
+
+
 def random_config(name: str) -> LlamaConfig:
-    """The config of a ``random:SHAPE`` name; CheckpointNotFoundError, listing the shapes, if there is none."""
+    """The config of a ``random:SHAPE`` name; a CheckpointNotFoundError lists them if there is no such one."""
     shape = name.removeprefix(RANDOM_PREFIX)
     if shape not in RANDOM_SHAPES:
         expected = ", ".join(RANDOM_PREFIX + known for known in RANDOM_SHAPES)
@@ -174,7 +174,7 @@ def resolve_folder(name: str | os.PathLike[str]) -> Path:
     if is_random(name):
         raise CheckpointNotFoundError(f"{name} has random weights and no folder")
     if name == DEMO:
-        return Path(str(importlib.resources.files("fastllama").joinpath("data", DEMO)))
+        return Path(str(importlib.resources.files("fastllama") / "data" / DEMO))
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -182,9 +182,8 @@ def resolve_folder(name: str | os.PathLike[str]) -> Path:
         raise CheckpointNotFoundError(f"{folder} is a file; expected the folder of a checkpoint")
     if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         return _fetch(name)
-    raise CheckpointNotFoundError(
-        f"no folder {folder}; expected a folder, a Hugging Face id, {DEMO!r} or '{RANDOM_PREFIX}SHAPE'"
-    )
+    expected = f"a folder, a Hugging Face id, {DEMO!r} or '{RANDOM_PREFIX}SHAPE'"
+    raise CheckpointNotFoundError(f"there is no folder {folder}; expected {expected}")
 
 
 def _fetch(repo_id: str) -> Path:
@@ -193,21 +192,20 @@ def _fetch(repo_id: str) -> Path:
     from huggingface_hub import constants
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo_id, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_IGNORED)
-            )
+        folder = huggingface_hub.snapshot_download(
+            repo_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
         )
     except Exception as error:  # the client's HTTP library, its cache and its checks each raise their own
         reason = " ".join(str(error).split("\n\n")[0].split())
         if constants.HF_HUB_OFFLINE:
-            reason = "it is not in the cache, and HF_HUB_OFFLINE forbids to download it"
+            reason = "it is not complete in the cache, and HF_HUB_OFFLINE forbids to download it"
         raise CheckpointNotFoundError(
             f"there is no folder {repo_id!r}, and as a Hugging Face id it cannot be had: {reason}"
         ) from error
+    return Path(folder)
 
 
-# ---- loading ---------------------------------------------------------------------------------------------------
+# ---- loading -----------------------------------------------------------------------------------------
 
 
 def load_model(
@@ -233,39 +231,39 @@ def load_model(
 
     Raises:
         CheckpointNotFoundError: if the name stands for no checkpoint.
-        CheckpointError: listing every missing or damaged file; or every missing or unexpected key, wrong shape and
-            dtype that is not floating point; or every tensor that holds NaN.
+        CheckpointError: listing every missing or damaged file; or every missing or unexpected key, wrong
+            shape and dtype that is not floating point; or every tensor that holds NaN.
         ValueError, NotImplementedError: if its configs ask for what fastllama does not do.
     """
     if quantize is not None:
-        raise NotImplementedError(
-            f"int8/int4 are not available yet; got quantize={quantize!r}, expected None"
-        )
+        raise NotImplementedError(f"int8/int4 are not available yet: quantize is {quantize!r}, expected None")
     source = resolve(name)
     target = _torch_dtype(source.config.dtype if dtype in (None, "auto") else dtype)
-    config = source.config.replace(dtype=str(target).removeprefix("torch."))
     stored = {} if source.folder is None else _find_tensors(source.folder)
     with torch.device("meta"):
-        model = model_cls(config)
-    shapes = {key: tuple(p.shape) for key, p in model.named_parameters(remove_duplicate=False)}
+        model = model_cls(source.config.replace(dtype=_dtype_name(target)))
     if source.folder is not None:
-        _check_tensors(source.folder, stored, shapes, _tied(model))
+        _check_tensors(source.folder, stored, dict(model.named_parameters(remove_duplicate=False)))
     parameters = _materialise(model, target, torch.device(device))
     if source.folder is None:
-        _fill_random(parameters, config.initializer_range)
+        _fill_random(parameters, source.config.initializer_range)
     else:
         _fill(parameters, stored, source.folder, progress)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()  # type: ignore[operator]
+    tie_weights: Any = getattr(model, "tie_weights", None)
+    if tie_weights is not None:
+        tie_weights()
     model.generation_config = source.generation_config  # type: ignore[assignment]
     return model.eval()
 
 
 def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
+    if _dtype_name(dtype) not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected None, 'auto' or one of {', '.join(DTYPES)}")
-    return getattr(torch, name)
+    return getattr(torch, _dtype_name(dtype))
+
+
+def _dtype_name(dtype: str | torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _find_tensors(folder: Path) -> dict[str, _Stored]:
@@ -285,9 +283,7 @@ def _find_tensors(folder: Path) -> dict[str, _Stored]:
         except (SafetensorError, OSError) as error:
             problems.append(f"{file.name}: truncated or not a safetensors file ({error})")
     if problems:
-        raise CheckpointError(
-            f"the weights in {folder} are incomplete; copy or download them again:", problems
-        )
+        raise CheckpointError(f"the weights in {folder} are incomplete; fetch them again:", problems)
     return stored
 
 
@@ -296,57 +292,55 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS_NAME).is_file():
         return [folder / WEIGHTS_NAME]
     if (folder / INDEX_NAME).is_file():
-        weight_map = read_json(folder / INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map from keys to files")
-        shards = sorted({str(shard) for shard in weight_map.values()})
-        if refused := [f"{shard!r}" for shard in shards if not _is_shard_name(shard)]:
-            message = f"{folder / INDEX_NAME} names shards that are not safetensors files inside its folder:"
-            raise CheckpointError(message, refused)
-        return [folder / shard for shard in shards]
-    pickles = sorted(
-        file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")
-    )
+        return _indexed_files(folder)
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(
-            f"{folder} holds pickle files only ({', '.join(pickles)}), which are refused because reading one can run "
-            "any code; convert them where you trust them, with transformers' save_pretrained"
+            f"{folder} holds pickle files only ({', '.join(pickles)}), which are refused because reading one "
+            "can run any code; convert them where you trust them, with transformers' save_pretrained"
         )
     raise CheckpointNotFoundError(f"{folder} holds no weights; expected {WEIGHTS_NAME} or {INDEX_NAME}")
 
 
-def _is_shard_name(shard: str) -> bool:
-    """Whether the name is a safetensors file below the folder it is in, on any system."""
+def _indexed_files(folder: Path) -> list[Path]:
+    index = folder / INDEX_NAME
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map from keys to files")
+    shards = sorted({str(shard) for shard in weight_map.values()})
+    if refused := [repr(shard) for shard in shards if not _is_shard_inside(shard)]:
+        raise CheckpointError(f"{index} names what is not a safetensors file inside its folder:", refused)
+    return [folder / shard for shard in shards]
+
+
+def _is_shard_inside(shard: str) -> bool:
+    """Whether the name is that of a safetensors file below the folder it is looked up in, on any system."""
     posix, windows = PurePosixPath(shard), PureWindowsPath(shard)
     inside = not (posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts)
     return inside and posix.suffix == ".safetensors"
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
-    """For each parameter name the first name of the same parameter."""
-    first: dict[int, str] = {}
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {key: first.setdefault(id(parameter), key) for key, parameter in parameters}
-
-
-def _check_tensors(
-    folder: Path, stored: dict[str, _Stored], shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]
-) -> None:
+def _check_tensors(folder: Path, stored: dict[str, _Stored], parameters: Mapping[str, nn.Parameter]) -> None:
     """Raise one error for all tensors that are missing, too many or not what the model expects.
 
-    Harmless extra tensors are taken out of ``stored``.
+    Harmless extra tensors are taken out of ``stored``. Of a parameter with several names one is enough.
     """
-    for key in [key for key in stored if key not in shapes and HARMLESS.search(key)]:
+    for key in [key for key in stored if key not in parameters and HARMLESS.search(key)]:
         del stored[key]
-    present = {tied[key] for key in stored if key in tied}
-    missing = [key for key, first in tied.items() if first not in present and key == first]
-    problems = [f"{key}: missing, expected {list(shapes[key])}" for key in missing]
-    problems += [f"{key}: unexpected" for key in stored if key not in shapes]
+    found = {id(parameters[key]) for key in stored if key in parameters}
+    problems = []
+    for key, parameter in parameters.items():
+        if id(parameter) not in found:
+            problems.append(f"{key}: missing, expected {list(parameter.shape)}")
+            found.add(id(parameter))
     for key, tensor in stored.items():
-        if key in shapes and tensor.shape != shapes[key]:
-            problems.append(f"{key}: shape {list(tensor.shape)}, expected {list(shapes[key])}")
-        if key in shapes and tensor.dtype not in FLOAT_DTYPES:
-            problems.append(f"{key}: dtype {tensor.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
+        if key not in parameters:
+            problems.append(f"{key}: unexpected")
+            continue
+        if tensor.shape != tuple(parameters[key].shape):
+            problems.append(f"{key}: shape {list(tensor.shape)}, expected {list(parameters[key].shape)}")
+        if tensor.dtype not in FLOAT_BYTES:
+            problems.append(f"{key}: dtype {tensor.dtype}, expected one of {', '.join(FLOAT_BYTES)}")
     if problems:
         raise CheckpointError(f"the weights in {folder} do not fit its {CONFIG_NAME}:", problems)
 
@@ -369,59 +363,46 @@ def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
 def _fill(
     parameters: Mapping[str, nn.Parameter], stored: Mapping[str, _Stored], folder: Path, progress: bool
 ) -> None:
-    """Copy every stored tensor into its parameter, block by block."""
+    """Copy every stored tensor into its parameter."""
     filled: set[int] = set()
-    problems: list[str] = []
+    problems = []
     total = sum(parameters[key].nbytes for key in stored)
-    with tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        desc="loading",
-        leave=False,
-        disable=None if progress else True,
-    ) as bar:
+    disable = None if progress else True  # None: shown on a terminal only
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", leave=False, disable=disable) as bar:
         for key, tensor in stored.items():
             parameter = parameters[key]
-            again = id(parameter) in filled
-            problem = _compare(key, tensor, parameter, bar) if again else _copy(key, tensor, parameter, bar)
-            problems += [problem] if problem else []
+            if id(parameter) not in filled and not _copy(key, tensor, parameter):
+                problems.append(f"{key}: holds NaN")
+            elif id(parameter) in filled and not _equal(key, tensor, parameter):
+                problems.append(f"{key}: differs from the tensor that tie_word_embeddings ties it to")
             filled.add(id(parameter))
+            bar.update(parameter.nbytes)
     if problems:
         raise CheckpointError(f"the weights in {folder} are damaged:", problems)
 
 
-def _copy(key: str, tensor: _Stored, parameter: nn.Parameter, bar: tqdm) -> str | None:
-    """Fill the parameter; what is wrong with the tensor, if anything."""
-    nan = False
+def _copy(key: str, tensor: _Stored, parameter: nn.Parameter) -> bool:
+    """Fill the parameter from the file; whether it is free of NaN."""
+    clean = True
     for rows, block in _blocks(key, tensor):
-        target = parameter.data[rows]
-        target.copy_(block)
-        nan = nan or bool(block.max().isnan())  # max propagates NaN, and is many times as fast as isnan
-        bar.update(target.nbytes)
-    return f"{key}: holds NaN" if nan else None
+        parameter.data[rows].copy_(block)
+        clean = clean and not block.max().isnan()  # max propagates NaN, and takes a fraction of isnan's time
+    return clean
 
 
-def _compare(key: str, tensor: _Stored, parameter: nn.Parameter, bar: tqdm) -> str | None:
-    """Check a tensor whose parameter was filled under another name."""
-    same = True
-    for rows, block in _blocks(key, tensor):
-        target = parameter.data[rows]
-        same = same and torch.equal(target, block.to(target))
-        bar.update(target.nbytes)
-    return None if same else f"{key}: differs from the tensor it is tied to (tie_word_embeddings)"
+def _equal(key: str, tensor: _Stored, parameter: nn.Parameter) -> bool:
+    """Whether the file holds what the parameter already does."""
+    return all(torch.equal(parameter.data[rows], block.to(parameter)) for rows, block in _blocks(key, tensor))
 
 
 def _blocks(key: str, tensor: _Stored) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Slices of rows and what the file holds there, a view of the mapped file of about BLOCK_BYTES.
+    """Slices of rows and what the file holds there, as views of the mapped file of about BLOCK_BYTES.
 
-    The file is mapped anew for each block: pages that were read count as this process's memory until they are
+    The file is mapped anew for each: pages that were read count as this process's memory until they are
     unmapped.
     """
-    rows = tensor.shape[0]
-    with safe_open(tensor.file, framework="pt") as tensors:
-        step = max(1, rows * BLOCK_BYTES // max(1, tensors.get_tensor(key).nbytes))
-    for start in range(0, rows, step):
+    step = max(1, BLOCK_BYTES // (math.prod(tensor.shape[1:]) * FLOAT_BYTES[tensor.dtype]))
+    for start in range(0, tensor.shape[0], step):
         with safe_open(tensor.file, framework="pt") as tensors:
             yield slice(start, start + step), tensors.get_tensor(key)[start : start + step]
 
@@ -430,18 +411,17 @@ def _blocks(key: str, tensor: _Stored) -> Iterator[tuple[slice, torch.Tensor]]:
 def _fill_random(parameters: Mapping[str, nn.Parameter], std: float) -> None:
     """Normal weights, norms of one and biases of zero; the same numbers in every run and on every device.
 
-    Drawing one number per weight would take longer than reading them from a disk, so weights are cut from a pool
-    of normal numbers, each at another offset.
+    Drawing a number for each weight would take longer than reading them from a disk, so weights are cut from
+    a pool of normal numbers, each at another offset.
     """
-    pool = torch.randn(RANDOM_POOL, generator=torch.Generator().manual_seed(0)) * std
+    pool = torch.randn(RANDOM_POOL, generator=torch.Generator().manual_seed(0)).mul_(std)
     offset = 0
     for key, parameter in parameters.items():
-        if pool.dtype != parameter.dtype or pool.device != parameter.device:
-            pool = pool.to(parameter)
+        pool = pool.to(parameter)
         if parameter.dim() == 1:
             parameter.fill_(0.0 if key.endswith("bias") else 1.0)
-            continue
-        offset = _tile(parameter.view(-1), pool, offset)
+        else:
+            offset = _tile(parameter.view(-1), pool, offset)
 
 
 def _tile(target: torch.Tensor, pool: torch.Tensor, offset: int) -> int:
@@ -455,7 +435,7 @@ def _tile(target: torch.Tensor, pool: torch.Tensor, offset: int) -> int:
     return offset
 
 
-# ---- saving ----------------------------------------------------------------------------------------------------
+# ---- saving ------------------------------------------------------------------------------------------
 
 
 def save_model(model: nn.Module, folder: str | os.PathLike[str], max_shard_size: str | int = "5GB") -> None:
@@ -467,28 +447,27 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str], max_shard_size:
     Args:
         model: its parameters may be on any device, and views of larger tensors.
         folder: created if needed.
-        max_shard_size: most bytes of tensors in one file, as an int or a text such as ``"500MB"`` or ``"2GiB"``; a
-            larger model is cut in several, with an index.
+        max_shard_size: most bytes of tensors in one file, as an int or a text such as ``"500MB"`` or
+            ``"2GiB"``; a larger model is cut in several files, with an index.
+
+    Raises:
+        ValueError: for a ``max_shard_size`` that is neither.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = model.config
+    generation_config: Any = getattr(model, "generation_config", None)
     tensors = dict(model.named_parameters(remove_duplicate=config.tie_word_embeddings))
     shards = _shards(tensors, _size(max_shard_size))
     _write_shards(folder, shards)
-    if len(shards) > 1:
-        weight_map = {key: shard for shard, keys in shards.items() for key in keys}
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    else:
-        (folder / INDEX_NAME).unlink(missing_ok=True)
+    _write_index(folder, shards)
     for file in folder.iterdir():
-        if SHARD.fullmatch(file.name) and file.name not in shards:
+        if SHARD_NAME.fullmatch(file.name) and file.name not in shards:
             file.unlink()
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    dtype = _dtype_name(next(iter(tensors.values())).dtype)
     config.replace(dtype=dtype).save_pretrained(folder)
-    if isinstance(getattr(model, "generation_config", None), GenerationConfig):
-        model.generation_config.save_pretrained(folder)  # type: ignore[operator]
+    if generation_config is not None:
+        generation_config.save_pretrained(folder)
 
 
 def _shards(tensors: Mapping[str, torch.Tensor], limit: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -503,16 +482,18 @@ def _shards(tensors: Mapping[str, torch.Tensor], limit: int) -> dict[str, dict[s
         size += tensor.nbytes
     if len(groups) == 1:
         return {WEIGHTS_NAME: groups[0]}
-    return {
-        f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)
-    }
+    names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
+    return dict(zip(names, groups, strict=True))
 
 
 def _write_shards(folder: Path, shards: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
     temporary = {shard: folder / f".{shard}.{os.getpid()}.tmp" for shard in shards}
     try:
         for shard, tensors in shards.items():
+            temporary[shard].touch()
+            mode = temporary[shard].stat().st_mode
             save_file(_own_memory(tensors), temporary[shard], metadata={"format": "pt"})
+            temporary[shard].chmod(mode)  # safetensors leaves the file to its owner alone
         for shard, file in temporary.items():
             file.replace(folder / shard)
     finally:
@@ -520,26 +501,30 @@ def _write_shards(folder: Path, shards: Mapping[str, Mapping[str, torch.Tensor]]
             file.unlink(missing_ok=True)
 
 
+def _write_index(folder: Path, shards: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """The index of several files; a single file has none."""
+    if len(shards) == 1:
+        (folder / INDEX_NAME).unlink(missing_ok=True)
+        return
+    weight_map = {key: shard for shard, tensors in shards.items() for key in tensors}
+    total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors.values())
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
 def _own_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors on the CPU no two of which share memory, as safetensors wants them."""
+    """Contiguous tensors on the CPU, each memory under one name, as safetensors wants them."""
     seen: set[int] = set()
     own = {}
     for key, tensor in tensors.items():
         plain = tensor.detach().cpu().contiguous()
-        storage = plain.untyped_storage()
-        if storage.nbytes() > plain.nbytes or storage.data_ptr() in seen:
-            plain = plain.clone()
-        seen.add(plain.untyped_storage().data_ptr())
-        own[key] = plain
+        own[key] = plain.clone() if plain.data_ptr() in seen else plain
+        seen.add(plain.data_ptr())
     return own
 
 
 def _size(size: str | int) -> int:
     """Bytes in "5GB" (powers of 1000), "5GiB" (powers of 1024) or a plain number."""
-    units = [unit + suffix for unit in "KMGT" for suffix in ("B", "IB")]
-    factors = itertools.chain.from_iterable((1000**i, 1024**i) for i in range(1, 5))
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Z]*)\s*", str(size).upper())
-    factor = {"": 1, "B": 1, **dict(zip(units, factors, strict=True))}.get(match[2]) if match else None
-    if match is None or not factor or float(match[1]) <= 0:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).upper())
+    if match is None or match[2] not in SIZE_UNITS or float(match[1]) <= 0:
         raise ValueError(f"max_shard_size is {size!r}; expected bytes, such as 500000000, '500MB' or '2GiB'")
-    return int(float(match[1]) * factor)
+    return int(float(match[1]) * SIZE_UNITS[match[2]])

@@ -95,9 +95,10 @@ def compare(
     if TRANSFORMERS in peers:
         try:
             twin = transformers_twin(model)
+            _decode_transformers(twin, input_ids, 2)
             contenders[TRANSFORMERS] = lambda: _decode_transformers(twin, input_ids, max_new_tokens)
-        except ImportError as error:
-            skipped[TRANSFORMERS] = str(error)
+        except Exception as error:  # whatever breaks a peer is told and does not end the run
+            skipped[TRANSFORMERS] = f"{type(error).__name__}: {error}"
     decodes = interleave(contenders, rounds, on_start)
     if on_start is not None:
         on_start("memory bandwidth")

@@ -104,7 +104,8 @@ def engine_of(model: LlamaForCausalLM) -> Engine:
 def merge_settings(config: GenerationConfig, settings: dict[str, Any]) -> GenerationConfig:
     """The generation config with a call's own settings over it; None leaves the config's value.
 
-    ``max_length`` given in the call overrules the config's ``max_new_tokens``.
+    ``max_length`` given in the call overrules the config's ``max_new_tokens``. Where no length was set at all, 20 new
+    tokens are decoded, as in transformers.
 
     Raises:
         TypeError: for a setting that ``generate`` does not know, naming it.
@@ -115,6 +116,8 @@ def merge_settings(config: GenerationConfig, settings: dict[str, Any]) -> Genera
         raise TypeError(f"generate() does not know {', '.join(unknown)}; it takes {', '.join(known)}")
     if "max_length" in given and "max_new_tokens" not in given:
         given["max_new_tokens"] = None
+    elif config.max_new_tokens is None and config.max_length == GenerationConfig.max_length:
+        given.setdefault("max_new_tokens", config.max_length)
     return config.replace(**given)
 
 
@@ -134,6 +137,8 @@ def make_request(
     seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
     eos = config.eos_token_id
     pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if eos else 0)
+    if attention_mask is None:
+        attention_mask = inferred_mask(input_ids, config)
     return Request(
         prompts=unpad(input_ids.long(), attention_mask),
         max_new_tokens=_new_tokens(input_ids.shape[1], config),
@@ -156,6 +161,13 @@ def _new_tokens(prompt_tokens: int, config: GenerationConfig) -> int:
             "a new one; raise max_length or give max_new_tokens"
         )
     return config.max_length - prompt_tokens
+
+
+def inferred_mask(input_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor | None:
+    """The mask of a call without one: as in transformers, pad ids are padding, unless they may be EOS ids too."""
+    if config.pad_token_id is None or config.pad_token_id in config.eos_token_id:
+        return None
+    return input_ids != config.pad_token_id
 
 
 def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:

@@ -521,7 +521,8 @@ class LlamaForCausalLM(nn.Module):
 
         Args:
             input_ids: prompts, integers ``[b, t]``, padded on either side.
-            attention_mask: ``[b, t]``, 0 where a prompt is padded; needed only with padding.
+            attention_mask: ``[b, t]``, 0 where a prompt is padded. Without one, pad ids are taken as padding where the
+                pad id is not an EOS id too.
             generation_config: in place of the model's own.
             streamer: an object with ``put`` and ``end``, as in transformers; gets the prompt, then each step's tokens.
             settings: over the generation config: ``max_new_tokens``, ``max_length`` (prompt included), ``do_sample``,

@@ -91,3 +91,39 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def make_pair(make_pair_once) -> Callable[..., tuple]:
+    """Makes a tiny random Llama of ours and the same one of transformers', float32, eager attention."""
+    return make_pair_once
+
+
+@pytest.fixture(scope="session")
+def make_pair_once() -> Callable[..., tuple]:
+    """``make_pair`` for fixtures of a wider scope."""
+
+    def make(**overrides):
+        import transformers
+
+        from fastllama import LlamaConfig, LlamaForCausalLM
+
+        shape = {
+            "vocab_size": 96, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "max_position_embeddings": 512, "initializer_range": 0.3,
+            "bos_token_id": None, "eos_token_id": None,
+        }  # fmt: skip
+        config = LlamaConfig(**(shape | overrides))
+        ours = LlamaForCausalLM(config).eval()
+        theirs = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**config.to_dict(), attn_implementation="eager")
+        ).eval()
+        with torch.no_grad():
+            for name, parameter in ours.named_parameters():
+                if name.endswith(("bias", "norm.weight")):
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        theirs.load_state_dict(ours.state_dict())
+        return ours, theirs
+
+    return make

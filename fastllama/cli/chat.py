@@ -112,6 +112,9 @@ def _answer(
         stderr().print(f"{error}; /clear starts anew", style="red", markup=False)
         return
     write("\n")
-    conversation.say("assistant", reply.text)
+    if reply.decode.tokens:
+        conversation.say("assistant", reply.text)
+    else:
+        conversation.take_back()
     if not quiet:
         stderr().print(("stopped: " if reply.interrupted else "") + reply.speed(), style="dim")

@@ -111,14 +111,23 @@ def engine_messages(say: Callable[[str], None]) -> Iterator[None]:
         logger.setLevel(level)
 
 
+def log_to_stderr(level: int) -> None:
+    """Show log records from this level on, unless logging was set up already."""
+    handler = logging.StreamHandler()
+    handler.setLevel(level)  # of the handler too, since a logger may let more through to others
+    logging.basicConfig(level=level, format="fastllama: %(message)s", handlers=[handler])
+
+
 @contextmanager
 def errors_in_one_line(debug: bool) -> Iterator[None]:
     """Turn what goes wrong inside into one line on stderr and an exit code; ``debug`` lets it through."""
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="fastllama: %(message)s")
+    log_to_stderr(logging.DEBUG if debug else logging.WARNING)
     try:
         yield
         sys.stdout.flush()
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the shell's prompt on a line of its own
         raise typer.Exit(CTRL_C) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.filesize import decimal
 from rich.table import Table
 
 from fastllama.cli import options
@@ -54,8 +55,9 @@ def gather(model: str, dtype: str | None, device: str, context: int | None) -> d
     import torch
 
     from fastllama import ops
+    from fastllama.checkpoint import resolve
 
-    config = config_of(model)
+    config = resolve(model).config
     if dtype is not None:
         config = config.replace(dtype=dtype)
     where = torch.device(device)
@@ -66,14 +68,6 @@ def gather(model: str, dtype: str | None, device: str, context: int | None) -> d
         "machine": _machine(where),
         "versions": versions(),
     }
-
-
-def config_of(name: str) -> LlamaConfig:
-    """The config of what ``--model`` names; a hub id is downloaded whole, as ``generate`` would."""
-    from fastllama.checkpoint import is_random, random_config, resolve_folder
-    from fastllama.config import LlamaConfig
-
-    return random_config(name) if is_random(name) else LlamaConfig.from_pretrained(resolve_folder(name))
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
@@ -132,14 +126,14 @@ def show(facts: Mapping[str, Any]) -> None:
     for section, content in facts.items():
         console.print(section, style="bold")
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        rows = [choice.values() for choice in content] if section == "ops" else content.items()
-        for row in rows:
-            table.add_row("", *(readable(value) for value in row))
+        for row in [choice.values() for choice in content] if section == "ops" else content.items():
+            name, *values = row
+            table.add_row("", name, *(readable(name, value) for value in values))
         console.print(table)
 
 
-def readable(value: object) -> str:
-    """Large integers in groups of three, floats with three digits."""
+def readable(name: str, value: object) -> str:
+    """Bytes in a unit that fits, other integers in groups of three digits, floats with three digits."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
+        return decimal(value, separator=" ") if "bytes" in name else f"{value:,}"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -39,6 +39,8 @@ class Reply:
     def speed(self) -> str:
         """One line on how fast that went."""
         count = len(self.decode.tokens)
+        if not count:
+            return "no tokens"
         line = f"{count} tokens, the first after {self.decode.ttft:.2f} s"
         return f"{line}, then {self.tokens_per_second:.1f} a second" if count > 1 else line
 

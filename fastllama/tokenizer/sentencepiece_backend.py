@@ -24,11 +24,11 @@ class SentencePieceBackend:
 
     - with ``legacy``: in front of each part, so that ``"<s>Hey"`` has the piece ``▁Hey``;
     - without, or where nothing is said, as in transformers 5: only at the very start of the text;
-    - with ``add_prefix_space`` false: nowhere. Where that is not said, the model's ``add_dummy_prefix`` counts.
+    - with ``add_prefix_space`` false: nowhere. Where that is not said, the model's own flag counts.
 
     All other spaces stay, while transformers 5 swallows a leading one. BOS is added unless ``add_bos_token``
-    is false, EOS if ``add_eos_token`` is true; transformers 5 adds a BOS only if told. Text is sentencepiece's
-    own, with special tokens written out and nothing put between.
+    is false, EOS if ``add_eos_token`` is true, while transformers 5 adds a BOS only if told. Text is that of
+    sentencepiece, with special tokens written out and nothing put between.
 
     Args:
         path: tokenizer.model.
@@ -53,12 +53,12 @@ class SentencePieceBackend:
         contents = {i: token.content for i, token in added.items()}
 
         self._added = {token.content: token for token in added.values()}
-        self._added_ids = frozenset(added)
         self._pattern = added_token_pattern(added.values())
         self._tokens = pieces | contents
         self._texts = {i: piece.replace(SPACE, " ") for i, piece in pieces.items()} | contents
         self._ids = ids | {content: i for i, content in contents.items()}
         self._bytes = frozenset(filter(model.is_byte, pieces))
+        self._verbatim = self._bytes.union(added)  # whose first space, if any, is not the prefix
 
         self.vocab_size = len(pieces)
         self.size = len(self._tokens)
@@ -76,7 +76,7 @@ class SentencePieceBackend:
             self._plain.decode(list(run)) if are_bytes else "".join(map(self._texts.__getitem__, run))
             for are_bytes, run in itertools.groupby(known, key=self._bytes.__contains__)
         )
-        has_prefix = self._prefix_space and known and known[0] not in self._added_ids
+        has_prefix = self._prefix_space and known and known[0] not in self._verbatim
         return text.removeprefix(" ") if has_prefix else text
 
     def token_to_id(self, token: str) -> int | None:

@@ -43,9 +43,9 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         TokenizerError: the folder has no tokenizer, or one that cannot be read.
     """
-    from fastllama.checkpoint import resolve_folder  # not before it is needed: it brings torch
+    from fastllama.checkpoint import DEMO, is_random, resolve_folder  # not at import: they bring torch
 
-    folder = resolve_folder(name)
+    folder = resolve_folder(DEMO if is_random(name) else name)
     settings = read_settings(folder)
     if (folder / "tokenizer.json").is_file():
         return Tokenizer(JsonBackend(folder / "tokenizer.json", settings), settings)
@@ -132,9 +132,9 @@ class Tokenizer:
         return self._role_id("pad_token", self.pad_token)
 
     @pad_token_id.setter
-    def pad_token_id(self, token_id: int) -> None:
-        token = self._backend.id_to_token(token_id)
-        if token is None:
+    def pad_token_id(self, token_id: int | None) -> None:
+        token = None if token_id is None else self._backend.id_to_token(token_id)
+        if token is None and token_id is not None:
             raise ValueError(f"pad_token_id {token_id} is not in the vocabulary of {len(self)} tokens.")
         self.pad_token = token
 
@@ -260,7 +260,7 @@ class Tokenizer:
         return self.unk_token_id if token_id is None else token_id
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
-        """The token of an id as the vocabulary writes it (None where it has none), or the tokens of several."""
+        """The token of an id as the vocabulary writes it, or None where it has none; or those of several."""
         if isinstance(ids, int):
             return self._backend.id_to_token(ids)
         return [self._backend.id_to_token(int(i)) for i in ids]
@@ -301,6 +301,8 @@ class Tokenizer:
         if any(variables[name] for name in unsupported):
             raise NotImplementedError(f"{', '.join(sorted(unsupported))} of apply_chat_template")
         template = choose_template(self.chat_template, chat_template, tools is not None)
+        if tools and not all(isinstance(tool, dict) for tool in tools):
+            raise TypeError("tools are JSON schemas (dicts), not functions.")
         is_batch = isinstance(conversation, list) and bool(conversation) and isinstance(conversation[0], list)
         variables = self.special_tokens_map | variables
         variables |= {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}

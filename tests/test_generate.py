@@ -1,0 +1,227 @@
+"""generate() and stream() against transformers' generate in float32."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from fastllama import GenerationConfig
+
+LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+
+
+@pytest.fixture(scope="module")
+def pair(make_pair_once):
+    return make_pair_once()
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(1, 96, (2, 7), generator=torch.Generator().manual_seed(5))
+
+
+def theirs_greedy(theirs, ids, new, **kwargs) -> list:
+    return theirs.generate(ids, max_new_tokens=new, do_sample=False, **({"pad_token_id": 0} | kwargs)).tolist()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_key_value_heads": 1},
+        {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+        {"head_dim": 24, "tie_word_embeddings": True, "hidden_act": "gelu_new"},
+        {"head_dim": 2, "hidden_act": "quick_gelu", "pretraining_tp": 4},
+    ],
+    ids=["multi-query", "biases", "own head_dim", "head_dim 2"],
+)
+def test_greedy_tokens_equal_transformers_over_configurations(overrides, make_pair, ids) -> None:
+    ours, theirs = make_pair(**overrides)
+    assert ours.generate(ids, max_new_tokens=12).tolist() == theirs_greedy(theirs, ids, 12)
+
+
+def test_left_padded_batches_equal_transformers(pair, ids) -> None:
+    ours, theirs = pair
+    out = ours.generate(ids, attention_mask=LEFT, max_new_tokens=12)
+    assert out.tolist() == theirs_greedy(theirs, ids, 12, attention_mask=LEFT)
+
+
+def test_right_padding_and_left_padding_and_none_decode_alike(pair, ids) -> None:
+    ours, _ = pair
+    short = ids[:1, 3:]
+    bare = ours.generate(short, max_new_tokens=8)[0, 4:]
+    left = ours.generate(ids, attention_mask=LEFT, max_new_tokens=8)[0, 7:]
+    right_ids = torch.cat((short, ids[:1, :3]), dim=1)
+    right = ours.generate(right_ids, attention_mask=LEFT[:1].flip(1), max_new_tokens=8)[0, 7:]
+    assert bare.tolist() == left.tolist() == right.tolist()
+
+
+def test_pad_ids_are_padding_when_no_mask_says_otherwise_as_in_transformers(pair, ids) -> None:
+    ours, theirs = pair
+    padded = ids.masked_fill(LEFT == 0, 0)
+    out = ours.generate(padded, max_new_tokens=8, pad_token_id=0).tolist()
+    assert out == theirs_greedy(theirs, padded, 8)
+    eos_too = ours.generate(padded, max_new_tokens=8, pad_token_id=0, eos_token_id=[0, 95]).tolist()
+    assert eos_too == theirs_greedy(theirs, padded, 8, eos_token_id=[0, 95])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_stopping_at_eos_equals_transformers(pair, ids, several) -> None:
+    ours, theirs = pair
+    free = ours.generate(ids, max_new_tokens=10)
+    eos = [int(free[0, 9]), int(free[1, 12])] if several else int(free[0, 9])
+    out = ours.generate(ids, max_new_tokens=10, eos_token_id=eos, pad_token_id=3)
+    assert out.tolist() == theirs_greedy(theirs, ids, 10, eos_token_id=eos, pad_token_id=3)
+
+
+def test_eos_ids_come_from_the_generation_config(pair, ids) -> None:
+    ours, _ = pair
+    free = ours.generate(ids[:1], max_new_tokens=10)
+    config = GenerationConfig(max_new_tokens=10, eos_token_id=(int(free[0, 9]),))
+    assert ours.generate(ids[:1], generation_config=config).shape[1] <= 10
+    assert ours.generate(ids[:1], generation_config=config, eos_token_id=[]).tolist() == free.tolist()
+
+
+def test_the_pad_id_is_the_first_eos_id_when_there_is_none(pair, ids) -> None:
+    ours, _ = pair
+    free = ours.generate(ids, max_new_tokens=10)
+    eos = int(free[0, 7])
+    out = ours.generate(ids, max_new_tokens=10, eos_token_id=eos)
+    assert set(out[0, 8:].tolist()) <= {eos}
+
+
+def test_max_length_counts_the_prompt_and_twenty_new_tokens_are_the_default(pair, ids) -> None:
+    ours, theirs = pair
+    assert ours.generate(ids, max_length=11).shape == (2, 11)
+    assert ours.generate(ids).shape == theirs.generate(ids, do_sample=False, pad_token_id=0).shape == (2, 27)
+    assert ours.generate(ids, generation_config=GenerationConfig(max_new_tokens=3), max_length=12).shape == (2, 12)
+    with pytest.raises(ValueError, match="7 tokens and max_length is 7"):
+        ours.generate(ids, max_length=7)
+
+
+def test_sampling_follows_its_seed(pair, ids) -> None:
+    ours, _ = pair
+    settings = {"max_new_tokens": 12, "do_sample": True, "temperature": 2.0}
+    first = ours.generate(ids, seed=1, **settings)
+    assert torch.equal(ours.generate(ids, seed=1, **settings), first)
+    assert not torch.equal(ours.generate(ids, seed=2, **settings), first)
+    torch.manual_seed(3)
+    free = ours.generate(ids, **settings)
+    assert not torch.equal(ours.generate(ids, **settings), free)
+    torch.manual_seed(3)
+    assert torch.equal(ours.generate(ids, **settings), free)
+
+
+def test_sampled_first_tokens_follow_transformers_distribution(pair, ids) -> None:
+    ours, theirs = pair
+    draws, settings = 256, {"do_sample": True, "temperature": 0.9, "top_k": 12, "top_p": 0.9}
+    with torch.no_grad():
+        logits = theirs(ids[:1]).logits[0, -1] / 0.9
+    top = logits.topk(12)
+    prob = top.values.softmax(-1)
+    keep = prob.cumsum(-1) - prob < 0.9
+    expected = torch.zeros(96).index_put((top.indices[keep],), prob[keep] / prob[keep].sum()) * draws
+    tokens = torch.stack(
+        [ours.generate(ids[:1].expand(8, 7), max_new_tokens=1, seed=s, **settings)[:, -1] for s in range(draws // 8)]
+    )
+    counts = torch.bincount(tokens.flatten(), minlength=96)
+    assert counts[expected == 0].sum() == 0
+    live = expected > 0
+    chi_square = ((counts - expected).square()[live] / expected[live]).sum()
+    assert chi_square < 37.4  # 11 degrees of freedom at most, one in ten thousand; the seeds are fixed
+
+
+def test_top_k_of_one_is_greedy(pair, ids) -> None:
+    ours, _ = pair
+    sampled = ours.generate(ids, max_new_tokens=6, do_sample=True, top_k=1)
+    assert torch.equal(sampled, ours.generate(ids, max_new_tokens=6))
+
+
+class Recorder:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.values: list[torch.Tensor] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.values.append(value)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_streamer_gets_the_prompt_then_each_token_then_the_end(pair, ids) -> None:
+    ours, _ = pair
+    streamer = Recorder()
+    out = ours.generate(ids, max_new_tokens=5, streamer=streamer)
+    assert torch.equal(streamer.values[0], ids)
+    assert torch.equal(torch.stack(streamer.values[1:], 1), out[:, 7:])
+    assert streamer.ended
+
+
+def test_the_iterator_gives_the_tokens_of_generate(pair, ids) -> None:
+    ours, _ = pair
+    steps = list(ours.stream(ids, max_new_tokens=5))
+    assert all(step.shape == (2,) and step.dtype == torch.long for step in steps)
+    assert torch.equal(torch.stack(steps, 1), ours.generate(ids, max_new_tokens=5)[:, 7:])
+
+
+def test_a_stream_that_is_left_early_lets_the_engine_go(pair, ids) -> None:
+    ours, _ = pair
+    for _ in ours.stream(ids, max_new_tokens=50):
+        break
+    assert ours.generate(ids, max_new_tokens=2).shape == (2, 9)
+
+
+def test_a_streamer_that_fails_lets_the_engine_go(pair, ids) -> None:
+    ours, _ = pair
+
+    class Failing(Recorder):
+        def put(self, value: torch.Tensor) -> None:
+            if value.dim() == 1:
+                raise OSError("broken pipe")
+
+    with pytest.raises(OSError, match="broken pipe"):
+        ours.generate(ids, max_new_tokens=5, streamer=Failing())
+    assert ours.generate(ids, max_new_tokens=2).shape == (2, 9)
+
+
+def test_32_bit_ids_are_fine(pair, ids) -> None:
+    ours, _ = pair
+    out = ours.generate(ids.int(), max_new_tokens=3)
+    assert out.tolist() == ours.generate(ids, max_new_tokens=3).tolist()
+
+
+def test_a_text_beyond_the_models_positions_is_warned_about(make_pair, caplog) -> None:
+    ours, _ = make_pair(max_position_embeddings=8)
+    with caplog.at_level(logging.WARNING, "fastllama"):
+        assert ours.generate(torch.randint(1, 96, (1, 6)), max_new_tokens=5).shape == (1, 11)
+    assert "11" in caplog.text
+    assert "8 positions" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ({"num_beams": 4}, TypeError, "does not know num_beams"),
+        ({"max_new_token": 4}, TypeError, "does not know max_new_token;"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens"),
+        ({"temperature": -1.0, "do_sample": True}, ValueError, "temperature"),
+        ({"top_p": 1.5}, ValueError, "top_p"),
+        ({"attention_mask": torch.ones(2, 6)}, ValueError, r"\(2, 6\), input_ids \(2, 7\)"),
+        ({"attention_mask": torch.tensor([[0] * 7, [1] * 7])}, ValueError, "row 0 of attention_mask is all zeros"),
+    ],
+)
+def test_bad_arguments_are_named(pair, ids, args, error, message) -> None:
+    with pytest.raises(error, match=message):
+        pair[0].generate(ids, **args)
+
+
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(3, dtype=torch.long), torch.zeros(1, 2), torch.zeros(1, 0, dtype=torch.long)]
+)
+def test_bad_ids_are_refused(pair, bad) -> None:
+    with pytest.raises(ValueError, match="input_ids|prompt token"):
+        pair[0].generate(bad, max_new_tokens=2)
