@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+RUN    := PATH="$(abspath $(BIN)):$$PATH" # torch looks for ninja there when it compiles the C++ kernels
 ARGS   ?=
 PROMPT ?= def read_config(path):
 
@@ -14,23 +15,23 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP) ## the shipped checkpoint writes text, then a table of what that cost (PROMPT='...')
-	@$(BIN)/fastllama generate --table $(ARGS) '$(subst ','\'',$(PROMPT))'
+	@$(RUN) fastllama generate --table $(ARGS) '$(subst ','\'',$(PROMPT))'
 
 test: $(STAMP) ## run the tests (ARGS='-k cache')
-	@$(BIN)/pytest $(ARGS)
+	@$(RUN) pytest $(ARGS)
 
 lint: $(STAMP) ## ruff, pyright and codespell, changing nothing
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/pyright --pythonpath $(BIN)/python
-	@$(BIN)/codespell
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) pyright --pythonpath $(BIN)/python
+	@$(RUN) codespell
 
 format: $(STAMP) ## let ruff fix and lay out the code
-	@$(BIN)/ruff check --fix .
-	@$(BIN)/ruff format .
+	@$(RUN) ruff check --fix .
+	@$(RUN) ruff format .
 
 bench: $(STAMP) ## decoding speed against the eager forward and transformers (ARGS='--model ...')
-	@$(BIN)/fastllama bench $(ARGS)
+	@$(RUN) fastllama bench $(ARGS)
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

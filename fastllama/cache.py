@@ -51,7 +51,7 @@ class StaticCache:
         self.device = torch.device(device)
         shape = (batch_size, config.num_key_value_heads, max_cache_len, config.head_dim)
         layers = range(config.num_hidden_layers)
-        # Zeros, not empty: a slot that was never written may be multiplied by a probability of zero, and 0 * NaN is NaN.
+        # Zeros, not empty: an unwritten slot may be multiplied by a probability of zero, and 0 * NaN is NaN.
         self.key_cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in layers]
         self.value_cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in layers]
         self.length_b = torch.zeros(batch_size, dtype=torch.long, device=self.device)
@@ -123,7 +123,7 @@ class StaticCache:
     get_max_cache_shape = get_max_length  # the name transformers uses today
 
     def crop(self, max_length: int) -> None:
-        """Forget every token from ``max_length`` on, in each row; negative drops that many tokens of the longest row."""
+        """Forget each row's tokens from ``max_length`` on; a negative one counts from the end of the longest row."""
         if max_length < 0:
             max_length = max(self.get_seq_length() + max_length, 0)
         self.length_b.clamp_(max=max_length)
@@ -179,4 +179,4 @@ class DynamicCache:
 
     def get_max_length(self) -> None:
         """None: a growing cache has no capacity."""
-        return None
+        return

@@ -192,9 +192,7 @@ def _fetch(repo_id: str) -> Path:
     from huggingface_hub import constants
 
     try:
-        folder = huggingface_hub.snapshot_download(
-            repo_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
-        )
+        folder = huggingface_hub.snapshot_download(repo_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
     except Exception as error:  # the client's HTTP library, its cache and its checks each raise their own
         reason = " ".join(str(error).split("\n\n")[0].split())
         if constants.HF_HUB_OFFLINE:
@@ -360,9 +358,7 @@ def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     return parameters
 
 
-def _fill(
-    parameters: Mapping[str, nn.Parameter], stored: Mapping[str, _Stored], folder: Path, progress: bool
-) -> None:
+def _fill(parameters: Mapping[str, nn.Parameter], stored: Mapping[str, _Stored], folder: Path, progress: bool) -> None:
     """Copy every stored tensor into its parameter."""
     filled: set[int] = set()
     problems = []

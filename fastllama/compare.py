@@ -166,9 +166,7 @@ def _eager_tokens(model: Any, input_ids: torch.Tensor, max_new_tokens: int) -> I
     cache = None
     ids = input_ids
     for _ in range(max_new_tokens):
-        output = model(
-            input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, num_logits_to_keep=1
-        )
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, num_logits_to_keep=1)
         cache = output.past_key_values
         ids = output.logits[:, -1:].argmax(dim=-1)
         yield ids.cpu()

@@ -429,8 +429,7 @@ class GenerationConfig:
         ]
         if unsupported:
             raise NotImplementedError(
-                f"generation settings not available: {', '.join(unsupported)}; "
-                "remove them from the generation config"
+                f"generation settings not available: {', '.join(unsupported)}; remove them from the generation config"
             )
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - names - set(_UNSUPPORTED_GENERATION) - _INERT_GENERATION):

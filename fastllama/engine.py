@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from fastllama.sampling import SamplingParams, candidates_needed, row_seeds, sam
 logger = logging.getLogger(__name__)
 
 PREFILL_CHUNKS = (8, 32, 128, 512)
-# How much of a chunk may be padding before a smaller one is used: a CPU pays for every padded token, a GPU for every pass.
+# How much of a chunk may be padding before smaller ones are used: a CPU pays for padded tokens, a GPU for passes.
 MAX_PADDING = {"cpu": 0.25, "cuda": 1.0}
 MAX_EOS_IDS = 16
 POLL_STEPS = 8  # on CUDA, decode steps that are launched between two looks at the finished flags
@@ -139,9 +139,8 @@ class State:
     def set_rope(self, seq_len: int) -> None:
         """Fill the rotary tables as they are for a sequence of ``seq_len`` tokens; most rope types have but one."""
         limit = static_length(self.config)
-        if limit is None or seq_len <= limit:
-            key = 0
-        else:
+        key = 0  # one set of frequencies for all lengths up to the limit
+        if limit is not None and seq_len > limit:
             key = seq_len if self.config.rope.rope_type == "dynamic" else 1
         if key == self.rope_key:
             return
@@ -218,16 +217,16 @@ class Engine:
 
     # ---- what callers see ------------------------------------------------------------------------------------------
 
-    def decode(self, request: Request) -> Iterator[torch.Tensor]:
+    def decode(self, request: Request) -> Generator[torch.Tensor, None, None]:
         """Decode a batch; yields the new tokens as they come, int64 ``[rows, n]`` on the CPU, n ≥ 1.
 
         Ends when every row is finished or after ``max_new_tokens``. Holds the engine until it is exhausted or closed.
 
         Raises:
-            ValueError: a request that cannot be decoded.
+            ValueError: as :meth:`check`.
             RuntimeError: this thread already holds the engine in an unfinished iteration.
         """
-        self._check(request)
+        self.check(request)
         with self._exclusive():
             rows = len(request.prompts)
             longest = max(len(prompt) for prompt in request.prompts)
@@ -236,6 +235,22 @@ class Engine:
             self._start(state, request)
             self._prefill(state, request.prompts)
             yield from self._replay(state, request, longest)
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError for a request that cannot be decoded."""
+        if not request.prompts or min(len(prompt) for prompt in request.prompts) < 1:
+            raise ValueError("every row needs at least one prompt token; give a BOS token to start from nothing")
+        if request.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+        if len(request.eos_token_ids) > MAX_EOS_IDS:
+            raise ValueError(f"at most {MAX_EOS_IDS} EOS ids are supported, got {len(request.eos_token_ids)}")
+        low = min(int(prompt.min()) for prompt in request.prompts)
+        high = max(int(prompt.max()) for prompt in request.prompts)
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"input_ids hold token id {low if low < 0 else high}, outside the vocabulary of "
+                f"{self.config.vocab_size}: is this the model's own tokenizer?"
+            )
 
     def warmup(self, max_batch_size: int = 1, max_cache_len: int | None = None) -> None:
         """Allocate for that many rows and slots, and compile every step that calls within them can need.
@@ -277,21 +292,6 @@ class Engine:
         return self._weights == weights_fingerprint(model)
 
     # ---- the parts of a call ---------------------------------------------------------------------------------------
-
-    def _check(self, request: Request) -> None:
-        if not request.prompts or min(len(prompt) for prompt in request.prompts) < 1:
-            raise ValueError("every row needs at least one prompt token; give a BOS token to start from nothing")
-        if request.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
-        if len(request.eos_token_ids) > MAX_EOS_IDS:
-            raise ValueError(f"at most {MAX_EOS_IDS} EOS ids are supported, got {len(request.eos_token_ids)}")
-        low = min(int(prompt.min()) for prompt in request.prompts)
-        high = max(int(prompt.max()) for prompt in request.prompts)
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"input_ids hold token id {low if low < 0 else high}, outside the vocabulary of "
-                f"{self.config.vocab_size}: is this the model's own tokenizer?"
-            )
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:

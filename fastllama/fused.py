@@ -10,6 +10,7 @@ Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``k`` KV hea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ ACTIVATION_OPS = {
 def fuse_linears(linears: Sequence[nn.Linear]) -> tuple[nn.Parameter, nn.Parameter | None]:
     """One weight ``[Σ n, k]`` (and bias) holding the linears' rows one below the other; they become views of it."""
 
-    def fuse(parameters: list[nn.Parameter]) -> nn.Parameter:
+    def fuse(parameters: list[torch.Tensor]) -> nn.Parameter:
         joined = torch.cat([parameter.data for parameter in parameters])
         sizes = [parameter.shape[0] for parameter in parameters]
         for parameter, view in zip(parameters, joined.split(sizes), strict=True):
@@ -45,9 +46,14 @@ def fuse_linears(linears: Sequence[nn.Linear]) -> tuple[nn.Parameter, nn.Paramet
     return weight, bias
 
 
-def _shared(parameter: nn.Parameter | None) -> nn.Parameter | None:
+def _shared(parameter: torch.Tensor) -> nn.Parameter:
     """A parameter over the same memory that wants no gradient, whatever the original wants."""
-    return None if parameter is None else nn.Parameter(parameter.data, requires_grad=False)
+    return nn.Parameter(parameter.data, requires_grad=False)
+
+
+def _shared_linear(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """The same for a linear's weight and bias."""
+    return _shared(linear.weight), None if linear.bias is None else _shared(linear.bias)
 
 
 class FusedLayer(nn.Module):
@@ -58,8 +64,8 @@ class FusedLayer(nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
         self.qkv_weight, self.qkv_bias = fuse_linears((attention.q_proj, attention.k_proj, attention.v_proj))
         self.gate_up_weight, self.gate_up_bias = fuse_linears((mlp.gate_proj, mlp.up_proj))
-        self.o_weight, self.o_bias = _shared(attention.o_proj.weight), _shared(attention.o_proj.bias)
-        self.down_weight, self.down_bias = _shared(mlp.down_proj.weight), _shared(mlp.down_proj.bias)
+        self.o_weight, self.o_bias = _shared_linear(attention.o_proj)
+        self.down_weight, self.down_bias = _shared_linear(mlp.down_proj)
         self.input_norm = _shared(layer.input_layernorm.weight)
         self.post_norm = _shared(layer.post_attention_layernorm.weight)
         self.eps = layer.input_layernorm.eps
@@ -77,9 +83,7 @@ class FusedLayer(nn.Module):
         qkv_btn = ops.linear(x_btm, self.qkv_weight, self.qkv_bias, self.input_norm, self.eps)
         heads_btn = ops.rotary_attention(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
         x_btm = ops.linear(heads_btn, self.o_weight, self.o_bias, residual=x_btm)
-        ffn_btf = ops.gate_up(
-            x_btm, self.gate_up_weight, self.gate_up_bias, self.post_norm, self.eps, self.activation
-        )
+        ffn_btf = ops.gate_up(x_btm, self.gate_up_weight, self.gate_up_bias, self.post_norm, self.eps, self.activation)
         return ops.linear(ffn_btf, self.down_weight, self.down_bias, residual=x_btm)
 
 
@@ -94,7 +98,9 @@ class FusedDecoder(nn.Module):
         super().__init__()
         decoder = model.model
         self.embedding = _shared(decoder.embed_tokens.weight)
-        self.layers = nn.ModuleList(FusedLayer(layer, model.config.hidden_act) for layer in decoder.layers)
+        self.layers = nn.ModuleList(
+            FusedLayer(cast(LlamaDecoderLayer, layer), model.config.hidden_act) for layer in decoder.layers
+        )
         self.norm = _shared(decoder.norm.weight)
         # A tied head must stay the same Parameter: two parameters over one memory confuse CUDA graphs.
         tied = model.lm_head.weight is decoder.embed_tokens.weight

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any, Protocol
 
 import torch
@@ -62,36 +63,26 @@ def stream(
     *,
     generation_config: GenerationConfig | None = None,
     **settings: Any,
-) -> TokenStream:
+) -> Generator[torch.Tensor, None, None]:
     """Decode a batch step by step; see :meth:`fastllama.LlamaForCausalLM.stream`."""
     config = merge_settings(generation_config or model.generation_config, settings)
     request = make_request(input_ids, attention_mask, config)
     limit = model.config.max_position_embeddings
     if input_ids.shape[1] + request.max_new_tokens > limit and model.config.rope.rope_type in ("default", "linear"):
         logger.warning(
-            "prompt and new tokens come to %d but the model was made for %d positions; beyond them it may write nonsense",
+            "prompt and new tokens come to %d, the model was made for %d positions; beyond them it may write nonsense",
             input_ids.shape[1] + request.max_new_tokens,
             limit,
         )
-    return TokenStream(engine_of(model), request)
+    engine = engine_of(model)
+    engine.check(request)
+    return _columns(engine, request)
 
 
-class TokenStream(Iterator[torch.Tensor]):
-    """Iterator over the new tokens, int64 ``[b]`` on the CPU a step. It holds the engine until exhausted or closed."""
-
-    def __init__(self, engine: Engine, request: Request) -> None:
-        self._bursts = engine.decode(request)
-        self._columns: Iterator[torch.Tensor] = iter(())
-
-    def __next__(self) -> torch.Tensor:
-        for token_b in self._columns:
-            return token_b
-        self._columns = iter(next(self._bursts).unbind(1))
-        return next(self._columns)
-
-    def close(self) -> None:
-        """Stop decoding and let the engine go."""
-        self._bursts.close()
+def _columns(engine: Engine, request: Request) -> Generator[torch.Tensor, None, None]:
+    with closing(engine.decode(request)) as bursts:
+        for tokens_bn in bursts:
+            yield from tokens_bn.unbind(1)
 
 
 def engine_of(model: LlamaForCausalLM) -> Engine:
@@ -121,9 +112,7 @@ def merge_settings(config: GenerationConfig, settings: dict[str, Any]) -> Genera
     return config.replace(**given)
 
 
-def make_request(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: GenerationConfig
-) -> Request:
+def make_request(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: GenerationConfig) -> Request:
     """Check a call's tensors, unpad its rows and resolve its settings.
 
     Raises:

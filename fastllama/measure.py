@@ -172,9 +172,7 @@ def quantiles(values: Sequence[float]) -> Quantiles:
     """Percentiles by linear interpolation; zeros where there are no values."""
     if not values:
         return Quantiles(0.0, 0.0, 0.0)
-    found = torch.tensor(values, dtype=torch.float64).quantile(
-        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    )
+    found = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
     return Quantiles(*found.tolist())
 
 

@@ -6,7 +6,7 @@ Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``h`` query 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ ACTIVATIONS = {
 
 @dataclass
 class CausalLMOutput:
-    """What ``forward`` returns; fields that were not asked for are None, and skipped by indices, as in transformers."""
+    """What ``forward`` returns; fields that were not asked for are None and skipped by indices, as in transformers."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -241,16 +241,12 @@ class LlamaModel(nn.Module):
             raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {got}")
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
-    def _rotary(
-        self, position_bt: torch.Tensor, slots: int, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotary(self, position_bt: torch.Tensor, slots: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         cos_btd, sin_btd = rotary_cos_sin(self.config, position_bt)
         return cos_btd.to(dtype), sin_btd.to(dtype)
 
     @staticmethod
-    def _target_length(
-        cache: Any, attention_mask: torch.Tensor | None, seen: int, cache_position: torch.Tensor
-    ) -> int:
+    def _target_length(cache: Any, attention_mask: torch.Tensor | None, seen: int, cache_position: torch.Tensor) -> int:
         """How many key slots the mask spans; also where a static cache that is too small is refused."""
         if not isinstance(cache, StaticCache):
             return seen
@@ -282,9 +278,8 @@ class LlamaForCausalLM(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.generation_config = GenerationConfig(
-            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-        )
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        self.generation_config = GenerationConfig(**ids)
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._init_weights)
@@ -524,7 +519,7 @@ class LlamaForCausalLM(nn.Module):
             attention_mask: ``[b, t]``, 0 where a prompt is padded. Without one, pad ids are taken as padding where the
                 pad id is not an EOS id too.
             generation_config: in place of the model's own.
-            streamer: an object with ``put`` and ``end``, as in transformers; gets the prompt, then each step's tokens.
+            streamer: an object with ``put`` and ``end``, as in transformers; gets the prompt, then each token.
             settings: over the generation config: ``max_new_tokens``, ``max_length`` (prompt included), ``do_sample``,
                 ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``seed``, ``eos_token_id`` (one or several),
                 ``pad_token_id``.
@@ -550,7 +545,7 @@ class LlamaForCausalLM(nn.Module):
         *,
         generation_config: GenerationConfig | None = None,
         **settings: Any,
-    ) -> Iterator[torch.Tensor]:
+    ) -> Generator[torch.Tensor, None, None]:
         """Like :meth:`generate`, but an iterator over the new tokens: int64 ``[b]`` on the CPU for each step.
 
         The engine is held until the iterator is exhausted or its ``close()`` is called.

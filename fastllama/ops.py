@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+
 from fastllama_kernels import attention as attention_op
 from fastllama_kernels import cpu_extension
 from fastllama_kernels import linear as linear_op

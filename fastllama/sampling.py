@@ -40,9 +40,7 @@ def candidates_needed(temperature: float, top_k: int, vocab_size: int) -> int:
     return next(sizes, vocab_size)
 
 
-def sample(
-    logits_bv: torch.Tensor, params: SamplingParams, position_b: torch.Tensor, candidates: int
-) -> torch.Tensor:
+def sample(logits_bv: torch.Tensor, params: SamplingParams, position_b: torch.Tensor, candidates: int) -> torch.Tensor:
     """The next token of each row, int64 ``[b]``.
 
     Args:

@@ -309,7 +309,7 @@ def test_warmup_refuses_sizes_that_hold_nothing(model, rows, slots) -> None:
 def test_prefill_chunks_cover_the_prompt_with_little_padding(tokens, padding) -> None:
     chunks = prefill_chunks(tokens, padding)
     waste = sum(chunks) - tokens
-    assert 0 <= waste
+    assert waste >= 0
     if chunks:
         assert waste < chunks[-1]
         assert waste <= max(padding * chunks[-1], min(engine_module.PREFILL_CHUNKS) - 1)

@@ -223,5 +223,5 @@ def test_bad_arguments_are_named(pair, ids, args, error, message) -> None:
     "bad", [torch.zeros(3, dtype=torch.long), torch.zeros(1, 2), torch.zeros(1, 0, dtype=torch.long)]
 )
 def test_bad_ids_are_refused(pair, bad) -> None:
-    with pytest.raises(ValueError, match="input_ids|prompt token"):
+    with pytest.raises(ValueError, match=r"input_ids|prompt token"):
         pair[0].generate(bad, max_new_tokens=2)

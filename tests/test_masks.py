@@ -25,7 +25,8 @@ def mask_4_46(attention_mask, sequence_length, target_length, dtype, cache_posit
 
 @given(
     batch=st.integers(1, 3), past=st.integers(0, 5), new=st.integers(1, 5), spare=st.integers(0, 4),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), masked=st.booleans(), seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), masked=st.booleans(),
+    seed=st.integers(0, 99),
 )  # fmt: skip
 def test_every_element_is_as_in_transformers_4_46(batch, past, new, spare, dtype, masked, seed) -> None:
     torch.manual_seed(seed)

@@ -275,9 +275,10 @@ class TestPreparedInputs:
         mask = inputs["attention_mask"]
         assert mask.shape == (2, 1, 6, 8)
         assert mask.dtype == torch.bfloat16
-        assert mask[1, 0, 3].tolist() == [torch.finfo(torch.bfloat16).min] * 2 + [0.0] * 2 + [
-            torch.finfo(torch.bfloat16).min
-        ] * 4
+        assert (
+            mask[1, 0, 3].tolist()
+            == [torch.finfo(torch.bfloat16).min] * 2 + [0.0] * 2 + [torch.finfo(torch.bfloat16).min] * 4
+        )
 
     def test_the_mask_stays_2d_without_a_static_cache(self, model) -> None:
         inputs = model.prepare_inputs_for_generation(self.ids, attention_mask=self.mask)

@@ -35,9 +35,7 @@ def chat(
         loaded = options.load(model, dtype, device, quantize, quiet)
         conversation = Conversation(loaded.tokenizer, system)
         if not conversation.has_template and not quiet:
-            stderr().print(
-                "no chat template in this checkpoint: it continues your lines as plain text", style="dim"
-            )
+            stderr().print("no chat template in this checkpoint: it continues your lines as plain text", style="dim")
         for line in user_lines():
             if line == "/clear":
                 conversation = Conversation(loaded.tokenizer, system)

@@ -33,9 +33,7 @@ def generate(
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     seed: options.Seed = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object in place of streamed text.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of streamed text.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Then time it beside the eager forward.")] = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -93,9 +91,7 @@ def _compare(loaded: options.Loaded, prompt_ids: list[int], budget: int, quiet: 
         )
 
 
-def _record(
-    loaded: options.Loaded, prompt: str, reply: Reply, comparison: Comparison | None
-) -> dict[str, Any]:
+def _record(loaded: options.Loaded, prompt: str, reply: Reply, comparison: Comparison | None) -> dict[str, Any]:
     record = loaded.describe() | {
         "prompt": prompt,
         "text": reply.text,

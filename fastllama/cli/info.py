@@ -35,9 +35,7 @@ def info(
     model: options.Model = "demo",
     dtype: options.Dtype = None,
     device: options.Device = None,
-    context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to reckon with; else all it can hold.")
-    ] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens to reckon with; else all it can hold.")] = None,
     json_file: options.JsonFile = None,
     debug: options.Debug = False,
 ) -> None:

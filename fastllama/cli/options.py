@@ -30,9 +30,7 @@ Sample = Annotated[
 Temperature = Annotated[float | None, typer.Option(help="Sample; above 1 flatter, below 1 sharper.")]
 TopK = Annotated[int | None, typer.Option(min=0, help="Sample among the k likeliest tokens; 0: all.")]
 TopP = Annotated[float | None, typer.Option(help="Sample among the likeliest tokens that make up p.")]
-MinP = Annotated[
-    float | None, typer.Option(help="Sample among tokens at least p times as likely as the best.")
-]
+MinP = Annotated[float | None, typer.Option(help="Sample among tokens at least p times as likely as the best.")]
 Seed = Annotated[int | None, typer.Option(help="Of sampling; the same seed writes the same text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no statistics.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the library's log.")]

@@ -65,9 +65,7 @@ def rotary_attention_ref(
     q_bhtd = rotate_and_write(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
     slot_s = torch.arange(k_cache_bksd.shape[2], device=qkv_btn.device)
     visible_b1ts = (slot_s <= position_bt[..., None])[:, None]
-    out_bhtd = F.scaled_dot_product_attention(
-        q_bhtd, k_cache_bksd[:b], v_cache_bksd[:b], visible_b1ts, enable_gqa=True
-    )
+    out_bhtd = F.scaled_dot_product_attention(q_bhtd, k_cache_bksd[:b], v_cache_bksd[:b], visible_b1ts, enable_gqa=True)
     return out_bhtd.transpose(1, 2).reshape(b, t, -1)
 
 
@@ -115,5 +113,9 @@ def rotary_attention(
         position_bt: int64 slot of each token, contiguous.
         k_cache_bksd, v_cache_bksd: the caches, contiguous, mutated; they may have more rows than ``qkv_btn``.
     """
-    op = torch.ops.fastllama.rotary_attention if qkv_btn.shape[1] <= MAX_TOKENS else torch.ops.fastllama.prefill_attention
+    op = (
+        torch.ops.fastllama.rotary_attention
+        if qkv_btn.shape[1] <= MAX_TOKENS
+        else torch.ops.fastllama.prefill_attention
+    )
     return op(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import os
 import platform
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,17 +32,29 @@ def load() -> str | None:
 
     files = sorted(SOURCES.iterdir())
     try:
-        cpp_extension.load(
-            name=f"fastllama_cpu_{_fingerprint(files)}",
-            sources=[str(file) for file in files if file.suffix == ".cpp"],
-            extra_cflags=list(FLAGS),
-            is_python_module=False,
-        )
+        with _scripts_on_path():
+            cpp_extension.load(
+                name=f"fastllama_cpu_{_fingerprint(files)}",
+                sources=[str(file) for file in files if file.suffix == ".cpp"],
+                extra_cflags=list(FLAGS),
+                is_python_module=False,
+            )
     except (OSError, RuntimeError, ImportError) as error:
         reason = f"the C++ kernels could not be built: {str(error).strip().splitlines()[0]}"
         logger.warning("%s; decoding runs on torch's own operators, which is slower", reason)
         return reason
     return None
+
+
+@contextmanager
+def _scripts_on_path() -> Iterator[None]:
+    """Lets torch find the ninja of this environment also where the environment is not activated."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before))
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 def _fingerprint(files: list[Path]) -> str:

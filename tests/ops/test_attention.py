@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastllama_kernels import cpu_extension
-from fastllama_kernels.attention import MAX_TOKENS, rotary_attention, rotary_attention_ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastllama_kernels import cpu_extension
+from fastllama_kernels.attention import MAX_TOKENS, rotary_attention, rotary_attention_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SLOTS = 80
@@ -112,7 +113,12 @@ def test_a_position_outside_the_cache_is_refused_before_anything_is_written(t, s
 
 def test_wrong_layouts_are_refused() -> None:
     args = draw(1, 1, 2, 2, 16, torch.float32, [5])
-    for index, bad in ((0, args[0].bfloat16()), (1, args[1].double()), (3, args[3].int()), (4, args[4].transpose(2, 3))):
+    for index, bad in (
+        (0, args[0].bfloat16()),
+        (1, args[1].double()),
+        (3, args[3].int()),
+        (4, args[4].transpose(2, 3)),
+    ):
         with pytest.raises(RuntimeError, match="expected"):
             rotary_attention(*args[:index], bad, *args[index + 1 :])
 

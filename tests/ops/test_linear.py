@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastllama_kernels import cpu_extension
-from fastllama_kernels.linear import ACTIVATIONS, gate_up, gate_up_ref, linear, linear_ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastllama_kernels import cpu_extension
+from fastllama_kernels.linear import ACTIVATIONS, gate_up, gate_up_ref, linear, linear_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -66,7 +67,8 @@ def test_linear_is_as_exact_as_torch(rows, k, n, dtype, bias, norm, residual) ->
 @settings(deadline=None, max_examples=60)
 @given(
     rows=st.integers(1, 9), k=st.sampled_from([5, 32, 123]), f=st.sampled_from([1, 3, 64, 123]),
-    dtype=st.sampled_from(DTYPES), bias=st.booleans(), norm=st.booleans(), activation=st.sampled_from(list(ACTIVATIONS)),
+    dtype=st.sampled_from(DTYPES), bias=st.booleans(), norm=st.booleans(),
+    activation=st.sampled_from(list(ACTIVATIONS)),
 )  # fmt: skip
 def test_gate_up_is_as_exact_as_torch(rows, k, f, dtype, bias, norm, activation) -> None:
     args = draw(rows, k, 2 * f, dtype, bias, norm, False)[:5]

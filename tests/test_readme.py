@@ -1,0 +1,157 @@
+"""README.md and docs/ tell the truth: Python runs, commands and their options exist, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import typer.main
+
+from fastllama.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))] if path.is_file()]
+DEMO = ROOT / "fastllama" / "data" / "demo" / "config.json"
+
+BLOCK = re.compile(
+    r"(?P<skip><!-- not run: .+? -->\s*\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S
+)
+LINK = re.compile(r"\]\((?!https?://|mailto:|#)(?P<target>[^)#\s]+)")
+HUB_ID = re.compile(r"""(?P<quote>["'])meta-llama/[\w.-]+(?P=quote)""")
+SEPARATORS = {"|", "||", "&&", ";", "&"}
+
+page_param = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+class Block(NamedTuple):
+    """A code block: what it holds, the line it begins on, and whether the page says that it is not run."""
+
+    code: str
+    line: int
+    skipped: bool
+
+
+def blocks(text: str, language: str) -> list[Block]:
+    """The code blocks of a page in one language."""
+    return [
+        Block(match["code"], text.count("\n", 0, match.start("code")), match["skip"] is not None)
+        for match in BLOCK.finditer(text)
+        if match["language"] == language
+    ]
+
+
+def commands(code: str) -> Iterator[list[str]]:
+    """The words of each command in a shell snippet, without assignments before them."""
+    for line in code.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars="|&;<>()")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if word in SEPARATORS:
+                yield from [words] if words else []
+                words = []
+            elif words or not re.fullmatch(r"\w+=.*", word):
+                words.append(word)
+
+
+def problem_of(command: list[str]) -> str | None:
+    """Why a command of ours would not run, or None; of other commands nothing is said."""
+    program, *words = command
+    if program == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+        unknown = [word for word in words if "=" not in word and word not in targets]
+        return f"no target {unknown}" if unknown else None
+    if program == "fastllama":
+        return problem_of_ours(words)
+    if program.startswith("python"):
+        missing = [word for word in words[:1] if word.endswith(".py") and not (ROOT / word).is_file()]
+        return f"no file {missing}" if missing else None
+    return None
+
+
+def problem_of_ours(words: list[str]) -> str | None:
+    """Why ``fastllama WORDS`` would be wrong usage, or None."""
+    group = typer.main.get_command(app)
+    name, *rest = words
+    subcommands = group.commands  # type: ignore[attr-defined]
+    if name.startswith("-"):
+        subcommand, rest = group, words
+    elif name in subcommands:
+        subcommand = subcommands[name]
+    else:
+        return f"no command {name}"
+    known = {
+        option for parameter in subcommand.params for option in parameter.opts + parameter.secondary_opts
+    }
+    used = {word.split("=")[0] for word in rest if re.match(r"--?[a-zA-Z]", word)}
+    unknown = used - known - {"-h", "--help"}
+    return f"{name} has no option {sorted(unknown)}" if unknown else None
+
+
+@pytest.mark.skipif(not DEMO.is_file(), reason="no demo checkpoint in this tree")
+@page_param
+def test_python_blocks_run_with_the_demo_checkpoint(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(page.read_text(), "python"):
+        if not block.skipped:
+            code = "\n" * block.line + HUB_ID.sub('"demo"', block.code)
+            exec(compile(code, str(page), "exec"), names)
+
+
+@page_param
+def test_commands_of_shell_blocks_exist(page: Path) -> None:
+    problems = [
+        f"line {block.line}: {' '.join(command)}: {problem}"
+        for block in blocks(page.read_text(), "bash") + blocks(page.read_text(), "sh")
+        if not block.skipped
+        for command in commands(block.code)
+        if (problem := problem_of(command))
+    ]
+    assert problems == []
+
+
+@page_param
+def test_links_into_the_repository_lead_somewhere(page: Path) -> None:
+    targets = [match["target"] for match in LINK.finditer(page.read_text())]
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_blocks_are_found_with_their_lines_and_marks() -> None:
+    page = "a\n```python\nx = 1\n```\n\n<!-- not run: needs a GPU -->\n```python\ny\n```\n```bash\nls\n```\n"
+    assert blocks(page, "python") == [Block("x = 1\n", 2, False), Block("y\n", 7, True)]
+    assert [block.code for block in blocks(page, "bash")] == ["ls\n"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make demo PROMPT='x y'",
+        "$ fastllama generate 'def f(' --max-new-tokens 5 --top-k=3 | head -1",
+        "HF_HUB_OFFLINE=1 fastllama bench --no-transformers --json - && make test  # all of them",
+        "fastllama --version",
+        "fastllama chat -m random:llama-3.2-1b",
+        "pip install fastllama",
+    ],
+)
+def test_good_commands_have_no_problem(line: str) -> None:
+    assert [problem_of(command) for command in commands(line)] == [None] * len(list(commands(line)))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make nothing",
+        "fastllama nothing",
+        "ls | fastllama generate --nothing 3 x",
+        "python benchmarks/nothing.py",
+    ],
+)
+def test_commands_that_do_not_exist_are_found(line: str) -> None:
+    assert any(problem_of(command) for command in commands(line))
