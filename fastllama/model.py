@@ -525,8 +525,8 @@ class LlamaForCausalLM(nn.Module):
                 ``pad_token_id``.
 
         Returns:
-            int64 ``[b, t + n]`` on ``input_ids``' device: the prompts as given, then the new tokens; a row that finished
-            early is filled up with the pad id.
+            int64 ``[b, t + n]`` on ``input_ids``' device: the prompts as given, then the new tokens; a row that
+            finished early is filled up with the pad id.
 
         Raises:
             TypeError: an unknown setting, by name.
