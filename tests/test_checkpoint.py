@@ -403,9 +403,7 @@ def test_the_published_shapes_have_the_published_number_of_parameters(shape, par
 
 @pytest.fixture
 def tiny_shape(monkeypatch) -> str:
-    shape = LlamaConfig(**SHAPE, attention_bias=True, dtype="bfloat16").replace(
-        vocab_size=6000, hidden_size=64
-    )
+    shape = LlamaConfig(**SHAPE, attention_bias=True, dtype="bfloat16").replace(vocab_size=6000, hidden_size=64)
     monkeypatch.setitem(RANDOM_SHAPES, "tiny", shape)
     return "random:tiny"
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from fastllama import model
 from fastllama.config import ACTIVATIONS, GenerationConfig, LlamaConfig, RopeParameters
 
 SHAPE = {
@@ -91,6 +92,10 @@ def test_a_config_reads_as_in_transformers(fields):
     same_values(ours, transformers.LlamaConfig(**copy.deepcopy(SHAPE | fields)))
 
 
+def test_every_activation_a_config_may_name_is_one_the_network_has():
+    assert set(ACTIVATIONS) == set(model.ACTIVATIONS)
+
+
 def test_the_defaults_are_those_of_transformers():
     same_values(LlamaConfig(), transformers.LlamaConfig())
     assert LlamaConfig.from_dict({}) == LlamaConfig()
@@ -119,16 +124,12 @@ def test_the_dtype_is_read_under_both_names(fields, dtype):
     assert LlamaConfig.from_dict(SHAPE | fields).dtype == dtype
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"rope_scaling": LLAMA3}, {"rope_scaling": LONGROPE}, {"eos_token_id": [2, 3]}]
-)
+@pytest.mark.parametrize("fields", [{}, {"rope_scaling": LLAMA3}, {"rope_scaling": LONGROPE}, {"eos_token_id": [2, 3]}])
 def test_a_transformers_config_object_reads_as_its_file(fields, tmp_path):
     hf = transformers.LlamaConfig(**copy.deepcopy(SHAPE | fields), dtype="bfloat16")
     hf.save_pretrained(tmp_path)
     ours = LlamaConfig.from_hf(hf)
-    assert (
-        ours == LlamaConfig.from_pretrained(tmp_path) == LlamaConfig.from_pretrained(tmp_path / "config.json")
-    )
+    assert ours == LlamaConfig.from_pretrained(tmp_path) == LlamaConfig.from_pretrained(tmp_path / "config.json")
     assert ours.dtype == "bfloat16"
     same_values(ours, hf)
 
@@ -236,9 +237,7 @@ def test_what_fastllama_does_not_compute_is_an_error_that_names_it(fields, messa
 
 
 def test_a_rope_parameter_of_another_type_is_left_out_with_a_warning(caplog):
-    ours = LlamaConfig.from_dict(
-        SHAPE | {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}}
-    )
+    ours = LlamaConfig.from_dict(SHAPE | {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}})
     assert ours.rope == RopeParameters(rope_type="linear", factor=2.0)
     assert "'linear' does not read beta_fast" in caplog.text
 
@@ -288,9 +287,9 @@ def test_a_saved_config_reads_the_same_here_and_in_transformers(fields, tmp_path
 
 
 def test_a_saved_config_holds_the_v4_and_the_v5_spelling(tmp_path):
-    LlamaConfig.from_dict(
-        SHAPE | {"rope_scaling": LLAMA3, "rope_theta": 5e5, "dtype": "bfloat16"}
-    ).save_pretrained(tmp_path)
+    LlamaConfig.from_dict(SHAPE | {"rope_scaling": LLAMA3, "rope_theta": 5e5, "dtype": "bfloat16"}).save_pretrained(
+        tmp_path
+    )
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["rope_scaling"] == LLAMA3
     assert written["rope_theta"] == 5e5

@@ -47,9 +47,7 @@ class Backend(Protocol):
         ...
 
 
-def ids_around(
-    backend: Backend, settings: TokenizerSettings, add_bos: bool = False
-) -> tuple[list[int], list[int]]:
+def ids_around(backend: Backend, settings: TokenizerSettings, add_bos: bool = False) -> tuple[list[int], list[int]]:
     """Prefix and suffix as ``add_bos_token`` (``add_bos`` by default) and ``add_eos_token`` say."""
 
     def ids(flag: str, default: bool, name: str) -> list[int]:

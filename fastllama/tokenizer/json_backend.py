@@ -37,7 +37,7 @@ class JsonBackend:
             raise TokenizerError(f"{path} is no whole tokenizer.json ({error}); fetch it again.") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.add_tokens(missing_tokens(self._tokenizer, settings))
+        self._tokenizer.add_tokens(tokens_to_add(self._tokenizer, settings))
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=False)
         self.size = self._tokenizer.get_vocab_size()
         self.named = {name: token.content for name, token in settings.named.items()}
@@ -73,11 +73,9 @@ class JsonBackend:
         return encoding.ids[:first], encoding.ids[last + 1 :]
 
 
-def missing_tokens(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> list[AddedToken]:
-    """The tokens that the settings name and tokenizer.json lacks, or has with other flags."""
-    present = tokenizer.get_added_tokens_decoder().values()
-    descriptions = {repr(token) for token in present}
-    missing = [token for _, token in sorted(settings.added.items()) if repr(token) not in descriptions]
-    contents = {token.content for token in (*present, *missing)}
+def tokens_to_add(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> list[AddedToken]:
+    """The tokens listed beside tokenizer.json, whose flags count, and the special ones found in neither."""
+    listed = [token for _, token in sorted(settings.added.items())]
+    present = {token.content for token in (*tokenizer.get_added_tokens_decoder().values(), *listed)}
     special = (*settings.named.values(), *settings.extra)
-    return missing + [token for token in special if token.content not in contents]
+    return listed + [token for token in special if token.content not in present]

@@ -203,9 +203,7 @@ class Tokenizer:
             rows, mask = padded(rows, width, self._required_pad_id(), side), padded(mask, width, 0, side)
         if return_tensors == "pt":
             return Encoding(input_ids=as_tensor(rows), attention_mask=as_tensor(mask))
-        return Encoding(
-            input_ids=rows[0] if is_single else rows, attention_mask=mask[0] if is_single else mask
-        )
+        return Encoding(input_ids=rows[0] if is_single else rows, attention_mask=mask[0] if is_single else mask)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of one text."""
