@@ -120,7 +120,8 @@ class State:
             pad_1=buffer(1),
         )
         self._rows: dict[int, Rows] = {}
-        self._chunks = {t: (buffer(b, t), buffer(b, t)) for t in PREFILL_CHUNKS}
+        self._all_chunks = {t: (buffer(b, t), buffer(b, t)) for t in PREFILL_CHUNKS}
+        self._chunks: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def rows(self, b: int) -> Rows:
         """The first b rows of every buffer: the same views each time."""
@@ -132,9 +133,11 @@ class State:
         return self._rows[b]
 
     def chunk(self, b: int, t: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and positions ``[b, t]`` of a prefill chunk."""
-        ids_bt, position_bt = self._chunks[t]
-        return _static(ids_bt[:b]), _static(position_bt[:b])
+        """Ids and positions ``[b, t]`` of a prefill chunk: the same views each time."""
+        if (b, t) not in self._chunks:
+            ids_bt, position_bt = self._all_chunks[t]
+            self._chunks[b, t] = _static(ids_bt[:b]), _static(position_bt[:b])
+        return self._chunks[b, t]
 
     def set_rope(self, seq_len: int) -> None:
         """Fill the rotary tables as they are for a sequence of ``seq_len`` tokens; most rope types have but one."""

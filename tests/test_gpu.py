@@ -1,0 +1,72 @@
+"""What can only be seen on a CUDA device: no graph is recorded twice, no output is overwritten, nothing differs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastllama import LlamaConfig, LlamaForCausalLM
+
+pytestmark = pytest.mark.gpu
+
+SMALL = LlamaConfig(
+    vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8,
+    num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.1, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    return LlamaForCausalLM(SMALL).eval().cuda()
+
+
+def greedy(model: LlamaForCausalLM, ids: torch.Tensor, new: int) -> torch.Tensor:
+    with torch.no_grad():
+        for _ in range(new):
+            ids = torch.cat((ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
+    return ids
+
+
+def test_greedy_tokens_equal_the_eager_forward(model) -> None:
+    ids = torch.randint(0, 512, (3, 40), device="cuda")
+    assert model.generate(ids, max_new_tokens=20).tolist() == greedy(model, ids, 20).tolist()
+
+
+def test_no_graph_is_recorded_after_warmup_and_held_outputs_stay(model, monkeypatch) -> None:
+    from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
+
+    model.warmup(max_batch_size=4, max_cache_len=512)
+    recorded, genuine = [], CUDAGraphTreeManager.record_function
+
+    def counting(self, *args, **kwargs):
+        recorded.append(args)
+        return genuine(self, *args, **kwargs)
+
+    monkeypatch.setattr(CUDAGraphTreeManager, "record_function", counting)
+    random, held = torch.Generator().manual_seed(0), []
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for call in range(200):
+            length, rows, new = (int(torch.randint(1, n, (), generator=random)) for n in (301, 5, 20))
+            settings = {"do_sample": True, "temperature": 0.7} if call % 2 else {}
+            out = model.generate(torch.randint(0, 512, (rows, length), device="cuda"), max_new_tokens=new, **settings)
+            held.append((out, out.tolist()))
+    assert recorded == []
+    assert all(out.tolist() == before for out, before in held)
+
+
+def test_other_threads_can_decode(model) -> None:
+    import threading
+
+    ids, results = torch.randint(0, 512, (1, 10), device="cuda"), []
+    thread = threading.Thread(target=lambda: results.append(model.generate(ids, max_new_tokens=5)))
+    thread.start()
+    thread.join()
+    assert torch.equal(results[0], model.generate(ids, max_new_tokens=5))
+
+
+def test_release_gives_the_cache_back(model) -> None:
+    model.generate(torch.randint(0, 512, (1, 10), device="cuda"), max_new_tokens=5)
+    cache, before = model.engine.cache.nbytes, torch.cuda.memory_allocated()
+    model.release()
+    assert before - torch.cuda.memory_allocated() >= cache
