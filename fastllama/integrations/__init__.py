@@ -1,0 +1,1 @@
+"""Adapters to other libraries, which are imported only by the module named after them."""
