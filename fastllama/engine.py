@@ -1,10 +1,10 @@
-"""The decoding engine: static buffers, the compiled prefill and decode steps, and the loop that replays them.
+"""The decoding engine: the compiled prefill and decode steps, and the loop that replays them.
 
 Decoding a token is a fixed program over fixed memory: ids, positions, sampling parameters, finished flags and output
 live in buffers that never move, and one compiled step goes from token id to next token id, updating them in place.
 A prompt of n tokens is prefilled up to n - 1 in chunks of a few sizes; its last token takes the decode step.
 
-Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``d`` head dim, ``n`` output tokens, ``e`` EOS ids.
+Shape suffixes: ``b`` batch, ``t`` query tokens, ``v`` vocabulary, ``n`` output tokens.
 """
 
 from __future__ import annotations
@@ -16,24 +16,20 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fastllama.cache import StaticCache
-from fastllama.config import LlamaConfig
 from fastllama.fused import FusedDecoder
 from fastllama.model import LlamaForCausalLM
-from fastllama.rope import rotary_cos_sin, static_length
-from fastllama.sampling import SamplingParams, candidates_needed, row_seeds, sample
+from fastllama.sampling import candidates_needed, row_seeds, sample
+from fastllama.state import MAX_EOS_IDS, PREFILL_CHUNKS, Memory, Rows, State
 
 logger = logging.getLogger(__name__)
 
-PREFILL_CHUNKS = (8, 32, 128, 512)
 # How much of a chunk may be padding before smaller ones are used: a CPU pays for padded tokens, a GPU for passes.
 MAX_PADDING = {"cpu": 0.25, "cuda": 1.0}
-MAX_EOS_IDS = 16
-POLL_STEPS = 8  # on CUDA, decode steps that are launched between two looks at the finished flags
 DEFAULT_CACHE_LEN = 4096
 
 
@@ -57,108 +53,6 @@ class Request:
     seed: int = 0
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int = 0
-
-
-class Rows(NamedTuple):
-    """The persistent buffers of a decode step, cut to its batch."""
-
-    ids_b1: torch.Tensor
-    position_b1: torch.Tensor
-    finished_b: torch.Tensor
-    output_bn: torch.Tensor
-    step_1: torch.Tensor
-    params: SamplingParams
-    eos_e: torch.Tensor
-    pad_1: torch.Tensor
-
-
-class Memory(NamedTuple):
-    """What both steps read and write besides their rows: rotary tables and KV caches."""
-
-    cos_sd: torch.Tensor
-    sin_sd: torch.Tensor
-    k_caches: list[torch.Tensor]
-    v_caches: list[torch.Tensor]
-
-
-class State:
-    """Every buffer of an engine, allocated once for ``batch_size`` rows of ``max_cache_len`` slots."""
-
-    def __init__(
-        self, config: LlamaConfig, batch_size: int, max_cache_len: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        b, s = batch_size, max_cache_len
-        self.config = config
-        self.cache = StaticCache(config, b, s, device, dtype)
-        self.rope_key: int | None = None
-
-        def buffer(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
-            return _static(torch.zeros(shape, dtype=dtype, device=device))
-
-        table = (s, config.head_dim)
-        self.memory = Memory(
-            buffer(*table, dtype=torch.float32),
-            buffer(*table, dtype=torch.float32),
-            [_static(x) for x in self.cache.key_cache],
-            [_static(x) for x in self.cache.value_cache],
-        )
-        params = SamplingParams(
-            temperature=buffer(b, dtype=torch.float32),
-            top_k=buffer(b),
-            top_p=buffer(b, dtype=torch.float32),
-            min_p=buffer(b, dtype=torch.float32),
-            seed=buffer(b),
-        )
-        self._all_rows = Rows(
-            ids_b1=buffer(b, 1),
-            position_b1=buffer(b, 1),
-            finished_b=buffer(b, dtype=torch.bool),
-            output_bn=buffer(b, s),
-            step_1=buffer(1),
-            params=params,
-            eos_e=buffer(MAX_EOS_IDS),
-            pad_1=buffer(1),
-        )
-        self._rows: dict[int, Rows] = {}
-        self._all_chunks = {t: (buffer(b, t), buffer(b, t)) for t in PREFILL_CHUNKS}
-        self._chunks: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def rows(self, b: int) -> Rows:
-        """The first b rows of every buffer: the same views each time."""
-        if b not in self._rows:
-            whole = self._all_rows
-            cut = {name: _static(getattr(whole, name)[:b]) for name in ("ids_b1", "position_b1", "finished_b")}
-            params = SamplingParams(*(_static(x[:b]) for x in whole.params))
-            self._rows[b] = whole._replace(**cut, output_bn=_static(whole.output_bn[:b]), params=params)
-        return self._rows[b]
-
-    def chunk(self, b: int, t: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and positions ``[b, t]`` of a prefill chunk: the same views each time."""
-        if (b, t) not in self._chunks:
-            ids_bt, position_bt = self._all_chunks[t]
-            self._chunks[b, t] = _static(ids_bt[:b]), _static(position_bt[:b])
-        return self._chunks[b, t]
-
-    def set_rope(self, seq_len: int) -> None:
-        """Fill the rotary tables as they are for a sequence of ``seq_len`` tokens; most rope types have but one."""
-        limit = static_length(self.config)
-        key = 0  # one set of frequencies for all lengths up to the limit
-        if limit is not None and seq_len > limit:
-            key = seq_len if self.config.rope.rope_type == "dynamic" else 1
-        if key == self.rope_key:
-            return
-        slots_1s = torch.arange(self.cache.max_cache_len, device=self.memory.cos_sd.device)[None]
-        cos_1sd, sin_1sd = rotary_cos_sin(self.config, slots_1s, seq_len)
-        self.memory.cos_sd.copy_(cos_1sd[0])
-        self.memory.sin_sd.copy_(sin_1sd[0])
-        self.rope_key = key
-
-
-def _static(tensor: torch.Tensor) -> torch.Tensor:
-    """Tell CUDA graphs that this tensor never moves, so that replays read it in place instead of copying it in."""
-    if tensor.is_cuda:
-        torch._dynamo.mark_static_address(tensor)
-    return tensor
 
 
 def _prefill_step(net: FusedDecoder, ids_bt: torch.Tensor, position_bt: torch.Tensor, memory: Memory) -> None:
@@ -220,10 +114,15 @@ class Engine:
 
     # ---- what callers see ------------------------------------------------------------------------------------------
 
-    def decode(self, request: Request) -> Generator[torch.Tensor, None, None]:
+    def decode(self, request: Request, poll_every: int = 1) -> Generator[torch.Tensor, None, None]:
         """Decode a batch; yields the new tokens as they come, int64 ``[rows, n]`` on the CPU, n ≥ 1.
 
         Ends when every row is finished or after ``max_new_tokens``. Holds the engine until it is exhausted or closed.
+
+        Args:
+            request: what to decode.
+            poll_every: on CUDA, steps launched between two looks at their tokens: 1 shows tokens soonest, more costs
+                the host less. On a CPU, where nothing runs ahead, each step is looked at.
 
         Raises:
             ValueError: as :meth:`check`.
@@ -237,7 +136,7 @@ class Engine:
             state = self._reserve(rows, needed if self._state else max(needed, self._default_cache_len()))
             self._start(state, request)
             self._prefill(state, request.prompts)
-            yield from self._replay(state, request, longest)
+            yield from self._replay(state, request, longest, poll_every if self._worker else 1)
 
     def check(self, request: Request) -> None:
         """Raise ValueError for a request that cannot be decoded."""
@@ -259,7 +158,7 @@ class Engine:
         """Allocate for that many rows and slots, and compile every step that calls within them can need.
 
         Raises:
-            ValueError: ``max_batch_size`` or ``max_cache_len`` is not positive, or exceeds what the model was made for.
+            ValueError: ``max_batch_size`` or ``max_cache_len`` is too small to hold anything.
         """
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
@@ -378,7 +277,7 @@ class Engine:
             self._run(("prefill", b, t), _prefill_step, self._net, ids_bt, target_bt, state.memory)
             start += t
 
-    def _replay(self, state: State, request: Request, longest: int) -> Iterator[torch.Tensor]:
+    def _replay(self, state: State, request: Request, longest: int, burst: int) -> Iterator[torch.Tensor]:
         """Replay the decode step and yield the tokens.
 
         On CUDA a burst of steps is launched before the tokens of the burst before it are read, so that the device never
@@ -386,7 +285,7 @@ class Engine:
         """
         rows = state.rows(batch_bucket(len(request.prompts)))
         ending = Ending(len(request.prompts), request.eos_token_ids)
-        burst, pending = (POLL_STEPS if self._worker else 1), None
+        pending: Snapshot | None = None
         for first in range(0, request.max_new_tokens, burst):
             last = min(first + burst, request.max_new_tokens)
             for step in range(first, last):

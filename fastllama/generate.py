@@ -16,8 +16,11 @@ import torch
 from fastllama.config import GenerationConfig
 from fastllama.engine import Engine, Request
 from fastllama.model import LlamaForCausalLM
+from fastllama.rope import static_length
 
 logger = logging.getLogger(__name__)
+
+POLL_STEPS = 8  # decode steps between two looks at the tokens where nobody is waiting for each of them
 
 
 class Streamer(Protocol):
@@ -40,20 +43,19 @@ def generate(
     **settings: Any,
 ) -> torch.Tensor:
     """Decode a batch; see :meth:`fastllama.LlamaForCausalLM.generate`."""
-    tokens = stream(model, input_ids, attention_mask, generation_config=generation_config, **settings)
+    poll_every = POLL_STEPS if streamer is None else 1
+    tokens = _start(model, input_ids, attention_mask, generation_config, settings, poll_every)
     if streamer is not None:
         streamer.put(input_ids.cpu())
     new: list[torch.Tensor] = []
-    try:
+    with closing(tokens):
         for token_b in tokens:
             new.append(token_b)
             if streamer is not None:
                 streamer.put(token_b)
-    finally:
-        tokens.close()
     if streamer is not None:
         streamer.end()
-    return torch.cat((input_ids, torch.stack(new, dim=1).to(input_ids.device)), dim=1)
+    return torch.cat((input_ids, torch.stack(new, dim=1).to(input_ids)), dim=1)
 
 
 def stream(
@@ -65,22 +67,34 @@ def stream(
     **settings: Any,
 ) -> Generator[torch.Tensor, None, None]:
     """Decode a batch step by step; see :meth:`fastllama.LlamaForCausalLM.stream`."""
+    return _start(model, input_ids, attention_mask, generation_config, settings, poll_every=1)
+
+
+def _start(
+    model: LlamaForCausalLM,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    generation_config: GenerationConfig | None,
+    settings: dict[str, Any],
+    poll_every: int,
+) -> Generator[torch.Tensor, None, None]:
+    """Check a call now; the generator that is returned decodes."""
     config = merge_settings(generation_config or model.generation_config, settings)
     request = make_request(input_ids, attention_mask, config)
-    limit = model.config.max_position_embeddings
-    if input_ids.shape[1] + request.max_new_tokens > limit and model.config.rope.rope_type in ("default", "linear"):
+    total, limit = input_ids.shape[1] + request.max_new_tokens, model.config.max_position_embeddings
+    if total > limit and static_length(model.config) is None:
         logger.warning(
             "prompt and new tokens come to %d, the model was made for %d positions; beyond them it may write nonsense",
-            input_ids.shape[1] + request.max_new_tokens,
+            total,
             limit,
         )
     engine = engine_of(model)
     engine.check(request)
-    return _columns(engine, request)
+    return _columns(engine, request, poll_every)
 
 
-def _columns(engine: Engine, request: Request) -> Generator[torch.Tensor, None, None]:
-    with closing(engine.decode(request)) as bursts:
+def _columns(engine: Engine, request: Request, poll_every: int) -> Generator[torch.Tensor, None, None]:
+    with closing(engine.decode(request, poll_every)) as bursts:
         for tokens_bn in bursts:
             yield from tokens_bn.unbind(1)
 

@@ -286,6 +286,9 @@ class LlamaForCausalLM(nn.Module):
         self.tie_weights()
         self.engine: Any = None  # a fastllama.engine.Engine, made by the first call that decodes
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"engine": None}  # copies and pickles make an engine of their own
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=self.config.initializer_range)

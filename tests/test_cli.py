@@ -247,9 +247,7 @@ def test_chat_continues_plain_text_without_a_template(model: FakeModel) -> None:
     assert "no chat template" in result.stderr
 
 
-def test_chat_uses_the_template_and_remembers_every_turn(
-    model: FakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chat_uses_the_template_and_remembers_every_turn(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeTokenizer, "chat_template", "some template")
     run("chat", "--system", "be kind", stdin="one\ntwo\n/quit\nnever seen\n")
     first = "<system>be kind<user>one<assistant>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import threading
@@ -114,6 +115,18 @@ def test_rope_that_depends_on_the_length_equals_transformers_across_the_threshol
         ids = torch.randint(1, 96, (1, length))
         expected = theirs.generate(ids, max_new_tokens=25, do_sample=False, pad_token_id=0)
         assert ours.generate(ids, max_new_tokens=25).tolist() == expected.tolist()
+
+
+def test_a_copy_decodes_with_weights_and_engine_of_its_own(model) -> None:
+    ids = torch.randint(0, 96, (1, 6))
+    expected = model.generate(ids, max_new_tokens=4)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    assert torch.equal(twin.generate(ids, max_new_tokens=4), expected)
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    assert twin.engine is not model.engine
 
 
 def test_stale_and_unused_slots_are_never_read(model) -> None:

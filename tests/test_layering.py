@@ -26,6 +26,7 @@ LAYERS = (
     "tokenizer",
     "sampling",
     "fused",
+    "state",
     "engine",
     "generate",
     "measure",

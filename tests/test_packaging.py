@@ -92,17 +92,13 @@ def test_the_installed_wheel_imports_and_shadows_no_kernels(wheel: Path, tmp_pat
     site = tmp_path / "site"
     pip("install", "--target", str(site), str(wheel), cwd=tmp_path)
     code = "import fastllama, fastllama_kernels, fastllama.cli\n" + FIND
-    ours, kernels_package, theirs = json.loads(
-        run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
-    )
+    ours, kernels_package, theirs = json.loads(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site)))
     assert Path(ours).is_relative_to(site)
     assert Path(kernels_package).is_relative_to(site)
     assert theirs is None or not Path(theirs).is_relative_to(site)
 
 
-def test_an_editable_install_finds_both_packages_and_shadows_no_kernels(
-    checkout: Path, tmp_path: Path
-) -> None:
+def test_an_editable_install_finds_both_packages_and_shadows_no_kernels(checkout: Path, tmp_path: Path) -> None:
     build = f"import setuptools.build_meta as b; b.build_editable({str(tmp_path)!r})"
     run(sys.executable, "-c", build, cwd=checkout)
     (editable,) = tmp_path.glob("*.whl")

@@ -17,9 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))] if path.is_file()]
 DEMO = ROOT / "fastllama" / "data" / "demo" / "config.json"
 
-BLOCK = re.compile(
-    r"(?P<skip><!-- not run: .+? -->\s*\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S
-)
+BLOCK = re.compile(r"(?P<skip><!-- not run: .+? -->\s*\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\]\((?!https?://|mailto:|#)(?P<target>[^)#\s]+)")
 HUB_ID = re.compile(r"""(?P<quote>["'])meta-llama/[\w.-]+(?P=quote)""")
 SEPARATORS = {"|", "||", "&&", ";", "&"}
@@ -84,9 +82,7 @@ def problem_of_ours(words: list[str]) -> str | None:
         subcommand = subcommands[name]
     else:
         return f"no command {name}"
-    known = {
-        option for parameter in subcommand.params for option in parameter.opts + parameter.secondary_opts
-    }
+    known = {option for parameter in subcommand.params for option in parameter.opts + parameter.secondary_opts}
     used = {word.split("=")[0] for word in rest if re.match(r"--?[a-zA-Z]", word)}
     unknown = used - known - {"-h", "--help"}
     return f"{name} has no option {sorted(unknown)}" if unknown else None
