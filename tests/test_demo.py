@@ -21,7 +21,7 @@ from fastllama.config import GenerationConfig
 
 MAX_BYTES = 12_000_000
 TIMES_BETTER_THAN_UNIFORM = 15
-SAMPLE_TOKENS = 6_000
+SAMPLE_TOKENS = 4_000
 PROMPTS = ("def read_config(path):\n", "import os\nimport sys\n\n", "class Point:\n    def __init__(self")
 AWKWARD = (" a", "    return\n\tx  \n\n", "naïve Ωμέγα 漢字 🦙")
 
