@@ -2,7 +2,7 @@
 
 Decoding a token is a fixed program over fixed memory: ids, positions, sampling parameters, finished flags and output
 live in buffers that never move, and one compiled step goes from token id to next token id, updating them in place.
-A prompt of n tokens is prefilled up to n - 1 in chunks of a few sizes; its last token takes the decode step.
+A prompt of n tokens is prefilled up to n - 1 in chunks; its last token takes the decode step.
 
 Shape suffixes: ``b`` batch, ``t`` query tokens, ``v`` vocabulary, ``n`` output tokens.
 """
@@ -28,8 +28,6 @@ from fastllama.state import MAX_EOS_IDS, PREFILL_CHUNKS, Memory, Rows, State
 
 logger = logging.getLogger(__name__)
 
-# How much of a chunk may be padding before smaller ones are used: a CPU pays for padded tokens, a GPU for passes.
-MAX_PADDING = {"cpu": 0.25, "cuda": 1.0}
 DEFAULT_CACHE_LEN = 4096
 
 
@@ -71,18 +69,13 @@ def _decode_step(net: FusedDecoder, rows: Rows, memory: Memory, candidates: int)
     rows.step_1.add_(1)
 
 
-def prefill_chunks(tokens: int, max_padding: float) -> list[int]:
-    """Sizes of the chunks that a prefill of ``tokens`` tokens takes; only the last may hold padding."""
-    chunks = []
-    while tokens > 0:
-        above = next((size for size in PREFILL_CHUNKS if size >= tokens), None)
-        below = next((size for size in reversed(PREFILL_CHUNKS) if size <= tokens), None)
-        padded = above is not None and (below is None or above - tokens <= max_padding * above)
-        size = above if padded else below
-        assert size is not None
-        chunks.append(size)
-        tokens -= size
-    return chunks
+def prefill_chunks(tokens: int, exact: bool) -> list[int]:
+    """Sizes of the chunks that a prefill of ``tokens`` tokens takes; unless ``exact``, the last one is padded."""
+    longest = max(PREFILL_CHUNKS)
+    full, rest = divmod(tokens, longest)
+    if rest and not exact:
+        rest = min(size for size in PREFILL_CHUNKS if size >= rest)
+    return [longest] * full + [rest] * (rest > 0)
 
 
 def batch_bucket(rows: int) -> int:
@@ -269,13 +262,21 @@ class Engine:
             prefix_bt[row, : len(prefix)] = prefix
             last_b1[row] = len(prefix) - 1
         start = 0
-        for t in prefill_chunks(longest - 1, self._max_padding):
+        for t in prefill_chunks(longest - 1, exact=not self._compiles_prefill):
             position_bt = torch.arange(start, start + t).minimum(last_b1)
-            ids_bt, target_bt = state.chunk(b, t)
-            ids_bt.copy_(prefix_bt.gather(1, position_bt))
-            target_bt.copy_(position_bt)
-            self._run(("prefill", b, t), _prefill_step, self._net, ids_bt, target_bt, state.memory)
+            self._prefill_chunk(state, prefix_bt.gather(1, position_bt), position_bt)
             start += t
+
+    def _prefill_chunk(self, state: State, ids_bt: torch.Tensor, position_bt: torch.Tensor) -> None:
+        if not self._compiles_prefill:
+            with _plain_mode():
+                _prefill_step(self._net, ids_bt, position_bt, state.memory)
+            return
+        b, t = ids_bt.shape
+        static_ids_bt, static_position_bt = state.chunk(b, t)
+        static_ids_bt.copy_(ids_bt)
+        static_position_bt.copy_(position_bt)
+        self._run(("prefill", b, t), _prefill_step, self._net, static_ids_bt, static_position_bt, state.memory)
 
     def _replay(self, state: State, request: Request, longest: int, burst: int) -> Iterator[torch.Tensor]:
         """Replay the decode step and yield the tokens.
@@ -325,14 +326,12 @@ class Engine:
         capacity, vocab = state.cache.max_cache_len, self.config.vocab_size
         idle = Request([torch.zeros(1, dtype=torch.long)] * b, 1)
         state.set_rope(1)
-        for t in PREFILL_CHUNKS:
-            if t > max(prefill_chunks(capacity, self._max_padding)):
+        for t in PREFILL_CHUNKS if self._compiles_prefill else ():
+            if t > max(prefill_chunks(capacity, exact=False)):
                 break  # no prompt that fits is that long
-            ids_bt, position_bt = state.chunk(b, t)
-            ids_bt.zero_()
-            position_bt.zero_()
+            zeros_bt = torch.zeros(b, t, dtype=torch.long)
             for _ in range(self._warmup_runs):
-                self._run(("prefill", b, t), _prefill_step, self._net, ids_bt, position_bt, state.memory)
+                self._prefill_chunk(state, zeros_bt, zeros_bt)
         for candidates in sorted({candidates_needed(t, k, vocab) for t, k in ((0, 0), (1, 1), (1, 65), (1, 0))}):
             for _ in range(self._warmup_runs):
                 self._start(state, idle)
@@ -340,8 +339,9 @@ class Engine:
                 self._run(("decode", b, candidates), _decode_step, self._net, rows, state.memory, candidates)
 
     @property
-    def _max_padding(self) -> float:
-        return MAX_PADDING.get(self.device.type, 1.0)
+    def _compiles_prefill(self) -> bool:
+        """On a CPU compiling gains nothing where matrix products take the time, and exact lengths need no padding."""
+        return self.device.type != "cpu"
 
     @property
     def _warmup_runs(self) -> int:

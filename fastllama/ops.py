@@ -35,7 +35,7 @@ def _without_kernels(device_type: str, dtype: torch.dtype) -> str | None:
 
 
 def _few_rows(x: torch.Tensor) -> bool:
-    return x.shape[:-1].numel() <= linear_op.MAX_ROWS.get(x.dtype, 0)
+    return x.shape[:-1].numel() <= linear_op.MAX_ROWS
 
 
 def linear(
@@ -85,7 +85,7 @@ def report(device: torch.device | str, dtype: torch.dtype) -> list[Choice]:
     """What a decode step on this device and dtype would run, op by op, and why."""
     reason = _without_kernels(torch.device(device).type, dtype)
     chosen = "C++ kernel" if reason is None else "torch"
-    rows, tokens = linear_op.MAX_ROWS.get(dtype, 0), attention_op.MAX_TOKENS
+    rows, tokens = linear_op.MAX_ROWS, attention_op.MAX_TOKENS
     return [
         Choice("linear", chosen, reason or f"up to {rows} rows; torch's GEMM above"),
         Choice("gate_up", chosen, reason or f"up to {rows} rows; torch's GEMM above"),

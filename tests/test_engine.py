@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import logging
 import threading
 import weakref
@@ -14,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastllama import LlamaConfig, LlamaForCausalLM
-from fastllama import engine as engine_module
 from fastllama.config import RopeParameters
 from fastllama.engine import Engine, Request, batch_bucket, prefill_chunks
+from fastllama.state import PREFILL_CHUNKS
 
 TINY = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -187,7 +188,6 @@ def test_progress_of_compilation_is_logged(caplog) -> None:
     fresh = LlamaForCausalLM(TINY).eval()
     with caplog.at_level(logging.INFO, "fastllama.engine"):
         fresh.generate(torch.randint(0, 96, (1, 4)), max_new_tokens=2)
-    assert "compiling prefill step: batch 1, 8 tokens" in caplog.text
     assert "compiling decode step: batch 1, 1 candidates" in caplog.text
 
 
@@ -219,18 +219,17 @@ def test_release_gives_the_memory_back_and_the_next_call_works(model) -> None:
 @pytest.mark.parametrize("at", [1, 3])
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
 def test_an_interrupt_at_any_step_leaves_the_engine_usable(model, monkeypatch, kind, at) -> None:
-    rows = prompts(300)
+    rows = prompts(1600)
     expected = decode(model.engine or warm(model), rows, 8)
-    run, seen = Engine._run, 0
+    name = {"prefill": "_prefill_chunk", "decode": "_decode_once"}[kind]
+    genuine, calls = getattr(Engine, name), itertools.count(1)
 
-    def interrupted(self, key, step, *args) -> None:
-        nonlocal seen
-        seen += key[0] == kind
-        run(self, key, step, *args)
-        if seen == at and key[0] == kind:
+    def interrupted(self, *args) -> None:
+        genuine(self, *args)
+        if next(calls) == at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Engine, "_run", interrupted)
+    monkeypatch.setattr(Engine, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         decode(model.engine, rows, 8)
     monkeypatch.undo()
@@ -318,14 +317,22 @@ def test_warmup_refuses_sizes_that_hold_nothing(model, rows, slots) -> None:
         model.warmup(rows, slots)
 
 
-@given(tokens=st.integers(0, 3000), padding=st.sampled_from([0.25, 1.0]))
-def test_prefill_chunks_cover_the_prompt_with_little_padding(tokens, padding) -> None:
-    chunks = prefill_chunks(tokens, padding)
-    waste = sum(chunks) - tokens
-    assert waste >= 0
-    if chunks:
-        assert waste < chunks[-1]
-        assert waste <= max(padding * chunks[-1], min(engine_module.PREFILL_CHUNKS) - 1)
+@given(tokens=st.integers(0, 3000))
+def test_prefill_chunks_cover_the_prompt_and_only_the_last_is_padded(tokens) -> None:
+    exact, padded = prefill_chunks(tokens, exact=True), prefill_chunks(tokens, exact=False)
+    assert sum(exact) == tokens
+    assert 0 <= sum(padded) - tokens < max(padded, default=1)
+    assert exact[:-1] == padded[:-1]
+    assert set(padded) <= set(PREFILL_CHUNKS)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (9, 40), (3, 17, 600)])
+def test_compiled_prefill_in_padded_chunks_equals_exact_prefill(model, monkeypatch, lengths) -> None:
+    rows = prompts(*lengths)
+    expected = decode(model.engine or warm(model), rows, 6)
+    monkeypatch.setattr(Engine, "_compiles_prefill", True)
+    assert torch.equal(decode(model.engine, rows, 6), expected)
+    assert any(key[0] == "prefill" for key in model.engine.compiled_steps) == (max(lengths) > 1)
 
 
 def test_batches_run_in_powers_of_two() -> None:

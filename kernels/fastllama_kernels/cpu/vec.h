@@ -17,6 +17,13 @@ namespace fastllama {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
+// Accumulators stay in registers only if every loop over them is unrolled.
+#ifdef __clang__
+#define FASTLLAMA_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define FASTLLAMA_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 constexpr int64_t kLanes = 16;
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
@@ -64,14 +71,14 @@ inline void dot_tile(const T* const (&w)[R], const float* x, int64_t n, float (&
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     f32x16 x16[M];
-    for (int m = 0; m < M; ++m) x16[m] = load16(x + m * n + i);
-    for (int r = 0; r < R; ++r) {
+    FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) x16[m] = load16(x + m * n + i);
+    FASTLLAMA_UNROLL for (int r = 0; r < R; ++r) {
       const f32x16 w16 = load16(w[r] + i);
-      for (int m = 0; m < M; ++m) acc[r][m] += w16 * x16[m];
+      FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) acc[r][m] += w16 * x16[m];
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) {
+  FASTLLAMA_UNROLL for (int r = 0; r < R; ++r)
+    FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) {
       out[r][m] = sum16(acc[r][m]);
       for (int64_t j = i; j < n; ++j) out[r][m] += static_cast<float>(w[r][j]) * x[m * n + j];
     }
@@ -84,19 +91,19 @@ inline void dot_tile(const BFloat16* const (&w)[R], const BFloat16* x, int64_t n
   constexpr int64_t kPairs = 2 * kLanes;
   const auto load = [](const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); };
   __m512 acc[R][M];
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) acc[r][m] = _mm512_setzero_ps();
+  FASTLLAMA_UNROLL for (int r = 0; r < R; ++r)
+    FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) acc[r][m] = _mm512_setzero_ps();
   int64_t i = 0;
   for (; i + kPairs <= n; i += kPairs) {
     __m512bh x32[M];
-    for (int m = 0; m < M; ++m) x32[m] = load(x + m * n + i);
-    for (int r = 0; r < R; ++r) {
+    FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) x32[m] = load(x + m * n + i);
+    FASTLLAMA_UNROLL for (int r = 0; r < R; ++r) {
       const __m512bh w32 = load(w[r] + i);
-      for (int m = 0; m < M; ++m) acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w32, x32[m]);
+      FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w32, x32[m]);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) {
+  FASTLLAMA_UNROLL for (int r = 0; r < R; ++r)
+    FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) {
       out[r][m] = _mm512_reduce_add_ps(acc[r][m]);
       for (int64_t j = i; j < n; ++j)
         out[r][m] += static_cast<float>(w[r][j]) * static_cast<float>(x[m * n + j]);
