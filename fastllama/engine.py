@@ -9,6 +9,7 @@ Shape suffixes: ``b`` batch, ``t`` query tokens, ``v`` vocabulary, ``n`` output 
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import types
@@ -269,14 +270,14 @@ class Engine:
 
     def _prefill_chunk(self, state: State, ids_bt: torch.Tensor, position_bt: torch.Tensor) -> None:
         if not self._compiles_prefill:
-            with _plain_mode():
-                _prefill_step(self._net, ids_bt, position_bt, state.memory)
+            _call_plainly(_prefill_step, (self._net, ids_bt, position_bt, state.memory))
             return
         b, t = ids_bt.shape
         static_ids_bt, static_position_bt = state.chunk(b, t)
         static_ids_bt.copy_(ids_bt)
         static_position_bt.copy_(position_bt)
-        self._run(("prefill", b, t), _prefill_step, self._net, static_ids_bt, static_position_bt, state.memory)
+        args = (self._net, static_ids_bt, static_position_bt, state.memory)
+        self._graph(("prefill", b, t), _prefill_step, *args)()
 
     def _replay(self, state: State, request: Request, longest: int, burst: int) -> Iterator[torch.Tensor]:
         """Replay the decode step and yield the tokens.
@@ -284,14 +285,19 @@ class Engine:
         On CUDA a burst of steps is launched before the tokens of the burst before it are read, so that the device never
         waits for the host; what was launched past the end is dropped.
         """
-        rows = state.rows(batch_bucket(len(request.prompts)))
-        ending = Ending(len(request.prompts), request.eos_token_ids)
+        count = len(request.prompts)
+        rows = state.rows(batch_bucket(count))
+        newest_b1 = rows.ids_b1[:count]
+        ending = Ending(count, request.eos_token_ids)
+        candidates = candidates_needed(request.temperature, request.top_k, self.config.vocab_size)
+        step = self._decode_call(state, rows, candidates)
         pending: Snapshot | None = None
         for first in range(0, request.max_new_tokens, burst):
             last = min(first + burst, request.max_new_tokens)
-            for step in range(first, last):
-                self._decode_once(state, rows, request, longest + step)
-            taken = Snapshot(rows.output_bn[: len(request.prompts), first:last])
+            for at in range(first, last):
+                state.set_rope(longest + at)
+                step()
+            taken = Snapshot(newest_b1 if burst == 1 else rows.output_bn[:count, first:last])
             ready, pending = (pending, taken) if self._worker else (taken, None)
             if ready:
                 yield ending.cut(ready.read())
@@ -300,26 +306,27 @@ class Engine:
         if pending:
             yield ending.cut(pending.read())
 
-    def _decode_once(self, state: State, rows: Rows, request: Request, seq_len: int) -> None:
-        state.set_rope(seq_len)
-        candidates = candidates_needed(request.temperature, request.top_k, self.config.vocab_size)
+    def _decode_call(self, state: State, rows: Rows, candidates: int) -> Callable[[], None]:
+        """One replay of the decode step for these rows."""
         key = ("decode", len(rows.ids_b1), candidates)
-        self._run(key, _decode_step, self._net, rows, state.memory, candidates)
+        return self._graph(key, _decode_step, self._net, rows, state.memory, candidates)
 
-    def _run(self, key: tuple[Any, ...], step: Callable[..., None], *args: Any) -> None:
-        """Replay the compiled step of this key, compiling it if it is new."""
+    def _graph(self, key: tuple[str, int, int], step: Callable[..., None], *args: Any) -> Callable[[], None]:
+        """The compiled step of this key, to be called on these arguments; its first call compiles it."""
         graph = self._graphs.get(key)
         if graph is None:
             kind, batch, size = key
             noun = "tokens" if kind == "prefill" else "candidates"
             logger.info("compiling %s step: batch %d, %d %s", kind, batch, size, noun)
             graph = self._graphs[key] = _compile(step)
-        if self._worker is None:
-            with _plain_mode():
-                graph(*args)
-        else:
-            stream = torch.cuda.current_stream(self.device)
-            self._worker.submit(_call_on_stream, stream, graph, args).result()
+        if self._worker is not None:
+            return functools.partial(self._on_worker, graph, args)
+        return functools.partial(_call_plainly, graph, args)
+
+    def _on_worker(self, graph: Callable[..., None], args: tuple[Any, ...]) -> None:
+        assert self._worker is not None
+        stream = torch.cuda.current_stream(self.device)
+        self._worker.submit(_call_on_stream, stream, graph, args).result()
 
     def _compile_bucket(self, state: State, b: int) -> None:
         """Compile and run every step of one batch bucket, on rows that idle in slot 0."""
@@ -335,12 +342,11 @@ class Engine:
         for candidates in sorted({candidates_needed(t, k, vocab) for t, k in ((0, 0), (1, 1), (1, 65), (1, 0))}):
             for _ in range(self._warmup_runs):
                 self._start(state, idle)
-                rows = state.rows(b)
-                self._run(("decode", b, candidates), _decode_step, self._net, rows, state.memory, candidates)
+                self._decode_call(state, state.rows(b), candidates)()
 
     @property
     def _compiles_prefill(self) -> bool:
-        """On a CPU compiling gains nothing where matrix products take the time, and exact lengths need no padding."""
+        """Not on a CPU: there padding costs more than the tenth that compiling saves, and each chunk size compiles."""
         return self.device.type != "cpu"
 
     @property
@@ -407,9 +413,14 @@ def _plain_mode() -> Iterator[None]:
         yield
 
 
+def _call_plainly(step: Callable[..., None], args: tuple[Any, ...]) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        step(*args)
+
+
 def _call_on_stream(stream: torch.cuda.Stream, graph: Callable[..., None], args: tuple[Any, ...]) -> None:
-    with _plain_mode(), torch.cuda.stream(stream):
-        graph(*args)
+    with torch.cuda.stream(stream):
+        _call_plainly(graph, args)
 
 
 def weights_fingerprint(model: LlamaForCausalLM) -> tuple[Any, ...]:

@@ -50,6 +50,7 @@ class State:
         self.config = config
         self.cache = StaticCache(config, b, s, device, dtype)
         self.rope_key: int | None = None
+        self._rope_limit = static_length(config)
 
         def buffer(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
             return _static(torch.zeros(shape, dtype=dtype, device=device))
@@ -100,9 +101,8 @@ class State:
 
     def set_rope(self, seq_len: int) -> None:
         """Fill the rotary tables as they are for a sequence of ``seq_len`` tokens; most rope types have but one."""
-        limit = static_length(self.config)
         key = 0  # one set of frequencies for all lengths up to the limit
-        if limit is not None and seq_len > limit:
+        if self._rope_limit is not None and seq_len > self._rope_limit:
             key = seq_len if self.config.rope.rope_type == "dynamic" else 1
         if key == self.rope_key:
             return

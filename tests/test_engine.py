@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastllama import LlamaConfig, LlamaForCausalLM
+from fastllama import engine as engine_module
 from fastllama.config import RopeParameters
 from fastllama.engine import Engine, Request, batch_bucket, prefill_chunks
 from fastllama.state import PREFILL_CHUNKS
@@ -221,15 +222,14 @@ def test_release_gives_the_memory_back_and_the_next_call_works(model) -> None:
 def test_an_interrupt_at_any_step_leaves_the_engine_usable(model, monkeypatch, kind, at) -> None:
     rows = prompts(1600)
     expected = decode(model.engine or warm(model), rows, 8)
-    name = {"prefill": "_prefill_chunk", "decode": "_decode_once"}[kind]
-    genuine, calls = getattr(Engine, name), itertools.count(1)
+    genuine, wanted, calls = engine_module._call_plainly, (kind == "prefill"), itertools.count(1)
 
-    def interrupted(self, *args) -> None:
-        genuine(self, *args)
-        if next(calls) == at:
+    def interrupted(step, args) -> None:
+        genuine(step, args)
+        if (step is engine_module._prefill_step) == wanted and next(calls) == at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Engine, name, interrupted)
+    monkeypatch.setattr(engine_module, "_call_plainly", interrupted)
     with pytest.raises(KeyboardInterrupt):
         decode(model.engine, rows, 8)
     monkeypatch.undo()
