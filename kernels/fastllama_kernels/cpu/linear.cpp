@@ -75,10 +75,10 @@ T* maybe(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
 }
 
-// Threads get contiguous ranges of groups of matrix rows; small matrices stay on one thread.
+// Threads get contiguous ranges of groups of matrix rows, of 128 KiB at least: less is read before another one wakes.
 template <typename F>
 void parallel_groups(int64_t groups, int64_t bytes_per_group, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(1, bytes_per_group));
+  const int64_t grain = std::max<int64_t>(1, (128 << 10) / std::max<int64_t>(1, bytes_per_group));
   torch::stable::parallel_for(0, groups, grain, f);
 }
 
