@@ -396,7 +396,9 @@ class LlamaForCausalLM(nn.Module):
             cache_position,
         )
         keep = num_logits_to_keep if logits_to_keep is None else logits_to_keep
-        logits_btv = self._head(decoded.last_hidden_state[:, -keep:]).float()
+        # A clone: of a view with gaps torch's linear makes a batched product, for which it copies the whole head.
+        kept_btm = decoded.last_hidden_state[:, -keep:].clone(memory_format=torch.contiguous_format)
+        logits_btv = self._head(kept_btm).float()
         output = CausalLMOutput(
             loss=None if labels is None else self._loss(logits_btv, labels),
             logits=logits_btv,
