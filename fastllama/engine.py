@@ -2,7 +2,7 @@
 
 Decoding a token is a fixed program over fixed memory: ids, positions, sampling parameters, finished flags and output
 live in buffers that never move, and one compiled step goes from token id to next token id, updating them in place.
-A prompt of n tokens is prefilled up to n - 1 in chunks; its last token takes the decode step.
+Prompts are prefilled in chunks.
 
 Shape suffixes: ``b`` batch, ``t`` query tokens, ``v`` vocabulary, ``n`` output tokens.
 """
@@ -55,13 +55,25 @@ class Request:
 
 
 def _prefill_step(net: FusedDecoder, ids_bt: torch.Tensor, position_bt: torch.Tensor, memory: Memory) -> None:
+    """Write tokens to the cache; what is computed for their logits alone is left out by the compiler."""
     net(ids_bt, position_bt, *memory)
+
+
+def _prefill_and_draw(
+    net: FusedDecoder, ids_bt: torch.Tensor, position_bt: torch.Tensor, memory: Memory, rows: Rows, candidates: int
+) -> None:
+    """Write the last tokens of the rows' prompts to the cache and draw the first new ones."""
+    _draw(net, net(ids_bt, position_bt, *memory), rows, candidates)
 
 
 def _decode_step(net: FusedDecoder, rows: Rows, memory: Memory, candidates: int) -> None:
     """From the rows' tokens to their next tokens, updating every buffer in place."""
-    logits_bv = net.logits(net(rows.ids_b1, rows.position_b1, *memory))
-    token_b = sample(logits_bv, rows.params, rows.position_b1[:, 0] + 1, candidates)
+    _draw(net, net(rows.ids_b1, rows.position_b1, *memory), rows, candidates)
+
+
+def _draw(net: FusedDecoder, x_bm: torch.Tensor, rows: Rows, candidates: int) -> None:
+    """From hidden states to next tokens, and every row one token further."""
+    token_b = sample(net.logits(x_bm), rows.params, rows.position_b1[:, 0] + 1, candidates)
     token_b = torch.where(rows.finished_b, rows.pad_1, token_b)
     rows.output_bn.index_copy_(1, rows.step_1, token_b[:, None])
     rows.position_b1.add_(~rows.finished_b[:, None])  # a finished row stays where it is, inside its cache
@@ -124,13 +136,11 @@ class Engine:
         """
         self.check(request)
         with self._exclusive():
-            rows = len(request.prompts)
             longest = max(len(prompt) for prompt in request.prompts)
             needed = longest + request.max_new_tokens
-            state = self._reserve(rows, needed if self._state else max(needed, self._default_cache_len()))
-            self._start(state, request)
-            self._prefill(state, request.prompts)
-            yield from self._replay(state, request, longest, poll_every if self._worker else 1)
+            slots = needed if self._state else max(needed, self._default_cache_len())
+            state = self._reserve(len(request.prompts), slots)
+            yield from self._run(state, request, longest, poll_every if self._worker else 1)
 
     def check(self, request: Request) -> None:
         """Raise ValueError for a request that cannot be decoded."""
@@ -246,32 +256,36 @@ class Engine:
         params.seed.copy_(row_seeds(request.seed, len(params.seed)))
 
     @torch.no_grad()
-    def _prefill(self, state: State, prompts: Sequence[torch.Tensor]) -> None:
-        """Fill the cache with all but the last token of each prompt.
+    def _prefill(self, state: State, prompts: Sequence[torch.Tensor], rows: Rows, candidates: int) -> int:
+        """Fill the cache with the prompts; returns how many new tokens that has given, 0 or 1.
+
+        Where the prefill is compiled it stops short of each prompt's last token, which takes the decode step: so there
+        are no graphs that prefill and draw. Elsewhere the last chunk draws the first new token.
 
         A row that is shorter than a chunk is padded with copies of its last prefilled token, at that token's
         position: they write what is there already. So nothing is written past a row's end and no mask is needed.
         """
-        b = batch_bucket(len(prompts))
+        b, draws = batch_bucket(len(prompts)), not self._compiles_prefill
         longest = max(len(prompt) for prompt in prompts)
         state.set_rope(longest)
-        # A prompt of one token has nothing to prefill: that token is written by the prefill too, and again by the step.
-        prefix_bt = torch.zeros(b, max(longest - 1, 1), dtype=torch.long)
-        last_b1 = torch.zeros(b, 1, dtype=torch.long)
+        ids_bt, last_b1 = torch.zeros(b, longest, dtype=torch.long), torch.zeros(b, 1, dtype=torch.long)
         for row, prompt in enumerate(prompts):
-            prefix = prompt[: max(len(prompt) - 1, 1)].cpu()
-            prefix_bt[row, : len(prefix)] = prefix
-            last_b1[row] = len(prefix) - 1
-        start = 0
-        for t in prefill_chunks(longest - 1, exact=not self._compiles_prefill):
+            ids_bt[row, : len(prompt)] = prompt.cpu()
+            last_b1[row] = len(prompt) - 1 if draws else max(len(prompt) - 2, 0)
+        chunks, start = prefill_chunks(longest if draws else longest - 1, exact=draws), 0
+        for number, t in enumerate(chunks, start=1):
             position_bt = torch.arange(start, start + t).minimum(last_b1)
-            self._prefill_chunk(state, prefix_bt.gather(1, position_bt), position_bt)
+            chunk = (self._net, ids_bt.gather(1, position_bt), position_bt, state.memory)
+            if not draws:
+                self._prefill_compiled(state, *chunk[1:3])
+            elif number < len(chunks):
+                _call_plainly(_prefill_step, chunk)
+            else:
+                _call_plainly(_prefill_and_draw, (*chunk, rows, candidates))
             start += t
+        return int(draws)
 
-    def _prefill_chunk(self, state: State, ids_bt: torch.Tensor, position_bt: torch.Tensor) -> None:
-        if not self._compiles_prefill:
-            _call_plainly(_prefill_step, (self._net, ids_bt, position_bt, state.memory))
-            return
+    def _prefill_compiled(self, state: State, ids_bt: torch.Tensor, position_bt: torch.Tensor) -> None:
         b, t = ids_bt.shape
         static_ids_bt, static_position_bt = state.chunk(b, t)
         static_ids_bt.copy_(ids_bt)
@@ -279,20 +293,25 @@ class Engine:
         args = (self._net, static_ids_bt, static_position_bt, state.memory)
         self._graph(("prefill", b, t), _prefill_step, *args)()
 
-    def _replay(self, state: State, request: Request, longest: int, burst: int) -> Iterator[torch.Tensor]:
-        """Replay the decode step and yield the tokens.
+    def _run(self, state: State, request: Request, longest: int, burst: int) -> Iterator[torch.Tensor]:
+        """Prefill, then replay the decode step, and yield the tokens.
 
         On CUDA a burst of steps is launched before the tokens of the burst before it are read, so that the device never
         waits for the host; what was launched past the end is dropped.
         """
         count = len(request.prompts)
         rows = state.rows(batch_bucket(count))
-        newest_b1 = rows.ids_b1[:count]
-        ending = Ending(count, request.eos_token_ids)
         candidates = candidates_needed(request.temperature, request.top_k, self.config.vocab_size)
-        step = self._decode_call(state, rows, candidates)
+        step = self._decode_call(state, rows, candidates)  # compiles before the first token, not after it
+        self._start(state, request)
+        drawn = self._prefill(state, request.prompts, rows, candidates)
+        newest_b1, ending = rows.ids_b1[:count], Ending(count, request.eos_token_ids)
+        if drawn:
+            yield ending.cut(newest_b1.clone())
+        if ending.reached or drawn == request.max_new_tokens:
+            return
         pending: Snapshot | None = None
-        for first in range(0, request.max_new_tokens, burst):
+        for first in range(drawn, request.max_new_tokens, burst):
             last = min(first + burst, request.max_new_tokens)
             for at in range(first, last):
                 state.set_rope(longest + at)
@@ -307,9 +326,16 @@ class Engine:
             yield ending.cut(pending.read())
 
     def _decode_call(self, state: State, rows: Rows, candidates: int) -> Callable[[], None]:
-        """One replay of the decode step for these rows."""
-        key = ("decode", len(rows.ids_b1), candidates)
-        return self._graph(key, _decode_step, self._net, rows, state.memory, candidates)
+        """One replay of the decode step for these rows; compiled by running it on rows that idle in slot 0."""
+        b = len(rows.ids_b1)
+        key = ("decode", b, candidates)
+        is_new = key not in self._graphs
+        call = self._graph(key, _decode_step, self._net, rows, state.memory, candidates)
+        for _ in range(self._warmup_runs * is_new):
+            state.set_rope(1)
+            self._start(state, Request([torch.zeros(1, dtype=torch.long)] * b, 1))
+            call()
+        return call
 
     def _graph(self, key: tuple[str, int, int], step: Callable[..., None], *args: Any) -> Callable[[], None]:
         """The compiled step of this key, to be called on these arguments; its first call compiles it."""
@@ -331,18 +357,15 @@ class Engine:
     def _compile_bucket(self, state: State, b: int) -> None:
         """Compile and run every step of one batch bucket, on rows that idle in slot 0."""
         capacity, vocab = state.cache.max_cache_len, self.config.vocab_size
-        idle = Request([torch.zeros(1, dtype=torch.long)] * b, 1)
         state.set_rope(1)
         for t in PREFILL_CHUNKS if self._compiles_prefill else ():
             if t > max(prefill_chunks(capacity, exact=False)):
                 break  # no prompt that fits is that long
             zeros_bt = torch.zeros(b, t, dtype=torch.long)
             for _ in range(self._warmup_runs):
-                self._prefill_chunk(state, zeros_bt, zeros_bt)
+                self._prefill_compiled(state, zeros_bt, zeros_bt)
         for candidates in sorted({candidates_needed(t, k, vocab) for t, k in ((0, 0), (1, 1), (1, 65), (1, 0))}):
-            for _ in range(self._warmup_runs):
-                self._start(state, idle)
-                self._decode_call(state, state.rows(b), candidates)()
+            self._decode_call(state, state.rows(b), candidates)
 
     @property
     def _compiles_prefill(self) -> bool:

@@ -222,11 +222,11 @@ def test_release_gives_the_memory_back_and_the_next_call_works(model) -> None:
 def test_an_interrupt_at_any_step_leaves_the_engine_usable(model, monkeypatch, kind, at) -> None:
     rows = prompts(1600)
     expected = decode(model.engine or warm(model), rows, 8)
-    genuine, wanted, calls = engine_module._call_plainly, (kind == "prefill"), itertools.count(1)
+    genuine, wanted, calls = engine_module._call_plainly, kind == "prefill", itertools.count(1)
 
     def interrupted(step, args) -> None:
         genuine(step, args)
-        if (step is engine_module._prefill_step) == wanted and next(calls) == at:
+        if step.__name__.startswith("_prefill") == wanted and next(calls) == at:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(engine_module, "_call_plainly", interrupted)
