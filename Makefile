@@ -15,7 +15,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP) ## the shipped checkpoint writes text, then a table of what that cost (PROMPT='...')
-	@$(RUN) fastllama generate --table $(ARGS) '$(subst ','\'',$(PROMPT))'
+	@$(RUN) fastllama generate --table --temperature 0.7 --top-p 0.95 --seed 1 $(ARGS) '$(subst ','\'',$(PROMPT))'
 
 test: $(STAMP) ## run the tests (ARGS='-k cache')
 	@$(RUN) pytest $(ARGS)
