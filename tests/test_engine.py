@@ -337,3 +337,15 @@ def test_compiled_prefill_in_padded_chunks_equals_exact_prefill(model, monkeypat
 
 def test_batches_run_in_powers_of_two() -> None:
     assert [batch_bucket(n) for n in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 4, 4, 8, 8, 16]
+
+
+@pytest.mark.parametrize("compiled_prefill", [False, True])
+def test_without_kernels_torch_operators_decode_the_same_tokens(monkeypatch, compiled_prefill) -> None:
+    monkeypatch.setattr("fastllama.ops._without_kernels", lambda device_type, dtype: "as on a device without kernels")
+    monkeypatch.setattr(Engine, "_compiles_prefill", compiled_prefill)
+    fresh = LlamaForCausalLM(TINY).eval()
+    ids = torch.randint(0, 96, (3, 20))
+    assert fresh.generate(ids, max_new_tokens=8).tolist() == eager_greedy(fresh, ids, 8).tolist()
+    addresses = cache_addresses(fresh)
+    fresh.generate(ids[:1], max_new_tokens=8, do_sample=True, seed=1)
+    assert cache_addresses(fresh) == addresses
