@@ -21,7 +21,7 @@ class StaticCache:
     """Keys and values of every layer in memory that is allocated once and never moves.
 
     Every row has its own length, ``length_b``; the tokens of row r sit in slots ``0 .. length_b[r] - 1``. Slots at
-    or beyond a row's length hold leftovers and are never attended.
+    or beyond a row's length may hold leftovers, which a mask or the kernel hides.
 
     Args:
         config: gives layers, KV heads and head_dim.
@@ -130,7 +130,9 @@ class StaticCache:
         self._length = min(self._length, max_length)
 
     def reset(self) -> None:
-        """Forget every token. Memory stays where it is; stale slots are unreachable, so they are not cleared."""
+        """Forget every token and clear the slots, in place."""
+        for cache in (*self.key_cache, *self.value_cache):
+            cache.zero_()
         self.length_b.zero_()
         self._length = 0
 
@@ -148,6 +150,7 @@ class StaticCache:
         for cache in (*self.key_cache, *self.value_cache):
             cache.copy_(cache.index_select(0, beam_idx))
         self.length_b.copy_(self.length_b.index_select(0, beam_idx))
+        self._length = int(self.length_b.max())
 
 
 class DynamicCache:

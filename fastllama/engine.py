@@ -1,4 +1,4 @@
-"""The decoding engine: the compiled prefill and decode steps, and the loop that replays them.
+"""The decoding engine: its steps, and the loop that prefills and replays.
 
 Decoding a token is a fixed program over fixed memory: ids, positions, sampling parameters, finished flags and output
 live in buffers that never move, and one compiled step goes from token id to next token id, updating them in place.
@@ -9,13 +9,14 @@ Shape suffixes: ``b`` batch, ``t`` query tokens, ``v`` vocabulary, ``n`` output 
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import logging
 import threading
 import types
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,7 @@ class Request:
 
 
 def _prefill_step(net: FusedDecoder, ids_bt: torch.Tensor, position_bt: torch.Tensor, memory: Memory) -> None:
-    """Write tokens to the cache; what is computed for their logits alone is left out by the compiler."""
+    """Write tokens to the cache."""
     net(ids_bt, position_bt, *memory)
 
 
@@ -97,7 +98,7 @@ def batch_bucket(rows: int) -> int:
 
 
 class Engine:
-    """Decodes for one model, through steps that are compiled once per batch bucket and prefill chunk.
+    """Decodes for one model, through steps that are compiled once per batch bucket.
 
     One caller at a time; others wait, from any thread. A call that is interrupted leaves nothing behind: the next one
     starts by setting every buffer.
@@ -140,7 +141,9 @@ class Engine:
             needed = longest + request.max_new_tokens
             slots = needed if self._state else max(needed, self._default_cache_len())
             state = self._reserve(len(request.prompts), slots)
-            yield from self._run(state, request, longest, poll_every if self._worker else 1)
+            for tokens_bn in self._run(state, request, longest, poll_every if self._worker else 1):
+                yield tokens_bn
+                self._owner = threading.get_ident()  # an iterator may be handed to another thread
 
     def check(self, request: Request) -> None:
         """Raise ValueError for a request that cannot be decoded."""
@@ -150,6 +153,10 @@ class Engine:
             raise ValueError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
         if len(request.eos_token_ids) > MAX_EOS_IDS:
             raise ValueError(f"at most {MAX_EOS_IDS} EOS ids are supported, got {len(request.eos_token_ids)}")
+        if not 0 <= request.pad_token_id < self.config.vocab_size:
+            raise ValueError(
+                f"pad_token_id is {request.pad_token_id}, outside the vocabulary of {self.config.vocab_size}"
+            )
         low = min(int(prompt.min()) for prompt in request.prompts)
         high = max(int(prompt.max()) for prompt in request.prompts)
         if low < 0 or high >= self.config.vocab_size:
@@ -352,7 +359,12 @@ class Engine:
     def _on_worker(self, graph: Callable[..., None], args: tuple[Any, ...]) -> None:
         assert self._worker is not None
         stream = torch.cuda.current_stream(self.device)
-        self._worker.submit(_call_on_stream, stream, graph, args).result()
+        future = self._worker.submit(_call_on_stream, stream, graph, args)
+        try:
+            future.result()
+        except BaseException:  # interrupted: the step must not run into the next call
+            concurrent.futures.wait([future])
+            raise
 
     def _compile_bucket(self, state: State, b: int) -> None:
         """Compile and run every step of one batch bucket, on rows that idle in slot 0."""
@@ -437,8 +449,12 @@ def _plain_mode() -> Iterator[None]:
 
 
 def _call_plainly(step: Callable[..., None], args: tuple[Any, ...]) -> None:
-    with torch.inference_mode(False), torch.no_grad():
-        step(*args)
+    """Run a step without gradients, outside inference mode, in the weights' own dtype whatever autocast says."""
+    device_type = args[0].embedding.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+        with torch.inference_mode(False), torch.no_grad():
+            step(*args)
 
 
 def _call_on_stream(stream: torch.cuda.Stream, graph: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Generator
 from contextlib import closing
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from fastllama.model import LlamaForCausalLM
 from fastllama.rope import static_length
 
 logger = logging.getLogger(__name__)
+
+_making_an_engine = threading.Lock()  # or threads that share a new model would each make one
 
 POLL_STEPS = 8  # decode steps between two looks at the tokens where nobody is waiting for each of them
 
@@ -101,9 +104,10 @@ def _columns(engine: Engine, request: Request, poll_every: int) -> Generator[tor
 
 def engine_of(model: LlamaForCausalLM) -> Engine:
     """The model's engine, made on first use and again when the model's weights were replaced or moved."""
-    if model.engine is None or not model.engine.serves(model):
-        model.engine = Engine(model)
-    return model.engine
+    with _making_an_engine:
+        if model.engine is None or not model.engine.serves(model):
+            model.engine = Engine(model)
+        return model.engine
 
 
 def merge_settings(config: GenerationConfig, settings: dict[str, Any]) -> GenerationConfig:

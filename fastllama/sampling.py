@@ -90,5 +90,5 @@ def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
 
 def row_seeds(seed: int, rows: int) -> torch.Tensor:
     """A seed for each row, int64 ``[rows]``: rows of one call draw independently, row 0 whatever the batch."""
-    base = torch.full((rows,), seed, dtype=torch.long)
+    base = torch.full((rows,), seed & (2**63 - 1), dtype=torch.long)
     return base ^ (torch.arange(rows) * _MIX1)

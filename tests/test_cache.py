@@ -101,6 +101,9 @@ def test_reorder_moves_rows_and_their_lengths(cache) -> None:
     assert cache.length_b.tolist() == [5, 5]
     for held, old in zip(cache.key_cache + cache.value_cache, before, strict=True):
         assert torch.equal(held, old[[1, 1]])
+    cache.reorder_cache(torch.tensor([0, 0]))
+    write(cache, 1)
+    assert cache.length_b.tolist() == [6, 6]
 
 
 @pytest.mark.parametrize("beam_idx", [torch.tensor([0]), torch.tensor([0, 2]), torch.tensor([-1, 0])])

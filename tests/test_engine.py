@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import gc
 import itertools
@@ -302,6 +303,7 @@ def test_callers_may_be_in_inference_mode_or_not(model) -> None:
         (Request([torch.zeros(0, dtype=torch.long)], 1), "at least one prompt token"),
         (Request([torch.tensor([96])], 1), "token id 96, outside the vocabulary of 96"),
         (Request([torch.tensor([-1])], 1), "token id -1"),
+        (Request([torch.tensor([1])], 1, pad_token_id=96), "pad_token_id is 96"),
         (Request([torch.tensor([1])], 0), "max_new_tokens"),
         (Request([torch.tensor([1])], 1, eos_token_ids=tuple(range(17))), "at most 16 EOS ids"),
     ],
@@ -349,3 +351,60 @@ def test_without_kernels_torch_operators_decode_the_same_tokens(monkeypatch, com
     addresses = cache_addresses(fresh)
     fresh.generate(ids[:1], max_new_tokens=8, do_sample=True, seed=1)
     assert cache_addresses(fresh) == addresses
+
+
+def test_autocast_around_a_call_changes_nothing(model) -> None:
+    ids = torch.randint(0, 96, (1, 20))
+    expected = model.generate(ids, max_new_tokens=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.generate(ids, max_new_tokens=4), expected)
+
+
+def test_threads_that_share_a_new_model_share_its_engine(monkeypatch) -> None:
+    fresh, made, genuine = LlamaForCausalLM(TINY).eval(), [], Engine.__init__
+
+    def counting(self, model) -> None:
+        made.append(self)
+        genuine(self, model)
+
+    monkeypatch.setattr(Engine, "__init__", counting)
+    barrier = threading.Barrier(4)
+
+    def call() -> None:
+        barrier.wait()
+        fresh.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=1)
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+
+
+def test_an_interrupt_waits_for_the_step_that_a_worker_is_running(model, monkeypatch) -> None:
+    engine, finished = model.engine or warm(model), threading.Event()
+    monkeypatch.setattr(engine, "_worker", concurrent.futures.ThreadPoolExecutor(1))
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
+    started = threading.Event()
+
+    def slow(*args) -> None:
+        started.set()
+        finished.wait(5)
+
+    def interrupted(self, timeout=None) -> None:
+        started.wait(5)
+        threading.Timer(0.2, finished.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine_module, "_call_on_stream", slow)
+    monkeypatch.setattr(concurrent.futures.Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine._on_worker(slow, ())
+    assert finished.is_set()
+
+
+def test_seeds_of_any_size_are_taken(model) -> None:
+    assert (
+        model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=True, seed=2**70).shape[1] == 5
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -74,3 +75,44 @@ def test_other_architectures_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="model_type"):
         accelerate(transformers.MistralForCausalLM(config))
+
+
+def test_what_a_passed_generation_config_leaves_unset_comes_from_the_models_own(theirs, ids) -> None:
+    free = theirs.generate(ids[:1], max_new_tokens=8, do_sample=False)
+    theirs.generation_config.eos_token_id = int(free[0, 9])
+    config = transformers.GenerationConfig(max_new_tokens=8, do_sample=False)
+    expected = theirs.generate(ids[:1], generation_config=config)
+    assert torch.equal(accelerate(theirs).generate(ids[:1], generation_config=config), expected)
+    exact = transformers.GenerationConfig(max_length=9, do_sample=False)
+    assert theirs.generate(ids[:1], generation_config=exact).shape[1] <= 9
+
+
+def test_replaced_weights_are_followed_and_foreign_modules_fall_back(theirs, ids, caplog) -> None:
+    fast = accelerate(theirs)
+    fast.generate(ids, max_new_tokens=2)
+    theirs.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.randn(56, 32))
+    plain = copy.deepcopy(theirs)
+    del plain.__dict__["generate"]
+    expected = plain.generate(ids, max_new_tokens=6, do_sample=False)
+    assert torch.equal(fast.generate(ids, max_new_tokens=6, do_sample=False), expected)
+    theirs.model.layers[0].mlp.extra = torch.nn.Linear(2, 2)
+    with caplog.at_level(logging.WARNING, "fastllama"):
+        assert torch.equal(fast.generate(ids, max_new_tokens=6, do_sample=False), expected)
+    assert "extra" in caplog.text
+
+
+def test_a_copy_of_an_accelerated_model_decodes_with_its_own_weights(theirs, ids) -> None:
+    fast = accelerate(theirs)
+    expected = fast.generate(ids, max_new_tokens=6, do_sample=False)
+    twin = copy.deepcopy(fast)
+    with torch.no_grad():
+        theirs.model.norm.weight.neg_()
+    assert torch.equal(twin.generate(ids, max_new_tokens=6, do_sample=False), expected)
+    assert twin.fastllama is not fast.fastllama
+
+
+def test_settings_of_unknown_meaning_fall_back(theirs, ids, caplog) -> None:
+    fast = accelerate(theirs)
+    with caplog.at_level(logging.WARNING, "fastllama"):
+        assert fast.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=torch.tensor([95])).shape[1] <= 9
+    assert "eos_token_id" in caplog.text

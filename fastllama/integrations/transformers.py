@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ INERT = frozenset({"use_cache", "return_dict_in_generate", "synced_gpus", "cache
 def accelerate(model: Any) -> Any:
     """Make ``model.generate`` decode through the engine; everything else about the model stays as it is.
 
-    A call that asks for what the engine does not do (beams, penalties, own logits processors, …) runs transformers'
-    own ``generate``; the reason is logged.
+    A call that asks for what the engine does not do (beams, penalties, own logits processors, …), or of a model that
+    was changed so that fastllama no longer runs it, goes to transformers' own ``generate``; the reason is logged.
 
     Args:
         model: a ``transformers.LlamaForCausalLM``. Its q/k/v and gate/up parameters become views of fused matrices
@@ -33,38 +34,37 @@ def accelerate(model: Any) -> Any:
     Raises:
         ValueError: the model is not a Llama that fastllama runs.
     """
-    twin = twin_of(model)
-    theirs = model.generate
-
-    @functools.wraps(theirs)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        try:
-            arguments = engine_arguments(model, *args, **kwargs)
-        except (TypeError, NotImplementedError) as error:
-            logger.warning("decoding with transformers' own generate: %s", error)
-            return theirs(*args, **kwargs)
-        return twin.generate(**arguments)
-
-    model.generate = generate
-    model.fastllama = _Unregistered(twin)
+    # Not by setattr: as a submodule the twin would show in the model's parameters and state dict.
+    model.__dict__["fastllama"] = twin_of(model)
+    model.generate = functools.partial(_generate, model, model.generate)  # a copy of the model binds the copy
     return model
 
 
-class _Unregistered:
-    """Holds the twin without making it a submodule, which would show in the model's parameters and state dict."""
-
-    def __init__(self, twin: LlamaForCausalLM) -> None:
-        self._twin = twin
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._twin, name)
+def _generate(model: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        arguments = engine_arguments(model, *args, **kwargs)
+        if not _shares_parameters(model.fastllama, model):
+            model.__dict__["fastllama"] = twin_of(model)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        logger.warning("decoding with transformers' own generate: %s", error)
+        return theirs(*args, **kwargs)
+    return model.fastllama.generate(**arguments)
 
 
 def twin_of(model: Any) -> LlamaForCausalLM:
-    """fastllama's model of the same config over the very same Parameter objects."""
+    """fastllama's model of the same config over the very same Parameter objects.
+
+    Raises:
+        ValueError: the model's config or its modules are not those of a Llama that fastllama runs.
+    """
     with torch.device("meta"):
         twin = LlamaForCausalLM(LlamaConfig.from_hf(model.config))
+    known = dict(twin.named_parameters(remove_duplicate=False))
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in known or known[name].shape != parameter.shape:
+            raise ValueError(
+                f"the transformers model has a parameter {name} of shape {tuple(parameter.shape)}, unlike Llama"
+            )
         path, _, leaf = name.rpartition(".")
         setattr(twin.get_submodule(path), leaf, parameter)
     twin.tie_weights()
@@ -73,13 +73,24 @@ def twin_of(model: Any) -> LlamaForCausalLM:
     return twin.eval()
 
 
+def _shares_parameters(twin: LlamaForCausalLM, model: Any) -> bool:
+    """Whether the twin still has the model's parameters, under the same names."""
+    ours, theirs = (
+        {name: id(parameter) for name, parameter in module.named_parameters(remove_duplicate=False)}
+        for module in (twin, model)
+    )
+    return ours == theirs
+
+
 def engine_arguments(
     model: Any, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any
 ) -> dict[str, Any]:
     """The arguments of our ``generate`` for a call of transformers'.
 
+    As there, what a generation config that is passed leaves unset comes from the model's own.
+
     Raises:
-        TypeError, NotImplementedError: naming what the engine does not do.
+        TypeError, ValueError, NotImplementedError: naming what the engine does not do.
     """
     settings = {name: value for name, value in kwargs.items() if value is not None and name not in INERT}
     if kwargs.get("return_dict_in_generate"):
@@ -88,7 +99,10 @@ def engine_arguments(
     if input_ids is None:
         raise NotImplementedError("decoding without input_ids is not available")
     passed = {name: settings.pop(name) for name in ("attention_mask", "streamer") if name in settings}
-    config = GenerationConfig.from_hf(generation_config or model.generation_config)
     if unknown := sorted(set(settings) - set(GenerationConfig.__dataclass_fields__)):
         raise TypeError(f"{', '.join(unknown)} is not available in the engine")
+    chosen = {} if generation_config is None else generation_config.to_diff_dict()
+    config = GenerationConfig.from_dict(model.generation_config.to_dict() | chosen)
+    settings = {name: chosen[name] for name in ("max_length",) if name in chosen} | settings
+    config.replace(**{name: value for name, value in settings.items() if name != "max_length"})  # checks them
     return {"input_ids": input_ids, "generation_config": config, **passed, **settings}

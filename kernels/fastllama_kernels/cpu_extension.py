@@ -31,10 +31,12 @@ def load() -> str | None:
     from torch.utils import cpp_extension
 
     files = sorted(SOURCES.iterdir())
+    name = f"fastllama_cpu_{_fingerprint(files)}"
+    logger.info("loading %s; a build that hangs here may wait for a stale lock in torch's extensions folder", name)
     try:
         with _scripts_on_path():
             cpp_extension.load(
-                name=f"fastllama_cpu_{_fingerprint(files)}",
+                name=name,
                 sources=[str(file) for file in files if file.suffix == ".cpp"],
                 extra_cflags=list(FLAGS),
                 is_python_module=False,
