@@ -451,10 +451,10 @@ def _plain_mode() -> Iterator[None]:
 def _call_plainly(step: Callable[..., None], args: tuple[Any, ...]) -> None:
     """Run a step without gradients, outside inference mode, in the weights' own dtype whatever autocast says."""
     device_type = args[0].embedding.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
-        with torch.inference_mode(False), torch.no_grad():
-            step(*args)
+    is_on = torch.is_autocast_enabled(device_type)
+    no_autocast = torch.autocast(device_type, enabled=False) if is_on else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), no_autocast:
+        step(*args)
 
 
 def _call_on_stream(stream: torch.cuda.Stream, graph: Callable[..., None], args: tuple[Any, ...]) -> None:
