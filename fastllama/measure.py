@@ -21,7 +21,7 @@ from fastllama.model import LlamaForCausalLM
 
 GIB = 1 << 30
 READ_BYTES = GIB  # large beside any processor cache
-BANDWIDTH_ROUNDS = 7
+BANDWIDTH_PASSES = 7
 
 
 # ---- the floor ---------------------------------------------------------------------------------------------
@@ -29,42 +29,59 @@ BANDWIDTH_ROUNDS = 7
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Measured memory bandwidth: the best of several passes, as STREAM reports it."""
+    """Measured memory bandwidth, and how."""
 
     bytes_per_second: float
     method: str
 
 
-def memory_bandwidth(device: torch.device | str = "cpu") -> Bandwidth:
-    """Measure the memory bandwidth of a device; about a second on the CPU.
+class BandwidthProbe:
+    """Measures the memory bandwidth of a device, now and again, over the same buffers.
 
     On the CPU a streaming read of 1 GiB, or of a quarter of the free memory where that is less, with all of
     torch's threads. On CUDA a copy within the device of 1 GiB, or of an eighth of the free memory; it counts
     twice, being read and written.
     """
-    device = torch.device(device)
-    if device.type == "cuda":
-        return _cuda_copy_bandwidth(device)
-    nbytes = min(READ_BYTES, free_memory() // 4) // 8 * 8
-    source = torch.ones(nbytes // 8, dtype=torch.int64)
-    seconds = min(_seconds(source.sum) for _ in range(BANDWIDTH_ROUNDS))
-    return Bandwidth(nbytes / seconds, f"read of {nbytes / GIB:.2g} GiB, {torch.get_num_threads()} threads")
 
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        device = torch.device(device)
+        self._is_cuda = device.type == "cuda"
+        if self._is_cuda:
+            nbytes = min(READ_BYTES, torch.cuda.mem_get_info(device)[0] // 8)
+            self._method = f"copy of {nbytes / GIB:.2g} GiB within the device"
+        else:
+            nbytes = min(READ_BYTES, free_memory() // 4)
+            self._method = f"read of {nbytes / GIB:.2g} GiB, {torch.get_num_threads()} threads"
+        self._source = torch.ones(nbytes // 8, dtype=torch.int64, device=device)
+        self._target = torch.empty_like(self._source) if self._is_cuda else None
+        self._seconds: list[float] = []
 
-def _cuda_copy_bandwidth(device: torch.device) -> Bandwidth:
-    nbytes = min(READ_BYTES, torch.cuda.mem_get_info(device)[0] // 8)
-    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    best = float("inf")
-    for _ in range(BANDWIDTH_ROUNDS):
+    def sample(self, passes: int = 3) -> None:
+        """Go over the memory so many times."""
+        for _ in range(passes):
+            self._seconds.append(self._copy() if self._is_cuda else _seconds(self._source.sum))
+
+    @property
+    def best(self) -> Bandwidth:
+        """The fastest pass so far, as STREAM reports it; samples if there was none."""
+        if not self._seconds:
+            self.sample(BANDWIDTH_PASSES)
+        moved = self._source.nbytes * (2 if self._is_cuda else 1)
+        return Bandwidth(moved / min(self._seconds), self._method)
+
+    def _copy(self) -> float:
+        assert self._target is not None
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        target.copy_(source)
+        self._target.copy_(self._source)
         end.record()
         end.synchronize()
-        best = min(best, start.elapsed_time(end) / 1e3)
-    return Bandwidth(2 * nbytes / best, f"copy of {nbytes / GIB:.2g} GiB within the device")
+        return start.elapsed_time(end) / 1e3
+
+
+def memory_bandwidth(device: torch.device | str = "cpu") -> Bandwidth:
+    """Measure the memory bandwidth of a device; about a second on the CPU."""
+    return BandwidthProbe(device).best
 
 
 def free_memory() -> int:
@@ -174,60 +191,6 @@ def quantiles(values: Sequence[float]) -> Quantiles:
         return Quantiles(0.0, 0.0, 0.0)
     found = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
     return Quantiles(*found.tolist())
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What the timed decodes of one contender come to.
-
-    Attributes:
-        name: the contender.
-        ttft_ms: median milliseconds to the first token.
-        tpot_ms: milliseconds per token after it.
-        tokens_per_second: after the first token, over all rounds.
-        bandwidth_gb_s: bytes per step over the median time per token, in GB (10⁹ bytes) per second.
-        mbu: that as a fraction of the measured memory bandwidth.
-        same_tokens: how many tokens of the first round agree with the reference before one differs.
-        tokens: tokens of the first round.
-    """
-
-    name: str
-    ttft_ms: float
-    tpot_ms: Quantiles
-    tokens_per_second: float
-    bandwidth_gb_s: float
-    mbu: float
-    same_tokens: int
-    tokens: int
-
-
-def figures(
-    name: str,
-    decodes: Sequence[Decode],
-    bytes_per_step: float,
-    bandwidth: Bandwidth,
-    reference: Sequence[int],
-) -> Figures:
-    """Sum up the decodes of one contender; ``reference`` are the tokens that it should have given."""
-    gaps_ms = [gap * 1e3 for decode in decodes for gap in decode.tpot]
-    tpot_ms = quantiles(gaps_ms)
-    achieved = bytes_per_step / (tpot_ms.p50 / 1e3) if tpot_ms.p50 else 0.0
-    return Figures(
-        name=name,
-        ttft_ms=quantiles([decode.ttft * 1e3 for decode in decodes]).p50,
-        tpot_ms=tpot_ms,
-        tokens_per_second=1e3 * len(gaps_ms) / sum(gaps_ms) if gaps_ms else 0.0,
-        bandwidth_gb_s=achieved / 1e9,
-        mbu=achieved / bandwidth.bytes_per_second,
-        same_tokens=common_prefix(decodes[0].tokens, reference),
-        tokens=len(decodes[0].tokens),
-    )
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two decodes share before the first that differs."""
-    pairs = zip(left, right, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -30,7 +30,6 @@ LAYERS = (
     "engine",
     "generate",
     "measure",
-    "compare",
     "__init__",  # the public names: what comes after may use them, what comes before may not
     "speculate",
     "integrations",

@@ -9,11 +9,8 @@ import torch
 
 from fastllama import LlamaConfig, LlamaForCausalLM, StaticCache
 from fastllama.measure import (
-    Bandwidth,
     Decode,
     Stopwatch,
-    common_prefix,
-    figures,
     kv_cache_bytes,
     memory_bandwidth,
     parameter_count,
@@ -86,19 +83,3 @@ def test_quantiles_interpolate() -> None:
     found = quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert (found.p20, found.p50, found.p80) == pytest.approx((2.0, 3.5, 5.0))
     assert quantiles([]).p50 == 0
-
-
-def test_figures_follow_from_times_and_bytes() -> None:
-    decodes = [Decode((1, 2, 3), 0.5, (0.1, 0.1)), Decode((1, 2, 3), 0.7, (0.1, 0.1))]
-    found = figures("x", decodes, 1e9, Bandwidth(4e10, "made up"), reference=(1, 2, 4))
-    assert found.ttft_ms == pytest.approx(600)
-    assert found.tokens_per_second == pytest.approx(10)
-    assert found.bandwidth_gb_s == pytest.approx(10)
-    assert found.mbu == pytest.approx(0.25)
-    assert (found.same_tokens, found.tokens) == (2, 3)
-
-
-def test_common_prefix_counts_up_to_the_first_difference_or_the_shorter_end() -> None:
-    assert common_prefix([1, 2, 3], [1, 9, 3]) == 1
-    assert common_prefix([1, 2], [1, 2, 3]) == 2
-    assert common_prefix([], [1]) == 0

@@ -1,4 +1,4 @@
-"""What is installed: both packages with their data, nothing else, and nothing named ``kernels``."""
+"""What is installed: the three packages with their data, nothing else, and nothing named ``kernels``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = {"fastllama": ROOT / "fastllama", "fastllama_kernels": ROOT / "kernels" / "fastllama_kernels"}
+SOURCES = {
+    "fastllama": ROOT / "fastllama",
+    "fastllama_kernels": ROOT / "kernels" / "fastllama_kernels",
+    "fastllama_benchmarks": ROOT / "benchmarks",
+}
 SHIPPED = {".py", ".cpp", ".h"}
 DEMO_LIMIT_BYTES = 12_000_000
 
@@ -62,7 +66,7 @@ def names(wheel: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("package", SOURCES)
-def test_the_wheel_holds_every_source_file_of_both_packages(package: str, names: set[str]) -> None:
+def test_the_wheel_holds_every_source_file_of_the_packages(package: str, names: set[str]) -> None:
     folder = SOURCES[package]
     sources = {f"{package}/{p.relative_to(folder)}" for p in folder.rglob("*") if p.suffix in SHIPPED}
     assert sources | {f"{package}/py.typed"} <= names

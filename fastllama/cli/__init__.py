@@ -11,11 +11,11 @@ from typing import Annotated
 
 import typer
 
-from fastllama.cli.bench import bench
 from fastllama.cli.chat import chat
 from fastllama.cli.console import installed_version, write
 from fastllama.cli.generate import generate
 from fastllama.cli.info import info
+from fastllama_benchmarks.cli import app as bench  # pyright: ignore[reportMissingImports] (benchmarks/, see pyproject)
 
 app = typer.Typer(
     help="Decode Llama checkpoints as fast as the memory of the machine allows.",
@@ -23,8 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, info, bench):
+for command in (generate, chat, info):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 @app.callback(invoke_without_command=True)

@@ -12,12 +12,11 @@ import typer
 from fastllama.cli import options
 from fastllama.cli.console import errors_in_one_line, progress, stderr, stdout, write
 from fastllama.cli.reply import Reply, stream_reply
-from fastllama.cli.table import comparison_table
 
 if TYPE_CHECKING:
-    from fastllama.compare import Comparison
+    from fastllama_benchmarks.compare import Comparison  # pyright: ignore[reportMissingImports] (as in cli)
 
-TABLE_TOKENS = 64  # of each timed decode of --table
+TABLE_TOKENS, TABLE_ROUNDS = 64, 2  # of each timed decode of --table
 
 
 def generate(
@@ -55,7 +54,9 @@ def generate(
         if as_json:
             write(json.dumps(_record(loaded, text, reply, comparison), ensure_ascii=False) + "\n")
         elif comparison:
-            stdout().print(comparison_table(comparison))
+            from fastllama_benchmarks.table import decode_table  # pyright: ignore[reportMissingImports]
+
+            stdout().print(decode_table(comparison))
 
 
 def _discard(_: str) -> None:
@@ -77,18 +78,12 @@ def _echo_after(prompt: str) -> Callable[[str], None]:
 
 
 def _compare(loaded: options.Loaded, prompt_ids: list[int], budget: int, quiet: bool) -> Comparison:
-    import torch
+    from fastllama_benchmarks.compare import compare  # pyright: ignore[reportMissingImports]
+    from fastllama_benchmarks.harness import Workload  # pyright: ignore[reportMissingImports]
 
-    from fastllama.compare import compare
-
-    input_ids = torch.tensor([prompt_ids], device=loaded.model.device)
+    workload = Workload((tuple(prompt_ids),), max(2, min(TABLE_TOKENS, budget)))
     with progress(quiet) as say:
-        return compare(
-            loaded.model,
-            input_ids,
-            max(2, min(TABLE_TOKENS, budget)),
-            on_start=lambda what: say(f"measuring: {what}"),
-        )
+        return compare(loaded.model, workload, rounds=TABLE_ROUNDS, peers=("eager",), say=say)
 
 
 def _record(loaded: options.Loaded, prompt: str, reply: Reply, comparison: Comparison | None) -> dict[str, Any]:

@@ -1,0 +1,139 @@
+"""Are a contender's tokens right? Each must be as good as the best one, up to what rounding explains.
+
+Greedy tokens of two correct 16-bit decodes part where two logits nearly tie, so equality would be too strict and
+counting equal tokens says nothing. Here the eager forward reads the contender's own tokens twice, with its weights in
+float32 and in their own dtype. If ``e`` is the largest difference between those two, then a decode that rounds no worse
+than the eager forward picks only tokens whose float32 logit lies within ``2 e`` of the highest: being off by ``e``
+each, no two logits further apart can change places. In float32 the bound is 1e-5 of the largest logit.
+
+Shape suffixes: ``t`` prompt tokens, ``n`` new tokens, ``v`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastllama import LlamaForCausalLM
+
+FLOAT32_BOUND = 1e-5
+CHUNK = 512  # tokens of one forward
+MAX_ROWS = 2  # of a batch that are checked: the first and the last
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The outcome for one contender.
+
+    Attributes:
+        passed: whether every checked token was within the bound.
+        worst_gap: largest distance of a token's float32 logit below the highest.
+        bound: what it may be.
+        tokens: how many were checked.
+        best: how many of them have the highest float32 logit.
+        note: in one line, what failed or why nothing was checked.
+    """
+
+    passed: bool
+    worst_gap: float = 0.0
+    bound: float = 0.0
+    tokens: int = 0
+    best: int = 0
+    note: str = ""
+
+
+def check(
+    model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], new_tokens: int
+) -> Parity:
+    """Check greedy tokens.
+
+    Args:
+        model: the weights that should have decoded them.
+        prompts: token ids of each row, without padding.
+        tokens: new token ids of each row.
+        new_tokens: how many each row should have.
+    """
+    lengths = sorted({len(row) for row in tokens})
+    if len(tokens) != len(prompts) or lengths != [new_tokens]:
+        return Parity(False, note=f"{len(tokens)} rows of {lengths} tokens in place of {len(prompts)} of {new_tokens}")
+    outside = [token for row in tokens for token in row if not 0 <= token < model.config.vocab_size]
+    if outside:
+        return Parity(False, note=f"token {outside[0]} is outside the vocabulary of {model.config.vocab_size}")
+    rows = sorted({0, len(prompts) - 1})[:MAX_ROWS]
+    found = [_check_row(model, prompts[row], tokens[row]) for row in rows]
+    worst = max(found, key=lambda parity: parity.worst_gap / parity.bound)
+    passed = all(parity.passed for parity in found)
+    return Parity(
+        passed,
+        worst.worst_gap,
+        worst.bound,
+        sum(parity.tokens for parity in found),
+        sum(parity.best for parity in found),
+        ""
+        if passed
+        else f"a token lies {worst.worst_gap:.3g} below the best logit, rounding explains {worst.bound:.3g}",
+    )
+
+
+def _check_row(model: LlamaForCausalLM, prompt: Sequence[int], tokens: Sequence[int]) -> Parity:
+    with in_float32(model):
+        exact_nv = next_token_logits(model, prompt, tokens)
+    if model.dtype == torch.float32:
+        bound = FLOAT32_BOUND * float(exact_nv.abs().max())
+    else:
+        bound = 2 * float((next_token_logits(model, prompt, tokens) - exact_nv).abs().max())
+    chosen = torch.tensor(tokens, device=exact_nv.device)[:, None]
+    gap_n = exact_nv.max(dim=1).values - exact_nv.gather(1, chosen)[:, 0]
+    worst = float(gap_n.max())
+    return Parity(worst <= bound, worst, bound, len(tokens), int((gap_n == 0).sum()))
+
+
+@torch.inference_mode()
+def next_token_logits(model: LlamaForCausalLM, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+    """Logits float32 ``[n, v]`` from which each of the tokens should have been picked, by the eager forward."""
+    ids = torch.tensor([[*prompt, *tokens[:-1]]], device=model.device)
+    first = len(prompt) - 1
+    cache, logits = None, []
+    for start in [*range(0, first, CHUNK), *range(first, ids.shape[1], CHUNK)]:
+        end = min(start + CHUNK, first if start < first else ids.shape[1])
+        output = model(
+            ids[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            num_logits_to_keep=1 if start < first else 0,
+        )
+        cache = output.past_key_values
+        if start >= first:
+            logits.append(output.logits[0])
+    return torch.cat(logits)
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """While open, each module computes on a float32 copy of its own weights, which lives as long as its forward."""
+
+    def widen(module: nn.Module, _: object) -> None:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                narrow[module, name] = parameter
+                module._parameters[name] = nn.Parameter(parameter.float(), requires_grad=False)
+
+    def restore(module: nn.Module, *_: object) -> None:
+        for name in list(module._parameters):
+            if (module, name) in narrow:
+                module._parameters[name] = narrow.pop((module, name))
+
+    narrow: dict[tuple[nn.Module, str], nn.Parameter] = {}
+    owners = [module for module in model.modules() if module._parameters]
+    hooks = [module.register_forward_pre_hook(widen) for module in owners]
+    hooks += [module.register_forward_hook(restore, always_call=True) for module in owners]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,135 @@
+"""Records of measurements: one JSON object a line, in files that only grow.
+
+The fields are listed in docs/benchmarks.md. ``schema`` is raised when one changes its meaning or goes away; new ones do
+not raise it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+RECORDS = Path(__file__).resolve().parent / "records"
+
+COMMON: dict[str, type | tuple[type, ...]] = {
+    "schema": int,
+    "kind": str,
+    "time": str,
+    "model": str,
+    "dtype": str,
+    "device": str,
+    "parity": bool,
+    "environment": dict,
+}
+SPEED: dict[str, type | tuple[type, ...]] = {
+    "batch": int,
+    "prompt_len": int,
+    "new_tokens": int,
+    "capacity": (int, type(None)),
+    "rounds": int,
+    "tokens_per_second": float,
+    "tpot_ms": (dict, type(None)),
+    "ttft_ms": float,
+    "bytes_per_step": int,
+    "bandwidth_gb_s": float,
+    "memory_bandwidth_gb_s": float,
+    "mbu": float,
+    "floor_ms": float,
+    "peak_memory_bytes": (int, type(None)),
+    "compiles_after_warmup": int,
+    "recordings_after_warmup": int,
+    "peers": dict,
+}
+KINDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "decode": SPEED,
+    "prefill": {name: SPEED[name] for name in ("batch", "prompt_len", "rounds", "tokens_per_second", "peers")},
+    "startup": {"phases": dict, "peers": dict},
+    "kernels": {"kernels": list, "memory_bandwidth_gb_s": float},
+}
+
+
+class RecordError(ValueError):
+    """A record that may not be kept, or a file that holds something else than records."""
+
+
+def new_record(kind: str, fields: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of this moment.
+
+    Raises:
+        RecordError: a field is missing or of another type.
+    """
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    record = {"schema": SCHEMA, "kind": kind, "time": now} | dict(fields) | {"environment": dict(environment)}
+    validate(record)
+    return record
+
+
+def validate(record: Mapping[str, Any]) -> None:
+    """Raise RecordError for a record that does not follow the schema, naming every field at fault."""
+    kind, schema = record.get("kind"), record.get("schema")
+    if schema != SCHEMA:
+        raise RecordError(f"records of schema {SCHEMA} are known, this one says {schema!r}")
+    if kind not in KINDS:
+        raise RecordError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    faults = [
+        f"{name} is {'missing' if name not in record else type(record[name]).__name__}, expected {_names(types)}"
+        for name, types in (COMMON | KINDS[kind]).items()
+        if not _fits(record.get(name), types)
+    ]
+    if faults:
+        raise RecordError(f"not a {kind} record: {'; '.join(faults)}")
+
+
+def append(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Add one record to a file, which is made if it is not there; nothing that is there changes.
+
+    Raises:
+        RecordError: the record does not follow the schema, or its outputs failed the parity gate.
+    """
+    validate(record)
+    if not record["parity"]:
+        raise RecordError("refused: the outputs failed the parity gate, so the figures mean nothing")
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        file.write(line.encode())  # in one write, so that two writers do not mix their lines
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a file, oldest first.
+
+    Raises:
+        RecordError: a line is no record, by number.
+    """
+    found = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                found.append(json.loads(line))
+                validate(found[-1])
+            except ValueError as error:
+                raise RecordError(f"{path}, line {number}: {error}") from error
+    return found
+
+
+def read_all(folder: str | os.PathLike[str] = RECORDS) -> Iterator[dict[str, Any]]:
+    """The records of every file of a folder."""
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        yield from read(path)
+
+
+def _fits(value: Any, types: type | tuple[type, ...]) -> bool:
+    if types is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    return isinstance(value, types) and (types is bool or not isinstance(value, bool))
+
+
+def _names(types: type | tuple[type, ...]) -> str:
+    return " or ".join(kind.__name__ for kind in (types if isinstance(types, tuple) else (types,)))

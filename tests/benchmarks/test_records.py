@@ -1,0 +1,114 @@
+"""Records: the schema, what is refused, and that files only grow."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastllama_benchmarks import costs, records
+from fastllama_benchmarks.environment import commit, environment
+from fastllama_benchmarks.records import RecordError, append, new_record, read, read_all, validate
+
+FIELDS = {
+    "model": "demo", "dtype": "bfloat16", "device": "cpu", "parity": True, "batch": 1, "prompt_len": 8,
+    "new_tokens": 4, "capacity": None, "rounds": 2, "tokens_per_second": 10.0, "tpot_ms": {"p20": 1.0}, "ttft_ms": 3.0,
+    "bytes_per_step": 5, "bandwidth_gb_s": 1.0, "memory_bandwidth_gb_s": 2.0, "mbu": 0.5, "floor_ms": 0.1,
+    "peak_memory_bytes": None, "compiles_after_warmup": 0, "recordings_after_warmup": 0, "peers": {},
+}  # fmt: skip
+
+
+def test_a_record_says_when_and_where_and_is_read_back(tmp_path: Path) -> None:
+    record = new_record("decode", FIELDS, environment())
+    append(record, tmp_path / "new" / "r.jsonl")
+    append(record, tmp_path / "new" / "r.jsonl")
+    assert read(tmp_path / "new" / "r.jsonl") == [record, record]
+    assert record["schema"] == records.SCHEMA
+    assert {"commit", "dirty", "packages", "cpu", "threads", "system", "device"} <= record["environment"].keys()
+    assert record["environment"]["threads"] == torch.get_num_threads()
+
+
+def test_what_a_file_held_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text("anything\n")
+    append(new_record("decode", FIELDS, {}), path)
+    assert path.read_text().startswith("anything\n{")
+    with pytest.raises(RecordError, match="line 1"):
+        read(path)
+
+
+def test_a_record_whose_outputs_are_wrong_is_refused(tmp_path: Path) -> None:
+    record = new_record("decode", FIELDS | {"parity": False}, {})
+    with pytest.raises(RecordError, match="parity"):
+        append(record, tmp_path / "r.jsonl")
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_every_field_at_fault_is_named() -> None:
+    faulty = {name: value for name, value in FIELDS.items() if name != "mbu"} | {"batch": "1", "ttft_ms": True}
+    with pytest.raises(RecordError, match="not a decode record") as caught:
+        new_record("decode", faulty, {})
+    assert all(name in str(caught.value) for name in ("batch is str", "mbu is missing", "ttft_ms is bool"))
+
+
+def test_other_schemas_and_kinds_are_refused() -> None:
+    with pytest.raises(RecordError, match="schema 1"):
+        validate({"schema": 99, "kind": "decode"})
+    with pytest.raises(RecordError, match="one of decode"):
+        validate({"schema": records.SCHEMA, "kind": "guess"})
+
+
+def test_values_that_json_lacks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        append(new_record("decode", FIELDS | {"mbu": float("nan")}, {}), tmp_path / "r.jsonl")
+
+
+def test_the_committed_records_follow_the_schema() -> None:
+    for record in read_all():
+        assert record["environment"]["commit"]
+
+
+def test_the_environment_tells_commit_and_changes(tmp_path: Path) -> None:
+    assert commit(tmp_path) == {"commit": None, "dirty": None}
+
+    def git(*command: str) -> None:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *command], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "file").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "one")
+    assert commit(tmp_path)["dirty"] is False
+    assert len(commit(tmp_path)["commit"]) == 40
+    (tmp_path / "benchmarks" / "records").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "records" / "r.jsonl").write_text("")
+    assert commit(tmp_path)["dirty"] is False
+    (tmp_path / "file").write_text("2")
+    assert commit(tmp_path)["dirty"] is True
+
+
+def test_an_environment_is_plain_json() -> None:
+    assert json.loads(json.dumps(environment())) == environment() | {"cpu_mhz": pytest.approx(0, abs=1e6)}
+
+
+def test_compilations_are_counted(fresh_dynamo: None) -> None:
+    step = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    with costs.counting() as first:
+        step(torch.zeros(3))
+        step(torch.zeros(4))
+    with costs.counting() as second:
+        step(torch.zeros(3))
+    assert (first.graphs, second.graphs) == (2, 0)
+
+
+def test_peak_memory_counts_from_its_reset() -> None:
+    cpu = torch.device("cpu")
+    torch.ones(1 << 26)
+    costs.reset_peak_memory(cpu)
+    before = costs.peak_memory(cpu)
+    torch.ones(1 << 26)
+    assert costs.peak_memory(cpu) - before > 200e6
