@@ -51,8 +51,10 @@ def show(report: RenderableType, json_file: str | None) -> None:
     (stderr() if json_file == "-" else stdout()).print(report)
 
 
-def keep(kind: str, fields: Mapping[str, Any], device: Any, json_file: str | None, record_file: Path | None) -> None:
-    """Write the record and append it.
+def keep(
+    kind: str, fields: Mapping[str, Any], device: Any, json_file: str | None, record_file: Path | None
+) -> dict[str, Any]:
+    """Make the record, write it and append it.
 
     Raises:
         RecordError: the outputs failed the parity gate; nothing is written.
@@ -67,3 +69,4 @@ def keep(kind: str, fields: Mapping[str, Any], device: Any, json_file: str | Non
         write_json(record, json_file)
     if record_file:
         append(record, record_file)
+    return record

@@ -14,7 +14,7 @@ from fastllama.measure import Bandwidth, BandwidthProbe, kv_cache_bytes, weight_
 
 from .costs import Compilations, peak_memory
 from .figures import Figures, figures
-from .harness import Results, Workload, interleave
+from .harness import WARMUP_RUNS, Results, Workload, interleave
 from .ours import Engine
 from .parity import Parity, check
 from .peers import Places, open_peers
@@ -29,6 +29,7 @@ class Comparison:
         rounds: timed runs of each.
         figures: one entry per contender, fastllama first.
         missing: contenders that did not run or broke on the way, and why.
+        info: what contenders say of themselves, such as their revision.
         bandwidth: memory bandwidth, measured between the rounds.
         bytes_per_step: weights and live KV cache that one step reads, half way through the decode.
         peak_memory_bytes: at most in use until fastllama had decoded once, before any peer was opened.
@@ -43,6 +44,7 @@ class Comparison:
     peak_memory_bytes: int | None
     after_warmup: Compilations
     missing: dict[str, str] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
 
     @property
     def floor_ms(self) -> float:
@@ -64,7 +66,10 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """The fields of a record, fastllama's at the top and the others' under ``peers``."""
         ours, *others = self.figures
-        peers: dict[str, Any] = {other.name: other.to_dict() | {"ratio": self.ratio(other)} for other in others}
+        peers: dict[str, Any] = {
+            other.name: other.to_dict() | {"ratio": self.ratio(other), "info": self.info.get(other.name)}
+            for other in others
+        }
         peers |= {name: {"unavailable": why} for name, why in self.missing.items()}
         return ours.to_dict() | {
             "batch": self.workload.batch,
@@ -88,6 +93,7 @@ def compare(
     workload: Workload,
     *,
     rounds: int,
+    warmups: int = WARMUP_RUNS,
     peers: Sequence[str] = (),
     places: Places | None = None,
     say: Callable[[str], None] = lambda message: None,
@@ -98,6 +104,7 @@ def compare(
         model: the model; its engine compiles now if it has not yet.
         workload: what to decode.
         rounds: timed runs of each.
+        warmups: unmeasured runs of each before them, of fastllama one more.
         peers: names of :data:`fastllama_benchmarks.peers.NAMES`.
         places: of the peers that are no Python packages.
         say: told what is about to run.
@@ -111,7 +118,8 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="fastllama-peers-") as workspace:
         opened, missing = open_peers(peers, model, workload, places or Places(), Path(workspace))
         try:
-            results = interleave([engine, *opened], workload, rounds, say=say, between=probe.sample)
+            results = interleave([engine, *opened], workload, rounds, warmups=warmups, say=say, between=probe.sample)
+            info = {peer.name: getattr(peer, "info", None) for peer in opened if peer.name in results.runs}
         finally:
             for peer in opened:
                 peer.close()
@@ -127,6 +135,7 @@ def compare(
         peak,
         _total(engine.costs[-rounds:]),
         missing | results.broken,
+        info,
     )
 
 

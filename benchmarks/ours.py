@@ -35,7 +35,7 @@ class Engine:
     def run(self, workload: Workload) -> Run:
         """Decode once; on CUDA the time to the first token comes from a run of its own."""
         if workload.capacity:
-            engine_of(self._model).warmup(workload.batch, workload.capacity)
+            engine_of(self._model).reserve(workload.batch, workload.capacity)
         with counting() as cost:
             if self._model.device.type == "cuda":
                 run = self._timed_by_events(workload)

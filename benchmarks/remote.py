@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .harness import Run, Unavailable, Workload
+from .harness import Run, Unavailable, Workload, reason
 
 CLOSING_SECONDS = 10.0
 
@@ -132,7 +132,7 @@ def serve(open_run: Callable[[], tuple[dict[str, Any], Callable[[Workload], Run]
         try:
             say(asdict(run(Workload(prompts, **request))))
         except Exception as error:
-            say({"error": f"{type(error).__name__}: {error}"})
+            say({"error": reason(error)})
 
 
 def worker_environment(*paths: Path) -> dict[str, str]:

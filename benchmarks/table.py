@@ -18,7 +18,7 @@ PREFILL_COLUMNS = ("", "TTFT ms (p20-p80)", "prompt tok/s", "TFLOP/s", "start s"
 
 def decode_table(comparison: Comparison) -> Group:
     """The floor, a row for each contender, then what the figures are worth."""
-    table = _empty(DECODE_COLUMNS)
+    table = empty_table(DECODE_COLUMNS)
     floor_ms, batch = comparison.floor_ms, comparison.workload.batch
     bandwidth = f"{comparison.bandwidth.bytes_per_second / 1e9:.1f}"
     floor = ("floor", "", f"{floor_ms:.3g}", f"{1e3 * batch / floor_ms:.1f}", bandwidth, "100 %", "", "")
@@ -32,12 +32,12 @@ def decode_table(comparison: Comparison) -> Group:
         *(["MBU above 100 %: the weights fit the processor's cache"] * any(f.mbu > 1 for f in comparison.figures)),
         *_remarks(comparison),
     ]
-    return _with_remarks(table, lines)
+    return with_remarks(table, lines)
 
 
 def prefill_table(comparison: Comparison, flops: float) -> Group:
     """A row for each contender; ``flops`` are the floating-point operations of the prompts' matrix products."""
-    table = _empty(PREFILL_COLUMNS)
+    table = empty_table(PREFILL_COLUMNS)
     tokens = comparison.workload.batch * comparison.workload.prompt_len
     ours = comparison.figures[0].ttft_ms.p50
     for figures in comparison.figures:
@@ -50,7 +50,7 @@ def prefill_table(comparison: Comparison, flops: float) -> Group:
             f"{figures.first_run_s:.1f}",
             "" if figures is comparison.figures[0] else f"{ms.p50 / ours:.2f} x",
         )
-    return _with_remarks(table, _remarks(comparison))
+    return with_remarks(table, _remarks(comparison))
 
 
 def _decode_cells(comparison: Comparison, figures: Figures) -> tuple[str, ...]:
@@ -93,12 +93,14 @@ def _peer_remarks(comparison: Comparison, figures: Figures) -> list[str]:
     return []
 
 
-def _empty(columns: Sequence[str]) -> Table:
+def empty_table(columns: Sequence[str]) -> Table:
+    """A table of right-aligned columns; the one without a name holds names and is left-aligned."""
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim")
     for column in columns:
         table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     return table
 
 
-def _with_remarks(table: Table, lines: Sequence[str]) -> Group:
+def with_remarks(table: Table, lines: Sequence[str]) -> Group:
+    """A table and what there is to say on it."""
     return Group(table, *(Text(line, style="dim") for line in lines))

@@ -182,6 +182,11 @@ class Engine:
                 self._compile_bucket(state, bucket)
                 bucket *= 2
 
+    def reserve(self, max_batch_size: int, max_cache_len: int) -> None:
+        """Allocate for that many rows and slots; what a call needs is still compiled by the first that needs it."""
+        with self._exclusive():
+            self._reserve(max_batch_size, max_cache_len)
+
     def release(self) -> None:
         """Give back buffers, cache and compiled steps. The next call makes them anew."""
         with self._exclusive():

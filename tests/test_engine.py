@@ -313,6 +313,15 @@ def test_a_request_that_cannot_be_decoded_is_refused(model, request_, message) -
         next(Engine(model).decode(request_))
 
 
+def test_reserve_makes_room_and_compiles_nothing(model) -> None:
+    model.release()
+    engine = engine_of(model)
+    engine.reserve(3, 100)
+    assert engine.cache is not None
+    assert (engine.cache.batch_size, engine.cache.max_cache_len) == (4, 100)
+    assert engine.compiled_steps == ()
+
+
 @pytest.mark.parametrize(("rows", "slots"), [(0, 16), (1, 1), (1, -5)])
 def test_warmup_refuses_sizes_that_hold_nothing(model, rows, slots) -> None:
     with pytest.raises(ValueError, match="at least"):

@@ -66,26 +66,27 @@ def problem_of(command: list[str]) -> str | None:
     if program == "fastllama":
         return problem_of_ours(words)
     if program.startswith("python"):
-        missing = [word for word in words[:1] if word.endswith(".py") and not (ROOT / word).is_file()]
-        return f"no file {missing}" if missing else None
+        path = words[1].replace(".", "/") if words[0] == "-m" else words[0]
+        ours = path.endswith(".py") or path.startswith("benchmarks")
+        exists = any((ROOT / name).is_file() for name in (path, f"{path}.py", f"{path}/__main__.py"))
+        return f"no file {path}" if ours and not exists else None
     return None
 
 
 def problem_of_ours(words: list[str]) -> str | None:
     """Why ``fastllama WORDS`` would be wrong usage, or None."""
-    group = typer.main.get_command(app)
-    name, *rest = words
-    subcommands = group.commands  # type: ignore[attr-defined]
-    if name.startswith("-"):
-        subcommand, rest = group, words
-    elif name in subcommands:
-        subcommand = subcommands[name]
-    else:
-        return f"no command {name}"
-    known = {option for parameter in subcommand.params for option in parameter.opts + parameter.secondary_opts}
+    command, rest = typer.main.get_command(app), words
+    while rest and not rest[0].startswith("-") and (subcommands := getattr(command, "commands", None)):
+        name, *rest = rest
+        if name not in subcommands:
+            return f"no command {name}"
+        command = subcommands[name]
+    if getattr(command, "commands", None) and words[0] == "bench":
+        command = command.commands["decode"]  # type: ignore[attr-defined] (what bench runs by default)
+    known = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
     used = {word.split("=")[0] for word in rest if re.match(r"--?[a-zA-Z]", word)}
     unknown = used - known - {"-h", "--help"}
-    return f"{name} has no option {sorted(unknown)}" if unknown else None
+    return f"{command.name} has no option {sorted(unknown)}" if unknown else None
 
 
 @pytest.mark.skipif(not DEMO.is_file(), reason="no demo checkpoint in this tree")
@@ -130,8 +131,10 @@ def test_blocks_are_found_with_their_lines_and_marks() -> None:
     [
         "make demo PROMPT='x y'",
         "$ fastllama generate 'def f(' --max-new-tokens 5 --top-k=3 | head -1",
-        "HF_HUB_OFFLINE=1 fastllama bench --no-transformers --json - && make test  # all of them",
+        "HF_HUB_OFFLINE=1 fastllama bench --peers none --json - && make test  # all of them",
         "fastllama --version",
+        "fastllama bench decode --capacity 64",
+        "python -m benchmarks.records",
         "fastllama chat -m random:llama-3.2-1b",
         "pip install fastllama",
     ],
@@ -147,6 +150,10 @@ def test_good_commands_have_no_problem(line: str) -> None:
         "fastllama nothing",
         "ls | fastllama generate --nothing 3 x",
         "python benchmarks/nothing.py",
+        "python -m benchmarks.nothing",
+        "fastllama bench decode --nothing",
+        "fastllama bench nothing",
+        "fastllama bench --nothing",
     ],
 )
 def test_commands_that_do_not_exist_are_found(line: str) -> None:
