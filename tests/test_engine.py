@@ -19,6 +19,7 @@ from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama import engine as engine_module
 from fastllama.config import RopeParameters
 from fastllama.engine import Engine, Request, batch_bucket, prefill_chunks
+from fastllama.generate import engine_of
 from fastllama.state import PREFILL_CHUNKS
 
 TINY = LlamaConfig(
