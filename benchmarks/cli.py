@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from fastllama.cli import options
 from fastllama.cli.console import errors_in_one_line, progress
 
+from .cli_kernels import kernels
 from .cli_options import (
     Batch,
     Capacity,
@@ -26,6 +27,8 @@ from .cli_options import (
     keep,
     show,
 )
+from .cli_startup import startup
+from .cli_sweep import sweep
 
 
 class _DecodeByDefault(TyperGroup):
@@ -66,6 +69,7 @@ def decode(
         from . import compare, plots, table
         from .harness import Workload
 
+        plots.ready(plot)
         names, places = chosen_peers(peers, gpt_fast, llama_bench)
         loaded = options.load(model, dtype, device, quantize, quiet)
         workload = Workload.random(loaded.model.config.vocab_size, batch, prompt_len, new_tokens, capacity)
@@ -73,9 +77,9 @@ def decode(
             comparison = compare.compare(loaded.model, workload, rounds=rounds, peers=names, places=places, say=say)
         show(table.decode_table(comparison), json_file)
         fields = describe(loaded, quantize) | comparison.to_dict()
-        keep("decode", fields, loaded.model.device, json_file, record)
+        kept = keep("decode", fields, loaded.model.device, json_file, record)
         if plot:
-            plots.contenders(fields, plot)
+            plots.contenders(kept, plot)
 
 
 @app.command()
@@ -102,6 +106,7 @@ def prefill(
         from .harness import Workload
         from .prefill import prefill_fields, prefill_flops
 
+        plots.ready(plot)
         names, places = chosen_peers(peers, gpt_fast, llama_bench)
         loaded = options.load(model, dtype, device, quantize, quiet)
         workload = Workload.random(loaded.model.config.vocab_size, batch, prompt_len, 1)
@@ -110,6 +115,10 @@ def prefill(
             comparison = compare.compare(loaded.model, workload, rounds=rounds, peers=names, places=places, say=say)
         show(table.prefill_table(comparison, flops), json_file)
         fields = describe(loaded, quantize) | prefill_fields(comparison, flops)
-        keep("prefill", fields, loaded.model.device, json_file, record)
+        kept = keep("prefill", fields, loaded.model.device, json_file, record)
         if plot:
-            plots.contenders(fields, plot)
+            plots.contenders(kept, plot)
+
+
+for command in (startup, kernels, sweep):
+    app.command()(command)

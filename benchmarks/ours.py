@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from typing import Any
 
@@ -40,7 +40,7 @@ class Engine:
             if self._model.device.type == "cuda":
                 run = self._timed_by_events(workload)
             else:
-                run = timed(self._model.stream(workload.input_ids(), **_greedy(workload.new_tokens)))
+                run = timed(_tokens(self._model, workload.input_ids(), workload.new_tokens))
         self.costs.append(cost)
         return run
 
@@ -58,7 +58,7 @@ class Engine:
         ids_bt = workload.input_ids(self._model.device)
         ttft = _seconds_to_first_token(self._model, ids_bt)
         if workload.new_tokens == 1:
-            return Run(_rows([next(iter(self._model.stream(ids_bt, **_greedy(1))))]), ttft, ())
+            return Run(_rows([next(_tokens(self._model, ids_bt, 1))]), ttft, ())
         config = GenerationConfig(max_new_tokens=workload.new_tokens, eos_token_id=())
         request = make_request(ids_bt, torch.ones_like(ids_bt), config)
         marks, groups = Marks(ids_bt.device), []
@@ -114,13 +114,15 @@ def _rows(steps: Iterable[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, torch.stack(list(steps), dim=1).tolist()))
 
 
-def _greedy(new_tokens: int) -> dict[str, Any]:
-    return {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": ()}
+def _tokens(model: LlamaForCausalLM, ids_bt: torch.Tensor, new_tokens: int) -> Generator[torch.Tensor, None, None]:
+    """Greedy new tokens. The mask says that a random prompt's pad ids are tokens like any other."""
+    settings: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": ()}
+    return model.stream(ids_bt, torch.ones_like(ids_bt), **settings)
 
 
 def _seconds_to_first_token(model: LlamaForCausalLM, ids_bt: torch.Tensor) -> float:
     torch.cuda.synchronize()
     start = time.perf_counter()
-    with closing(model.stream(ids_bt, **_greedy(1))) as tokens:
+    with closing(_tokens(model, ids_bt, 1)) as tokens:
         next(tokens)
     return time.perf_counter() - start

@@ -50,6 +50,16 @@ KINDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "prefill": {name: SPEED[name] for name in ("batch", "prompt_len", "rounds", "tokens_per_second", "peers")},
     "startup": {"phases": dict, "peers": dict},
     "kernels": {"kernels": list, "memory_bandwidth_gb_s": float},
+    "launches": {
+        "batch": int,
+        "prompt_len": int,
+        "capacity": int,
+        "host_us_per_step": (float, type(None)),
+        "kernels_per_step": (float, type(None)),
+        "copies_per_step": (float, type(None)),
+        "kernel_us_per_step": (float, type(None)),
+        "top_kernels": list,
+    },
 }
 
 

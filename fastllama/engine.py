@@ -14,6 +14,7 @@ import functools
 import logging
 import threading
 import types
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -117,7 +118,7 @@ class Engine:
         self._lock = threading.Lock()
         self._owner: int | None = None
         # Inductor's CUDA graphs can only be replayed by the thread that recorded them.
-        self._worker = ThreadPoolExecutor(1, "fastllama-cuda") if self.device.type == "cuda" else None
+        self._worker = cuda_graph_thread() if self.device.type == "cuda" else None
 
     # ---- what callers see ------------------------------------------------------------------------------------------
 
@@ -434,6 +435,24 @@ class Ending:
             if not self._open:
                 return tokens_bn[:, : step + 1]
         return tokens_bn
+
+
+def cuda_graph_thread() -> ThreadPoolExecutor:
+    """A thread that can record Inductor's CUDA graphs.
+
+    Before torch 2.13 only the thread that imports the module of these graphs can, and another one that tries fails an
+    assertion. So it is imported here, for graphs that the caller may have of its own, and the new thread is given the
+    same to keep graphs in.
+    """
+    from torch._inductor import cudagraph_trees
+
+    def prepare() -> None:
+        local: Any = cudagraph_trees.local
+        if not hasattr(local, "tree_manager_containers"):
+            local.tree_manager_containers = {}
+            local.tree_manager_locks = defaultdict(threading.Lock)
+
+    return ThreadPoolExecutor(1, "fastllama-cuda", initializer=prepare)
 
 
 def _compile(step: Callable[..., None]) -> Callable[..., None]:

@@ -50,8 +50,11 @@ class Probe:
 def model(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
     """A tiny model whose engine is played by the eager forward."""
 
-    def stream(self: LlamaForCausalLM, input_ids: torch.Tensor, **settings: Any) -> Iterator[torch.Tensor]:
+    def stream(
+        self: LlamaForCausalLM, input_ids: torch.Tensor, mask: torch.Tensor, **settings: Any
+    ) -> Iterator[torch.Tensor]:
         assert settings["eos_token_id"] == ()
+        assert mask.all()
         return Eager(self)._steps(input_ids, settings["max_new_tokens"])
 
     monkeypatch.setattr(LlamaForCausalLM, "stream", stream)
@@ -112,7 +115,9 @@ def test_a_peer_that_is_missing_or_breaks_is_one_line_and_never_dropped(
 
 
 def test_wrong_tokens_of_the_engine_fail_the_gate(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LlamaForCausalLM, "stream", lambda self, ids, **settings: (torch.tensor([9]) for _ in range(6)))
+    monkeypatch.setattr(
+        LlamaForCausalLM, "stream", lambda self, ids, mask, **settings: (torch.tensor([9]) for _ in range(6))
+    )
     found = compare(model, Workload.random(64, 1, 5, 6), rounds=1, peers=("eager",))
     assert found.to_dict()["parity"] is False
     assert found.to_dict()["peers"][EAGER]["parity"] is True

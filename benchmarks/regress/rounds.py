@@ -1,0 +1,152 @@
+"""One round: fresh processes of base, head and base again, which take turns at the same decodes.
+
+Fresh, because how fast a process decodes depends on where its memory happened to fall. By turns, because the machine
+is not equally fast at all times. The arms start in an order that rotates over the rounds and take turns in one that
+rotates over the turns, so that none is always the first or always comes after the same other.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..harness import Run, Workload
+from ..remote import Remote
+
+BASE, HEAD, AGAIN = ARMS = ("base", "head", "again")
+
+#: Each arm is twice in each place and follows each other one twice.
+ORDERS = (
+    (BASE, HEAD, AGAIN),
+    (AGAIN, HEAD, BASE),
+    (HEAD, AGAIN, BASE),
+    (BASE, AGAIN, HEAD),
+    (AGAIN, BASE, HEAD),
+    (HEAD, BASE, AGAIN),
+)
+
+GROUP = 8  # decode steps that are timed as one
+WARMUP_TURNS = 2  # the first may compile, the second sees what the first allocated
+
+Times = dict[str, dict[str, list[float]]]  # metric → arm → seconds, turn by turn
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is compared: ``tpot`` (seconds per decode step) or ``ttft`` (to the first token), at a batch size."""
+
+    kind: str
+    batch: int
+
+    @classmethod
+    def parse(cls, name: str) -> Metric:
+        """``tpot-b1`` and the like.
+
+        Raises:
+            ValueError: it is no such name.
+        """
+        found = re.fullmatch(r"(tpot|ttft)-b([1-9]\d*)", name)
+        if not found:
+            raise ValueError(f"{name!r} is no metric: write tpot-bN or ttft-bN for a batch of N, such as tpot-b1")
+        return cls(found[1], int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.kind}-b{self.batch}"
+
+    @property
+    def title(self) -> str:
+        """For a reader."""
+        what = "decode step" if self.kind == "tpot" else "first token"
+        return f"{what}, batch {self.batch}"
+
+    def of(self, run: Run) -> float:
+        """Its value in one run, in seconds."""
+        return run.ttft if self.kind == "ttft" else step_seconds(run.tpot)
+
+
+def step_seconds(tpot: Sequence[float]) -> float:
+    """Seconds per step of one decode: the median over groups of ``GROUP`` steps of the mean of each.
+
+    The median drops the groups in which something else took the processor; the groups keep what happens only every few
+    steps, such as a look at the tokens, which a median of single steps would not see.
+    """
+    groups = [tpot[start : start + GROUP] for start in range(0, len(tpot), GROUP)]
+    if len(groups) > 1 and len(groups[-1]) < GROUP:
+        groups.pop()
+    return statistics.median(statistics.fmean(group) for group in groups)
+
+
+@dataclass
+class Round:
+    """What one round has measured.
+
+    Attributes:
+        times: of every metric and arm.
+        tokens: of every arm's first run of each batch size.
+        info: what the worker of each arm said of itself.
+    """
+
+    times: Times = field(default_factory=dict)
+    tokens: dict[str, dict[int, tuple[tuple[int, ...], ...]]] = field(default_factory=dict)
+    info: dict[str, dict] = field(default_factory=dict)
+
+
+def run_round(
+    number: int,
+    start: Callable[[str], Remote],
+    metrics: Sequence[Metric],
+    workload: Callable[[int, int], Workload],
+    turns: int,
+    on_start: Callable[[], object] = lambda: None,
+) -> Round:
+    """Start the three arms, let them take turns, and end them.
+
+    Args:
+        number: of the round, from 0; rotates the orders.
+        start: starts the worker of an arm.
+        metrics: what to measure.
+        workload: makes what is decoded from the vocabulary's size and a batch size.
+        turns: runs of each arm and batch size.
+        on_start: called when all of them are warm.
+
+    Raises:
+        Unavailable: a worker could not start or broke.
+    """
+    done = Round(times={str(metric): {arm: [] for arm in ARMS} for metric in metrics})
+    workers: dict[str, Remote] = {}
+    try:
+        for arm in ORDERS[number % len(ORDERS)]:
+            workers[arm] = start(arm)
+        done.info = {arm: workers[arm].info for arm in ARMS}
+        workloads = _workloads(done.info, metrics, workload)
+        for worker in (workers[arm] for _ in range(WARMUP_TURNS) for arm in ARMS):
+            for each in workloads.values():
+                worker.run(each)
+        on_start()
+        for turn in range(turns):
+            for arm in ORDERS[(number + turn) % len(ORDERS)]:
+                _take_turn(done, arm, workers[arm], metrics, workloads)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return done
+
+
+def _workloads(
+    info: Mapping[str, Mapping], metrics: Sequence[Metric], workload: Callable[[int, int], Workload]
+) -> dict[int, Workload]:
+    vocab_size = min(each["vocab_size"] for each in info.values())
+    return {batch: workload(vocab_size, batch) for batch in sorted({metric.batch for metric in metrics})}
+
+
+def _take_turn(
+    done: Round, arm: str, worker: Remote, metrics: Sequence[Metric], workloads: Mapping[int, Workload]
+) -> None:
+    for batch, workload in workloads.items():
+        run = worker.run(workload)
+        done.tokens.setdefault(arm, {}).setdefault(batch, run.tokens or ())
+        for metric in metrics:
+            if metric.batch == batch:
+                done.times[str(metric)][arm].append(metric.of(run))

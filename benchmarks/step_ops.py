@@ -1,0 +1,268 @@
+"""The operations of a decode step at a model's shapes: what runs, what it replaces, what is exact, what it reads.
+
+Only shapes are taken from the model; weights and caches are random. Formulas: :mod:`fastllama_kernels`.
+
+Shape suffixes: ``b`` batch, ``s`` cache slots, ``h`` query heads, ``k`` KV heads, ``d`` head dim, ``m`` model dim,
+``f`` FFN dim, ``v`` vocabulary, ``n`` output features of a matrix, ``g`` query heads a KV head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.nn import functional as F
+
+from fastllama import ops
+from fastllama.fused import ACTIVATION_OPS
+from fastllama.rope import rotary_cos_sin
+from fastllama.sampling import SamplingParams, candidates_needed, row_seeds, sample, uniform
+from fastllama_kernels.attention import rotary_attention_ref
+from fastllama_kernels.linear import ACTIVATIONS, gate_up_ref, linear_ref
+
+from .step_types import Arguments, Function, OpInfo, Shapes, StepOp, nbytes
+
+TORCH, PLAIN = "torch", "F.linear"  # the formula in torch operators; the bare matrix product
+BLOCK_ROWS = 8192  # of a matrix that are widened to float64 at once
+TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.9
+PEAKS = 64  # logits above all others, among which a token is drawn
+
+
+def step_ops(shapes: Shapes) -> Iterator[StepOp]:
+    """The operations in the order of a step, each made when it is asked for: forget one before taking the next."""
+    config = shapes.config
+    m, f, width = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
+    packed = width + 2 * config.num_key_value_heads * config.head_dim
+    layers, attention_bias, mlp_bias = config.num_hidden_layers, config.attention_bias, config.mlp_bias
+    yield _linear(shapes, "qkv", "norm, q/k/v", layers, m, packed, has_norm=True, has_bias=attention_bias)
+    yield _attention(shapes)
+    yield _linear(shapes, "o", "output, residual", layers, width, m, has_residual=True, has_bias=attention_bias)
+    yield _gate_up(shapes)
+    yield _linear(shapes, "down", "down, residual", layers, f, m, has_residual=True, has_bias=mlp_bias)
+    yield _linear(shapes, "lm_head", "norm, head", 1, m, config.vocab_size, has_norm=True)
+    yield _greedy(shapes)
+    yield _sampled(shapes)
+
+
+# ---- matrices ------------------------------------------------------------------------------------------------------
+
+
+def _linear(
+    shapes: Shapes,
+    name: str,
+    label: str,
+    calls: int,
+    k: int,
+    n: int,
+    *,
+    has_norm: bool = False,
+    has_bias: bool = False,
+    has_residual: bool = False,
+) -> StepOp:
+    eps = shapes.config.rms_norm_eps
+    # One token a row; the head takes ``[b, m]`` and the layers ``[b, 1, m]``, which is the same to a matrix.
+    shared = (shapes.normal(shapes.batch, k), shapes.normal(shapes.batch, n, seed=1) if has_residual else None)
+    own = _weights(shapes, k, n, has_norm, has_bias)
+    return StepOp(
+        OpInfo(name, label, f"{n} x {k}", calls, nbytes(own)),
+        shared=shared,
+        own=own,
+        run=lambda x, residual, weight, bias, norm: ops.linear(x, weight, bias, norm, eps, residual),
+        references={
+            TORCH: lambda x, residual, weight, bias, norm: linear_ref(x, weight, bias, norm, eps, residual),
+            PLAIN: lambda x, residual, weight, bias, norm: F.linear(x, weight, bias),
+        },
+        exact=lambda x, residual, weight, bias, norm: _exact_linear(x, residual, weight, bias, norm, eps),
+    )
+
+
+def _gate_up(shapes: Shapes) -> StepOp:
+    config = shapes.config
+    eps, m, f = config.rms_norm_eps, config.hidden_size, config.intermediate_size
+    activation, label = ACTIVATION_OPS[config.hidden_act], f"norm, gate/up, {config.hidden_act}"
+    own = _weights(shapes, m, 2 * f, True, config.mlp_bias)
+
+    def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: torch.Tensor) -> torch.Tensor:
+        gate, up = _exact_linear(x, None, weight, bias, norm, eps).chunk(2, dim=-1)
+        return ACTIVATIONS[activation](gate) * up
+
+    return StepOp(
+        OpInfo("gate_up", label, f"{2 * f} x {m}", config.num_hidden_layers, nbytes(own)),
+        shared=(shapes.normal(shapes.batch, m),),
+        own=own,
+        run=lambda x, weight, bias, norm: ops.gate_up(x, weight, bias, norm, eps, activation),
+        references={
+            TORCH: lambda x, weight, bias, norm: gate_up_ref(x, weight, bias, norm, eps, activation),
+            PLAIN: lambda x, weight, bias, norm: F.linear(x, weight, bias),
+        },
+        exact=exact,
+    )
+
+
+def _weights(shapes: Shapes, k: int, n: int, has_norm: bool, has_bias: bool) -> Arguments:
+    """Matrix, bias and norm weight, such that results are of unit size."""
+    return (
+        shapes.normal(n, k, scale=k**-0.5, seed=2),
+        shapes.normal(n, seed=3) if has_bias else None,
+        shapes.normal(k, scale=0.1, seed=4).add_(1) if has_norm else None,
+    )
+
+
+def _exact_linear(
+    x_bk: torch.Tensor,
+    residual_bn: torch.Tensor | None,
+    weight_nk: torch.Tensor,
+    bias_n: torch.Tensor | None,
+    norm_k: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    x = x_bk.double()
+    if norm_k is not None:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm_k.double()
+    y = torch.cat([x @ block.double().T for block in weight_nk.split(BLOCK_ROWS)], dim=-1)
+    for term in (bias_n, residual_bn):
+        y = y if term is None else y + term.double()
+    return y
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def _attention(shapes: Shapes) -> StepOp:
+    config, b, live = shapes.config, shapes.batch, shapes.live
+    kv_heads, d = config.num_key_value_heads, config.head_dim
+    cos_1sd, sin_1sd = rotary_cos_sin(config, torch.arange(shapes.capacity, device=shapes.device)[None], live)
+    position_b1 = torch.full((b, 1), live - 1, device=shapes.device)
+    caches = [shapes.normal(b, kv_heads, shapes.capacity, d, seed=seed) for seed in (5, 6)]
+    for cache_bksd in caches:
+        cache_bksd[:, :, live:] = 0  # as an engine's unwritten slots
+    qkv_b1n = shapes.normal(b, 1, (config.num_attention_heads + 2 * kv_heads) * d)
+    return StepOp(
+        OpInfo(
+            "attention",
+            "rotary, attention",
+            f"{live} slots",
+            config.num_hidden_layers,
+            2 * b * kv_heads * live * d * shapes.dtype.itemsize,
+        ),
+        shared=(qkv_b1n, cos_1sd[0].contiguous(), sin_1sd[0].contiguous(), position_b1),
+        own=tuple(caches),
+        run=ops.rotary_attention,
+        references={TORCH: rotary_attention_ref},
+        exact=_exact_attention,
+        results=_attention_results,
+    )
+
+
+def _attention_results(function: Function, arguments: Arguments) -> torch.Tensor:
+    """The heads' outputs and what was written to the cache, ``[b, (h + 2k)·d]``; the arguments' caches stay as they
+    are."""
+    *shared, k_cache_bksd, v_cache_bksd = arguments
+    caches = k_cache_bksd.clone(), v_cache_bksd.clone()
+    out_b1n = function(*shared, *caches)
+    slot = int(shared[-1][0, 0])
+    return torch.cat([out_b1n[:, 0], *(cache_bksd[:, :, slot].flatten(1) for cache_bksd in caches)], dim=-1)
+
+
+def _exact_attention(qkv_b1n, cos_sd, sin_sd, position_b1, k_cache_bksd, v_cache_bksd) -> torch.Tensor:
+    """As :func:`_attention_results` lays it out; a row at a time, for a cache in float64 is large."""
+    slot, d = int(position_b1[0, 0]), k_cache_bksd.shape[3]
+    kv_heads = k_cache_bksd.shape[1]
+    cos_d, sin_d = cos_sd[slot].double(), sin_sd[slot].double()
+
+    def rotate(x_hd: torch.Tensor) -> torch.Tensor:
+        return x_hd * cos_d + torch.cat((-x_hd[:, d // 2 :], x_hd[:, : d // 2]), dim=-1) * sin_d
+
+    rows = []
+    for row, qkv_1n in enumerate(qkv_b1n.double()):
+        q_hd, k_kd, v_kd = qkv_1n.view(-1, d).split((qkv_1n.numel() // d - 2 * kv_heads, kv_heads, kv_heads))
+        k_kd = rotate(k_kd)
+        keys_ksd = torch.cat((k_cache_bksd[row, :, :slot].double(), k_kd[:, None]), dim=1)
+        values_ksd = torch.cat((v_cache_bksd[row, :, :slot].double(), v_kd[:, None]), dim=1)
+        q_kgd = rotate(q_hd).view(kv_heads, -1, d)
+        scores_kgs = q_kgd @ keys_ksd.transpose(1, 2) / d**0.5
+        rows.append(torch.cat([(scores_kgs.softmax(-1) @ values_ksd).flatten(), k_kd.flatten(), v_kd.flatten()]))
+    return torch.stack(rows)
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------------
+
+
+def _greedy(shapes: Shapes) -> StepOp:
+    return _sampling(shapes, "sample_greedy", "sample, greedy", 1, 0.0, _exact_logits, _below_the_best)
+
+
+def _sampled(shapes: Shapes) -> StepOp:
+    label = f"sample, top-k {TOP_K}"
+    return _sampling(shapes, "sample_top_k", label, 0, TEMPERATURE, _exact_shares, _outside_its_share)
+
+
+def _sampling(
+    shapes: Shapes,
+    name: str,
+    label: str,
+    calls: int,
+    temperature: float,
+    exact: Function,
+    error: Callable[[torch.Tensor, torch.Tensor], float],
+) -> StepOp:
+    """Logits as the head gives them to token ids; they come from the cache, where the head has just put them."""
+    b, v, device = shapes.batch, shapes.config.vocab_size, shapes.device
+    candidates = candidates_needed(temperature, TOP_K, v)
+    params = SamplingParams(
+        temperature=torch.full((b,), temperature, device=device),
+        top_k=torch.full((b,), TOP_K, device=device),
+        top_p=torch.full((b,), TOP_P, device=device),
+        min_p=torch.zeros(b, device=device),
+        seed=row_seeds(0, b).to(device),
+    )
+    logits_bv = shapes.normal(b, v)
+    peaks = min(PEAKS, v)  # distinct in any dtype, for which of two equal logits comes first is nobody's business
+    logits_bv[:, :: v // peaks][:, :peaks] = 8 + torch.arange(peaks, device=device) / 8
+
+    def draw(params: SamplingParams, position_b: torch.Tensor, logits_bv: torch.Tensor) -> torch.Tensor:
+        return sample(logits_bv.float(), params, position_b, candidates)
+
+    return StepOp(
+        OpInfo(name, label, f"{v} logits", calls, logits_bv.nbytes, in_cache=True),
+        shared=(params, torch.full((b,), shapes.live, device=device)),
+        own=(logits_bv,),
+        run=draw,
+        references={TORCH: draw},
+        exact=exact,
+        error=error,
+    )
+
+
+def _exact_logits(params: SamplingParams, position_b: torch.Tensor, logits_bv: torch.Tensor) -> torch.Tensor:
+    return logits_bv.double()
+
+
+def _below_the_best(token_b: torch.Tensor, logits_bv: torch.Tensor) -> float:
+    chosen_b = logits_bv.gather(1, token_b[:, None])[:, 0]
+    return float((logits_bv.max(dim=1).values - chosen_b).max())
+
+
+def _exact_shares(params: SamplingParams, position_b: torch.Tensor, logits_bv: torch.Tensor) -> torch.Tensor:
+    """Of each token the piece of [0, 1) that draws it, less the number drawn: ``[2, b, v]``, its begin and its end.
+
+    A token that cannot be drawn has a piece at infinity.
+    """
+    b, v = logits_bv.shape
+    order_bv = logits_bv.double().argsort(dim=-1, descending=True, stable=True)
+    kept_bk = order_bv[:, : min(TOP_K, v)]
+    p_bk = (logits_bv.double().gather(1, kept_bk) / TEMPERATURE).softmax(-1)
+    p_bk = torch.where(p_bk.cumsum(-1) - p_bk < TOP_P, p_bk, 0.0)
+    end_bk = (p_bk / p_bk.sum(-1, keepdim=True)).cumsum(-1)
+    begin_bk = torch.cat((torch.zeros_like(end_bk[:, :1]), end_bk[:, :-1]), dim=-1)
+    ends = torch.stack((begin_bk, end_bk)) - uniform(params.seed, position_b).double()[None, :, None]
+    ends = torch.where(p_bk > 0, ends, torch.inf)
+    return torch.full((2, b, v), torch.inf, dtype=torch.double, device=ends.device).scatter(
+        2, kept_bk.expand(2, -1, -1), ends
+    )
+
+
+def _outside_its_share(token_b: torch.Tensor, shares_2bv: torch.Tensor) -> float:
+    """How far the number drawn lies outside the piece of the token that it gave."""
+    begin_b, end_b = shares_2bv.gather(2, token_b.expand(2, -1)[..., None])[..., 0]
+    return float(torch.maximum(begin_b, -end_b).clamp(min=0).max())

@@ -1,0 +1,408 @@
+"""The gate from end to end on a stand-in for fastllama whose clock is its own, so that its speed is exact."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fastllama_benchmarks.harness import Run, Unavailable, Workload
+from fastllama_benchmarks.regress import cli, gate
+from fastllama_benchmarks.regress.gate import BaseUnavailable, Gate, Result, Settings, Side
+from fastllama_benchmarks.regress.rounds import ARMS, BASE, HEAD, ORDERS, WARMUP_TURNS, Metric, Round, run_round
+from fastllama_benchmarks.regress.verdict import Interval, Outcome, Verdict
+from fastllama_benchmarks.regress.worktrees import Revision, git
+
+AUTHOR = ("-c", "user.name=somebody", "-c", "user.email=somebody@localhost")
+PROJECT = '[project]\nname = "fastllama"\ndependencies = []\n'
+PACKAGE = '''
+"""Decodes by counting, at a speed that is written here: time passes only where it says so."""
+
+import types
+import time
+
+STEP, FIRST, SHIFT = {step}, 0.05, {shift}
+now = [0.0]
+time.perf_counter = lambda: now[0]
+
+
+class LlamaForCausalLM:
+    config = types.SimpleNamespace(vocab_size=50)
+
+    @classmethod
+    def from_pretrained(cls, name, dtype, device):
+        if name != "counting":
+            raise ValueError(f"no model {{name!r}}\\nhere")
+        return cls()
+
+    def stream(self, input_ids, attention_mask, *, max_new_tokens, eos_token_id):
+        for token in range(max_new_tokens):
+            now[0] += FIRST if token == 0 else STEP
+            yield [(sum(row) + token + SHIFT * (token > 3)) % 50 for row in input_ids.tolist()]
+
+    def generate(self):
+        """Not needed on a CPU."""
+'''
+TORCH = '''
+"""As much of torch as a worker needs itself. The real one takes a second to import, and many workers start here."""
+
+import random
+from types import SimpleNamespace
+
+__version__ = "a stand-in"
+cuda = SimpleNamespace(is_available=lambda: False)
+device = lambda name: SimpleNamespace(type=name)
+get_num_threads = lambda: 1
+ones_like = lambda tensor: tensor
+
+
+class tensor:
+    def __init__(self, rows, device=None):
+        self.tolist = lambda: [list(row) for row in rows]
+
+
+class Generator:
+    def manual_seed(self, seed):
+        self.randrange = random.Random(seed).randrange
+        return self
+
+
+def randint(high, size, generator):
+    return tensor([[generator.randrange(high) for _ in range(size[1])] for _ in range(size[0])])
+
+
+def stack(columns, dim):
+    return tensor(list(zip(*columns)))
+'''
+OPTIONS = ("--model", "counting", "--dtype", "float32", "--metrics", "tpot-b1,ttft-b2", "--rounds", "3", "--turns", "2")
+
+
+class Repository:
+    """Commits of the stand-in, made before any of them is measured."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        git(folder, "init", "--quiet", "--initial-branch=main")
+        self.commit("empty", None)
+        self.commit("old", "version = 1\n")
+        self.commit("base", PACKAGE.format(step=0.010, shift=0))
+        self.commit("slow", PACKAGE.format(step=0.011, shift=0))
+        self.commit("other", PACKAGE.format(step=0.010, shift=1))
+
+    def commit(self, tag: str, package: str | None) -> None:
+        (self.folder / "pyproject.toml").write_text(PROJECT)
+        if package:
+            (self.folder / "torch.py").write_text(TORCH)
+            (self.folder / "fastllama").mkdir(exist_ok=True)
+            (self.folder / "fastllama" / "__init__.py").write_text(package)
+        git(self.folder, "add", "--all")
+        git(self.folder, *AUTHOR, "commit", "--quiet", "-m", f"The {tag} <one>")
+        git(self.folder, "tag", tag)
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    return Repository(tmp_path_factory.mktemp("gate") / "repo")
+
+
+@pytest.fixture
+def invoke(repo: Repository, tmp_path: Path) -> Callable:
+    """Runs the command on two of the stand-in's commits, with this very interpreter."""
+
+    def run(base: str, head: str, *options: str):
+        where = ("--repo", str(repo.folder), "--cache-dir", str(tmp_path / "cache"), "--python", sys.executable)
+        return CliRunner().invoke(cli.app, ["--base", base, "--head", head, *where, *OPTIONS, *options])
+
+    return run
+
+
+def worktrees(repo: Repository) -> list[str]:
+    return git(repo.folder, "worktree", "list").splitlines()
+
+
+def test_a_slower_head_fails_and_everything_is_reported(repo: Repository, invoke: Callable, tmp_path: Path) -> None:
+    report, samples, summary = tmp_path / "out" / "report.md", tmp_path / "out" / "samples.json", tmp_path / "summary"
+    done = invoke("base", "slow", "--report", str(report), "--json", str(samples), "--summary", str(summary))
+    assert done.exit_code == 1, done.output
+    assert "FAIL: slower: tpot-b1" in done.stdout
+    assert "The base \\<one\\>" in report.read_text()
+    assert "![change of every round](report.svg)" in report.read_text()
+    assert report.with_suffix(".svg").read_text().startswith("<?xml")
+    assert "slower by at least 10.0 %, in every round (3 rounds)" in summary.read_text()
+    found = json.loads(samples.read_text())
+    assert found["rounds"][0]["tpot-b1"] == {
+        "base": pytest.approx([0.010] * 2), "head": pytest.approx([0.011] * 2), "again": pytest.approx([0.010] * 2)
+    }  # fmt: skip
+    assert [found["verdicts"][name]["outcome"] for name in ("tpot-b1", "ttft-b2")] == ["slower", "no slower"]
+    assert len(worktrees(repo)) == 1
+
+
+def test_outputs_that_differ_fail_before_anything_is_timed(invoke: Callable) -> None:
+    done = invoke("base", "other", "--json", "-")
+    assert done.exit_code == 1
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["headline"].startswith("FAIL: outputs differ from token 4 (prompt of 1 tokens): base ")
+    assert (found["rounds"], found["verdicts"]) == ([], {})
+
+
+@pytest.mark.parametrize(
+    ("base", "reason"),
+    [
+        ("empty", "it has no package fastllama"),
+        ("old", "its fastllama predates what is measured: LlamaForCausalLM has no from_pretrained, stream, generate"),
+    ],
+)
+def test_a_base_that_predates_what_is_measured_is_one_line(
+    repo: Repository, invoke: Callable, base: str, reason: str
+) -> None:
+    done = invoke(base, "base", "--quiet")
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fastllama-regress: error: the base ")
+    assert reason in line
+    assert len(worktrees(repo)) == 1
+
+
+def test_a_model_that_is_not_there_is_no_fault_of_the_base(invoke: Callable) -> None:
+    done = invoke("base", "slow", "--model", "nothing", "--skip-old-base", "--quiet")
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1].endswith("ended with code 1: no model 'nothing' here")
+
+
+# ---- the rest needs no worker ---------------------------------------------------------------------------------------
+
+BASE_REVISION = Revision("main", "a" * 40, "Before", False, "a" * 12)
+HEAD_REVISION = Revision(".", "b" * 40, "After", True, "b" * 12, True)
+METRICS = (Metric("tpot", 1),)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--metrics", "speed"], "'speed' is no metric: write tpot-bN or ttft-bN"),
+        (["--threshold", "fast"], "'fast' is neither a number of percent nor auto"),
+        (["--threshold", "0"], "is neither a number"),
+        (["--python", "/nowhere/python"], "/nowhere/python is no interpreter"),
+        (["--rounds", "2"], "'--rounds'"),
+    ],
+)
+def test_wrong_usage_is_told_with_exit_code_2(invoke: Callable, options: list[str], message: str) -> None:
+    done = invoke("base", "base", *options)
+    assert done.exit_code == 2
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_a_revision_that_is_not_there_is_one_line(invoke: Callable) -> None:
+    done = invoke("nowhere", "base")
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fastllama-regress: error: there is no revision 'nowhere' in ")
+
+
+def test_a_folder_outside_any_repository_is_one_line(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["--base", "HEAD", "--repo", str(tmp_path)])
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert "lies in no git repository" in line
+
+
+def verdict(outcome: Outcome) -> Verdict:
+    zero = Interval(0.0, -0.01, 0.01)
+    return Verdict(outcome, zero, zero, 0.03, 3, 0, "a reason")
+
+
+def result(outcome: Outcome, tmp_path: Path) -> Result:
+    info = {"device_type": "cpu", "device": "cpu", "torch": "2", "python": "3", "threads": 1}
+    times = {"tpot-b1": {arm: [0.1, 0.1] for arm in ARMS}}
+    settings = Settings(tmp_path, "main", ".", tmp_path, METRICS)
+    done = Round(times, info=dict.fromkeys(ARMS, info))
+    return Result(settings, BASE_REVISION, HEAD_REVISION, rounds=(done,) * 3, verdicts={"tpot-b1": verdict(outcome)})
+
+
+@pytest.mark.parametrize(
+    ("outcome", "options", "code"),
+    [
+        (Outcome.NO_SLOWER, [], 0),
+        (Outcome.FASTER, [], 0),
+        (Outcome.SLOWER, [], 1),
+        (Outcome.UNDECIDED, [], 0),
+        (Outcome.UNDECIDED, ["--strict"], 3),
+        (Outcome.SLOWER, ["--strict"], 1),
+    ],
+)
+def test_exit_codes(
+    outcome: Outcome, options: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "run", lambda settings, say: result(outcome, tmp_path))
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary"))
+    done = CliRunner().invoke(cli.app, ["--base", "main", *options])
+    assert done.exit_code == code, done.output
+    assert (tmp_path / "summary").read_text().startswith("## Latency: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyboardInterrupt(), 130), (Unavailable("no"), 2), (OSError("full"), 2), (KeyError("fault"), 2)],
+)
+def test_what_goes_wrong_has_its_exit_code(error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(settings: Settings, say: object) -> Result:
+        raise error
+
+    monkeypatch.setattr(gate, "run", run)
+    assert CliRunner().invoke(cli.app, ["--base", "main"]).exit_code == code
+
+
+def test_a_base_that_cannot_be_measured_can_be_let_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(settings: Settings, say: object) -> Result:
+        raise BaseUnavailable("the base has no package fastllama")
+
+    monkeypatch.setattr(gate, "run", run)
+    summary, options = tmp_path / "summary", ["--base", "main", "--summary", str(tmp_path / "summary")]
+    assert CliRunner().invoke(cli.app, options).exit_code == 2
+    assert not summary.exists()
+    assert CliRunner().invoke(cli.app, [*options, "--skip-old-base"]).exit_code == 0
+    assert summary.read_text() == "## Latency: not measured: the base has no package fastllama\n"
+
+
+def test_settings_come_from_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+
+    def run(settings: Settings, say: object) -> Result:
+        seen.append(settings)
+        return result(Outcome.NO_SLOWER, tmp_path)
+
+    monkeypatch.setattr(gate, "run", run)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = ["--threshold", "5%", "--rounds", "20", "--metrics", "ttft-b2, tpot-b8", "--accept-different-outputs"]
+    assert CliRunner().invoke(cli.app, ["--base", "main", *options]).exit_code == 0
+    (settings,) = seen
+    assert settings.cache == tmp_path / "fastllama" / "regress"
+    assert (settings.threshold, settings.rounds, settings.max_rounds) == (0.05, 20, 20)
+    assert (settings.batches, settings.accept_different_outputs, settings.head) == ([2, 8], True, ".")
+
+
+class FakeWorker:
+    """Takes part in rounds without a process; the head's steps take as long as they are told."""
+
+    def __init__(self, arm: str, head_step: float, log: list[str], device_type: str = "cpu") -> None:
+        self.name, self.info = arm, {"vocab_size": 9, "device_type": device_type}
+        self._step, self._log = head_step if arm == HEAD else 1.0, log
+        log.append(f"start {arm}")
+
+    def run(self, workload: Workload) -> Run:
+        self._log.append(self.name)
+        if self._step < 0:
+            raise Unavailable("it broke")
+        return Run(((1,) * workload.new_tokens,) * workload.batch, 1.0, (self._step,) * workload.new_tokens)
+
+    def close(self) -> None:
+        self._log.append(f"close {self.name}")
+
+
+def fake_round(number: int, head_step: float, log: list[str], turns: int = 6) -> Round:
+    def start(arm: str) -> FakeWorker:
+        return FakeWorker(arm, head_step, log)
+
+    return run_round(number, start, METRICS, lambda vocab, batch: Workload.random(vocab, batch, 2, 3), turns)  # type: ignore[arg-type]
+
+
+def test_arms_start_and_take_turns_in_rotating_orders() -> None:
+    logs: list[list[str]] = [[], []]
+    for number, log in enumerate(logs):
+        fake_round(number, 1.0, log)
+    starts = [[line for line in log if line.startswith("start")] for log in logs]
+    assert starts == [[f"start {arm}" for arm in order] for order in (ARMS, ARMS[::-1])]
+    takes = [line for line in logs[0] if " " not in line][3 * WARMUP_TURNS :]
+    assert takes == [arm for order in ORDERS for arm in order]
+
+
+def test_turns_are_timed_only_after_everyone_is_warm() -> None:
+    log: list[str] = []
+    done = fake_round(0, 1.0, log, turns=4)
+    assert sum(line == HEAD for line in log) == 4 + WARMUP_TURNS
+    assert done.times == {"tpot-b1": {arm: [1.0] * 4 for arm in ARMS}}
+
+
+def test_workers_are_ended_also_when_one_breaks() -> None:
+    log: list[str] = []
+    with pytest.raises(Unavailable, match="it broke"):
+        fake_round(0, -1.0, log)
+    assert log[-3:] == [f"close {arm}" for arm in ARMS]
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Measures with fake workers whose head is as slow as each round's number in a list says."""
+
+    def measure(steps: list[float], device_type: str = "cpu", **settings: object) -> Result:
+        log: list[str] = []
+
+        def start(arm: str, dtype: str | None = None) -> FakeWorker:
+            number = sum(line == f"start {arm}" for line in log)
+            return FakeWorker(arm, steps[min(number, len(steps) - 1)], log, device_type)
+
+        asked = replace(Settings(tmp_path, "main", ".", tmp_path, METRICS, turns=2), **settings)
+        side = Side(BASE_REVISION, tmp_path, Path(sys.executable), tmp_path, None)
+        it = Gate(asked, {BASE: side, HEAD: replace(side, revision=HEAD_REVISION)}, lambda message: None)
+        monkeypatch.setattr(it, "start", start)
+        return it.measure(Result(asked, BASE_REVISION, HEAD_REVISION))
+
+    return measure
+
+
+def test_clear_outcomes_take_the_rounds_that_were_asked_for(measured: Callable[..., Result]) -> None:
+    passed, failed = measured([1.0]), measured([1.1])
+    assert (len(passed.rounds), passed.failed) == (5, False)
+    assert (len(failed.rounds), failed.failed) == (5, True)
+
+
+def test_inconclusive_outcomes_take_more_rounds_until_they_are_clear(measured: Callable[..., Result]) -> None:
+    found = measured([1.3, 1.02, *[1.11] * 20], max_rounds=40)
+    assert 5 < len(found.rounds) < 40
+    assert found.has(Outcome.SLOWER)
+
+
+def test_rounds_end_where_the_limit_is(measured: Callable[..., Result]) -> None:
+    found = measured([1.3, 0.7] * 10, max_rounds=8)
+    assert len(found.rounds) == 8
+    assert found.has(Outcome.UNDECIDED)
+    assert not found.failed
+
+
+def test_no_extra_round_starts_when_the_time_is_over(measured: Callable[..., Result]) -> None:
+    assert len(measured([1.3, 0.7] * 10, minutes=0.0).rounds) == 5
+
+
+def test_on_cuda_the_threshold_is_not_calibrated(measured: Callable[..., Result]) -> None:
+    assert measured([1.0], device_type="cuda").verdicts["tpot-b1"].threshold == 0.03
+
+
+def test_a_head_that_is_slower_in_one_metric_needs_no_more_rounds() -> None:
+    assert gate.is_decided({"a": verdict(Outcome.SLOWER), "b": verdict(Outcome.UNDECIDED)})
+    assert not gate.is_decided({"a": verdict(Outcome.NO_SLOWER), "b": verdict(Outcome.UNDECIDED)})
+
+
+def test_a_second_run_waits_for_the_first(tmp_path: Path) -> None:
+    said: list[str] = []
+    with gate._alone(tmp_path, said.append):
+        assert said == []
+        with pytest.raises(InterruptedError), gate._alone(tmp_path, _interrupt):
+            pass
+
+
+def _interrupt(message: str) -> None:
+    assert message == "waiting for another run of the gate to end"
+    raise InterruptedError
+
+
+def test_a_base_without_a_project_needs_an_interpreter(repo: Repository, tmp_path: Path) -> None:
+    settings = Settings(repo.folder, "base", "base", tmp_path, METRICS)
+    (tmp_path / "tree").mkdir()
+    with pytest.raises(BaseUnavailable, match=r"^the base aaaaaaaaaaaa: it has no pyproject\.toml"):
+        gate._side(BASE, BASE_REVISION, tmp_path / "tree", tmp_path / "caches", settings, print)

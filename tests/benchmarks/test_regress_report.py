@@ -1,0 +1,181 @@
+"""What a report says, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastllama_benchmarks.harness import Unavailable
+from fastllama_benchmarks.regress.gate import Result, Settings, verdicts_of
+from fastllama_benchmarks.regress.outputs import compare, first_difference, prompts
+from fastllama_benchmarks.regress.plot import draw
+from fastllama_benchmarks.regress.report import headline, markdown, pooled, table_rows, to_dict
+from fastllama_benchmarks.regress.rounds import Metric, Round
+from fastllama_benchmarks.regress.worktrees import Revision
+
+METRICS = (Metric("tpot", 1), Metric("ttft", 4))
+MACHINE: dict[str, Any] = {"cpu": "A processor", "cores": 2, "gpu": None}
+INFO = {"device": "cpu", "device_type": "cpu", "torch": "2.13.0", "python": "3.11.7", "threads": 2, "vocab_size": 9}
+BASE = Revision("main", "a" * 40, "Before", False, "a" * 12)
+HEAD = Revision(".", "b" * 40, "Say `x` | <b>y</b> for @somebody", True, "c" * 12, True)
+TOKENS = {"base": {1: ((1, 2),)}, "head": {1: ((1, 3),)}}
+
+
+def rounds_of(*factors: float) -> tuple[Round, ...]:
+    """Rounds in which the head takes this many times as long as the base, which takes 1 ms."""
+    return tuple(
+        Round(
+            {str(metric): {"base": [1e-3] * 4, "head": [1e-3 * factor] * 4, "again": [1e-3] * 4} for metric in METRICS},
+            tokens=TOKENS,
+            info=dict.fromkeys(("base", "head", "again"), INFO),
+        )
+        for factor in factors
+    )
+
+
+def result_of(*factors: float, **settings: Any) -> Result:
+    asked = Settings(Path(), "main", ".", Path("cache"), METRICS, **settings)
+    rounds = rounds_of(*factors)
+    return Result(asked, BASE, HEAD, rounds=rounds, verdicts=verdicts_of(rounds, asked.threshold))
+
+
+def different(accepted: bool) -> Result:
+    difference = first_difference(((1, 2, 3), (4, 5, 6)), ((1, 2, 9), (4, 8, 6)), prompt_len=17)
+    factors = (1.0, 1.0, 1.0) if accepted else ()
+    asked = result_of(1.0, 1.0, 1.0, accept_different_outputs=accepted)
+    return replace(
+        asked, difference=difference, rounds=rounds_of(*factors), verdicts=asked.verdicts if accepted else {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("factors", "line"),
+    [
+        ((1.0, 1.0, 1.0), "PASS: not slower"),
+        ((0.8, 0.8, 0.8), "PASS: not slower; faster: tpot-b1, ttft-b4"),
+        ((1.1, 1.1, 1.1), "FAIL: slower: tpot-b1, ttft-b4"),
+        ((1.3, 0.7, 1.2), "INCONCLUSIVE, not failed; cannot tell: tpot-b1, ttft-b4"),
+    ],
+)
+def test_the_headline_tells_the_outcome(factors: tuple[float, ...], line: str) -> None:
+    assert headline(result_of(*factors)) == line
+    assert markdown(result_of(*factors), MACHINE, "command").startswith(f"## Latency: {line}\n")
+
+
+def test_the_table_has_times_change_noise_threshold_and_verdict() -> None:
+    row = table_rows(result_of(1.1, 1.1, 1.1))[0]
+    assert row == (
+        "decode step, batch 1",
+        "1.000 (1.000 to 1.000)",
+        "1.100 (1.100 to 1.100)",
+        "+10.0 % (+10.0 % to +10.0 %)",
+        "+0.0 % (+0.0 % to +0.0 %)",
+        "3.0 %",
+        "slower",
+    )
+
+
+def test_the_report_names_revisions_machine_settings_and_command() -> None:
+    text = markdown(result_of(1.0, 1.0, 1.0), MACHINE, "fastllama-regress --base main", "plot.svg")
+    assert "- base: `aaaaaaaaaaaa` Before\n" in text
+    assert "- head: the checkout at `bbbbbbbbbbbb with uncommitted changes` Say" in text
+    assert "- demo, bfloat16, prompts of 128 tokens, 64 new ones; 3 rounds of 12 turns\n- A processor, 2 cores" in text
+    assert "- base: cpu, torch 2.13.0, Python 3.11.7, 2 threads\n" in text
+    assert "![change of every round](plot.svg)" in text
+    assert text.endswith("```\nfastllama-regress --base main\n```\n")
+    assert "| change in round | 1 | 2 | 3 |\n| --- | --- | --- | --- |\n| decode step, batch 1 | +0.0 % |" in text
+
+
+def test_a_subject_cannot_shape_the_report() -> None:
+    text = markdown(result_of(1.0, 1.0, 1.0), MACHINE, "command")
+    assert r"Say \`x\` \| \<b\>y\</b\> for \@somebody" in text
+
+
+def test_an_inconclusive_report_warns() -> None:
+    assert "**The machine was too noisy to tell" in markdown(result_of(1.3, 0.7, 1.2), MACHINE, "command")
+    assert "too noisy" not in markdown(result_of(1.0, 1.0, 1.0), MACHINE, "command")
+
+
+def test_outputs_that_differ_are_the_whole_report() -> None:
+    found = different(accepted=False)
+    assert found.failed
+    assert headline(found) == (
+        "FAIL: outputs differ from token 1 (row 2 of 2, prompt of 17 tokens): base 5, head 8"
+    )  # fmt: skip
+    text = markdown(found, MACHINE, "command")
+    assert "| change" not in text
+    assert "- In float32 outputs differ from token 1" in text
+
+
+def test_outputs_that_differ_can_be_accepted() -> None:
+    found = different(accepted=True)
+    assert not found.failed
+    assert "base 5, head 8 (accepted)." in markdown(found, MACHINE, "command")
+
+
+def test_a_difference_in_the_timed_dtype_is_only_told() -> None:
+    found = replace(result_of(1.0, 1.0, 1.0), timed_difference=first_difference(((1,),), ((2,),), 128))
+    assert not found.failed
+    assert "- In bfloat16 outputs differ from token 0 (prompt of 128 tokens): base 1, head 2; that is allowed" in (
+        markdown(found, MACHINE, "command")
+    )
+
+
+def test_the_json_holds_every_sample_and_no_number_that_json_has_not() -> None:
+    found = json.loads(json.dumps(to_dict(result_of(1.0, 1.0, 1.0), MACHINE), allow_nan=False))
+    assert found["rounds"][2]["ttft-b4"]["again"] == [1e-3] * 4
+    assert found["settings"]["metrics"] == ["tpot-b1", "ttft-b4"]
+    assert found["verdicts"]["tpot-b1"]["outcome"] == "no slower"
+    assert found["head"]["dirty"] is True
+    few = to_dict(result_of(1.0), MACHINE)
+    assert few["verdicts"]["tpot-b1"]["change"] == {"mean": 0.0, "low": None, "high": None}
+    json.dumps(few, allow_nan=False)
+
+
+def test_times_of_the_base_are_those_of_both_its_processes() -> None:
+    rounds = (Round({"tpot-b1": {"base": [1.0], "head": [2.0], "again": [3.0]}}),)
+    assert pooled(rounds, METRICS[0], "base") == [1.0, 3.0]
+    assert pooled(rounds, METRICS[0], "head") == [2.0]
+
+
+def test_the_plot_shows_every_metric(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    draw(result_of(1.0, 1.1, 0.9), tmp_path / "folder" / "plot.svg")
+    assert (tmp_path / "folder" / "plot.svg").stat().st_size > 5000
+
+
+def test_without_matplotlib_the_way_to_get_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(Unavailable, match="pip install 'fastllama"):
+        draw(result_of(1.0, 1.0, 1.0), tmp_path / "plot.svg")
+
+
+def test_rows_that_end_early_differ_where_they_end() -> None:
+    found = first_difference(((1, 2, 3),), ((1, 2),), prompt_len=5)
+    assert found is not None
+    assert (found.token, found.base, found.head) == (2, 3, None)
+    assert first_difference(((1, 2),), ((1, 2),), prompt_len=5) is None
+
+
+def test_outputs_are_compared_on_short_prompts_and_on_every_batch_that_is_timed() -> None:
+    cases = [(case.batch, case.prompt_len) for case in prompts(100, [1, 4], 128)]
+    assert cases == [(1, 1), (1, 17), (1, 128), (4, 128)]
+
+
+def test_a_worker_that_hides_its_tokens_is_refused() -> None:
+    class Silent:
+        name = "silent"
+
+        def run(self, workload: Any) -> Any:
+            return type("Run", (), {"tokens": None})
+
+        def close(self) -> None:
+            pass
+
+    with pytest.raises(Unavailable, match="did not tell its tokens"):
+        compare(Silent(), Silent(), prompts(100, [1], 8))

@@ -1,0 +1,273 @@
+"""From times to verdicts: on recorded rounds, on rounds made of them, and on any numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastllama_benchmarks.regress.rounds import ARMS, BASE, HEAD, ORDERS, Metric, step_seconds
+from fastllama_benchmarks.regress.verdict import (
+    MIN_ROUNDS,
+    SIGHT,
+    T_975,
+    THRESHOLD,
+    Estimate,
+    Outcome,
+    Verdict,
+    estimate,
+    interval,
+    judge,
+)
+
+RECORDED = json.loads((Path(__file__).parent / "data" / "regress_rounds.json").read_text())
+METRICS = ("tpot-b1", "ttft-b1", "tpot-b4")
+Times = dict[str, list[float]]
+
+
+def recorded(kind: str, metric: str) -> list[list[Times]]:
+    """Every recorded invocation of one kind: its rounds' times of one metric."""
+    return [[times[metric] for times in rounds] for rounds in RECORDED[kind]]
+
+
+def verdict_on(rounds: list[Times], threshold: float | None = None) -> Verdict:
+    return judge([estimate(times) for times in rounds], threshold)
+
+
+def slowed(times: Times, factor: float) -> Times:
+    """The same round, had the head been slower."""
+    return times | {HEAD: [seconds * factor for seconds in times[HEAD]]}
+
+
+def steady(change: float = 0.0, noise: float = 0.0, error: float = 0.0) -> Estimate:
+    return Estimate(math.log1p(change), math.log1p(noise), error)
+
+
+def changes(*values: float) -> list[Estimate]:
+    return [steady(value) for value in values]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_recorded_runs_of_equal_revisions_do_not_fail(metric: str) -> None:
+    for rounds in recorded("equal", metric):
+        assert verdict_on(rounds).outcome in (Outcome.NO_SLOWER, Outcome.UNDECIDED)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_same_runs_with_a_tenth_added_to_the_head_never_pass(metric: str) -> None:
+    found = [verdict_on([slowed(times, 1.1) for times in rounds]).outcome for rounds in recorded("equal", metric)]
+    assert set(found) <= {Outcome.SLOWER, Outcome.UNDECIDED}
+    assert Outcome.SLOWER in found
+
+
+def test_recorded_runs_of_a_head_slowed_by_a_tenth_fail() -> None:
+    for rounds in RECORDED["slowed"]:
+        outcomes = {verdict_on([times[metric] for times in rounds]).outcome for metric in METRICS}
+        assert Outcome.SLOWER in outcomes
+        assert Outcome.FASTER not in outcomes
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("factor", "outcome"), [(1.0, Outcome.NO_SLOWER), (1.1, Outcome.SLOWER)])
+def test_rounds_drawn_from_all_recorded_ones_come_out_right(metric: str, factor: float, outcome: Outcome) -> None:
+    pool = [times for rounds in recorded("equal", metric) for times in rounds]
+    draw = random.Random(0)
+    wrong = Outcome.SLOWER if outcome is Outcome.NO_SLOWER else Outcome.NO_SLOWER
+    for _ in range(200):
+        rounds = [slowed(times, factor) for times in draw.choices(pool, k=12)]
+        assert verdict_on(rounds).outcome is not wrong
+
+
+def test_a_steady_slowdown_beyond_the_threshold_is_slower() -> None:
+    verdict = judge(changes(0.09, 0.10, 0.11, 0.10, 0.10))
+    assert verdict.outcome is Outcome.SLOWER
+    assert "slower by at least 9.1 %, in every round" in verdict.reason
+
+
+def test_one_round_that_disagrees_prevents_failure() -> None:
+    estimates = changes(0.10, 0.10, 0.10, 0.10, -0.001, *[0.10] * 20)
+    verdict = judge(estimates)
+    assert verdict.change.low > math.log1p(verdict.threshold)
+    assert verdict.outcome is not Outcome.SLOWER
+
+
+def test_one_outlying_round_of_equal_revisions_does_not_fail() -> None:
+    assert judge(changes(0.0, 0.01, 0.5, 0.0, 0.01)).outcome is Outcome.UNDECIDED
+
+
+def test_a_slowdown_within_the_threshold_passes() -> None:
+    assert judge(changes(0.019, 0.020, 0.021, 0.020, 0.020)).outcome is Outcome.NO_SLOWER
+
+
+def test_the_threshold_that_was_asked_for_is_taken() -> None:
+    estimates = changes(0.019, 0.020, 0.021, 0.020, 0.020)
+    assert judge(estimates, 0.01).outcome is Outcome.SLOWER
+    assert judge(estimates, 0.01).threshold == 0.01
+    assert judge(changes(0.15, 0.16, 0.15), 0.5).outcome is Outcome.NO_SLOWER
+
+
+def test_noise_between_the_two_base_processes_raises_the_threshold() -> None:
+    quiet = [steady(0.05, noise) for noise in (0.0, 0.001, -0.001, 0.0, 0.0)]
+    noisy = [steady(0.05, noise) for noise in (0.06, 0.05, 0.06, 0.055, 0.06)]
+    assert judge(quiet).threshold == THRESHOLD
+    assert judge(quiet).outcome is Outcome.SLOWER
+    assert judge(noisy).threshold > 0.06
+    assert judge(noisy).outcome is Outcome.NO_SLOWER
+
+
+def test_noise_never_lowers_the_threshold_that_was_asked_for() -> None:
+    assert judge([steady(0.05, 0.2)] * 5, 0.03).outcome is Outcome.SLOWER
+
+
+def test_noise_that_would_hide_a_tenth_is_inconclusive() -> None:
+    scattered = changes(0.3, -0.3, 0.2, -0.25, 0.1)
+    assert judge(scattered).outcome is Outcome.UNDECIDED
+    assert "too noisy" in judge(scattered).reason
+    apart = [steady(0.0, noise) for noise in (0.3, -0.3, 0.2, -0.25, 0.1)]
+    assert judge(apart).outcome is Outcome.UNDECIDED
+
+
+def test_rounds_whose_turns_scatter_do_not_count_whatever_they_say() -> None:
+    estimates = [*changes(0.10, 0.10, 0.101), steady(-0.5, 0.4, error=0.2), steady(0.5, 0.4, error=0.2)]
+    verdict = judge(estimates)
+    assert (verdict.rounds, verdict.disturbed) == (3, 2)
+    assert verdict.outcome is Outcome.SLOWER
+
+
+@pytest.mark.parametrize("count", range(MIN_ROUNDS))
+def test_too_few_rounds_are_inconclusive(count: int) -> None:
+    assert judge(changes(*[0.2] * count)).outcome is Outcome.UNDECIDED
+
+
+def test_the_change_of_a_turn_is_against_both_base_processes() -> None:
+    found = estimate({"base": [1.0, 1.0], "head": [2.0, 2.0], "again": [4.0, 4.0]})
+    assert found.change == pytest.approx(0.0)
+    assert found.noise == pytest.approx(math.log(4))
+
+
+def test_what_slows_a_whole_turn_cancels() -> None:
+    pace = [1.0, 30.0, 0.5, 7.0]
+    found = estimate(
+        {arm: [step * seconds for step in pace] for arm, seconds in zip(ARMS, (2.0, 3.0, 2.0), strict=True)}
+    )
+    assert found.change == pytest.approx(math.log(1.5))
+    assert found.error == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_few_disturbed_turns_hardly_move_a_round() -> None:
+    times = {"base": [1.0] * 12, "head": [1.05] * 9 + [40.0] * 3, "again": [1.0] * 12}
+    assert estimate(times).change == pytest.approx(math.log(1.05))
+
+
+def density(x: float, freedom: int) -> float:
+    scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
+    return math.exp(scale - (freedom + 1) / 2 * math.log1p(x * x / freedom))
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 11, 30])
+def test_the_quantiles_are_students(freedom: int) -> None:
+    cut, steps = T_975[freedom - 1], 2000
+    width = cut / steps
+    odd = sum(density((2 * i + 1) * width, freedom) for i in range(steps // 2))
+    even = sum(density(2 * i * width, freedom) for i in range(1, steps // 2))
+    within = width / 3 * (density(0, freedom) + 4 * odd + 2 * even + density(cut, freedom))  # Simpson's rule
+    assert 2 * within == pytest.approx(0.95, abs=1e-4)
+
+
+def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
+    draw = random.Random(0)
+    covered = 0
+    for _ in range(4000):
+        found = interval([draw.gauss(0.02, 0.01) for _ in range(5)])
+        covered += found.low <= 0.02 <= found.high
+    assert covered / 4000 == pytest.approx(0.95, abs=0.012)
+
+
+positive = st.floats(1e-5, 10.0)
+turns = st.lists(st.tuples(positive, positive, positive), min_size=1, max_size=8)
+logs = st.floats(-0.5, 0.5)
+many = st.lists(st.builds(Estimate, logs, logs, st.floats(0, 0.2)), max_size=14)
+thresholds = st.none() | st.floats(0.005, 0.5)
+
+MIRRORED = {Outcome.SLOWER: Outcome.FASTER, Outcome.FASTER: Outcome.SLOWER}
+
+
+@given(turns, st.floats(1e-3, 1e3))
+def test_a_machine_of_another_speed_changes_no_estimate(rounds: list[tuple[float, ...]], factor: float) -> None:
+    times = {arm: list(column) for arm, column in zip(ARMS, zip(*rounds, strict=True), strict=True)}
+    scaled = {arm: [seconds * factor for seconds in column] for arm, column in times.items()}
+    one, other = estimate(times), estimate(scaled)
+    assert (other.change, other.noise) == (pytest.approx(one.change, abs=1e-9), pytest.approx(one.noise, abs=1e-9))
+
+
+@given(turns)
+def test_exchanging_the_two_base_processes_changes_the_sign_of_the_noise_alone(rounds: list[tuple[float, ...]]) -> None:
+    base, head, again = (list(column) for column in zip(*rounds, strict=True))
+    one = estimate({"base": base, "head": head, "again": again})
+    other = estimate({"base": again, "head": head, "again": base})
+    assert other.change == pytest.approx(one.change, abs=1e-12)
+    assert other.noise == pytest.approx(-one.noise, abs=1e-12)
+
+
+@given(many, thresholds)
+def test_slower_and_faster_are_mirror_images(estimates: list[Estimate], threshold: float | None) -> None:
+    mirrored = [Estimate(-each.change, -each.noise, each.error) for each in estimates]
+    one, other = judge(estimates, threshold).outcome, judge(mirrored, threshold).outcome
+    assert other is MIRRORED[one] if one in MIRRORED else other not in MIRRORED
+
+
+@given(many, thresholds)
+def test_slower_means_beyond_the_threshold_and_in_every_round(
+    estimates: list[Estimate], threshold: float | None
+) -> None:
+    verdict = judge(estimates, threshold)
+    counted = [each.change for each in estimates if 2 * each.error <= math.log1p(max(SIGHT, threshold or 0))]
+    assert (verdict.rounds, verdict.disturbed) == (len(counted), len(estimates) - len(counted))
+    if verdict.outcome is Outcome.SLOWER:
+        assert min(counted) > 0
+        assert verdict.change.low > math.log1p(verdict.threshold)
+        assert verdict.threshold >= (threshold or THRESHOLD)
+
+
+@given(many)
+def test_passing_means_that_a_tenth_is_excluded(estimates: list[Estimate]) -> None:
+    verdict = judge(estimates)
+    if verdict.outcome is Outcome.NO_SLOWER:
+        assert verdict.change.high < math.log1p(SIGHT)
+
+
+def test_every_arm_is_as_often_in_each_place_and_follows_each_other_as_often() -> None:
+    for place in range(3):
+        assert sorted(order[place] for order in ORDERS) == sorted([*ARMS] * 2)
+    pairs = [pair for order in ORDERS for pair in pairwise(order)]
+    assert {pairs.count(pair) for pair in pairs} == {2}
+
+
+def test_a_step_costs_the_median_of_groups_of_steps() -> None:
+    quiet = [1.0] * 7 + [9.0]  # every eighth step does more: that is the decode's own
+    assert step_seconds(quiet * 8) == statistics.fmean(quiet)
+    assert step_seconds([*quiet * 7, *[500.0] * 8]) == statistics.fmean(quiet)  # that was something else
+    assert step_seconds([2.0, 4.0]) == 3.0
+    assert step_seconds([*[1.0] * 8, 700.0]) == 1.0  # too short a group to stand beside the others
+
+
+@pytest.mark.parametrize("name", ["tpot-b1", "ttft-b1", "tpot-b4", "ttft-b32"])
+def test_metrics_are_named_by_what_they_time_and_the_batch(name: str) -> None:
+    assert str(Metric.parse(name)) == name
+
+
+@pytest.mark.parametrize("name", ["", "tpot", "tpot-b0", "latency-b1", "tpot-b1 "])
+def test_a_name_that_is_no_metric_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="is no metric"):
+        Metric.parse(name)
+
+
+def test_arms_are_named_for_the_base_twice_and_the_head() -> None:
+    assert ARMS[:2] == (BASE, HEAD)
