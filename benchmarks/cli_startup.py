@@ -70,7 +70,7 @@ def startup_table(found: Startup) -> Group:
         for caches in (EMPTY, WARM):
             phases = starts.medians(caches)
             cells = [f"{phases[name]:.2f}" if name in phases else "" for name in (*PHASES, *TOTALS)]
-            ratio = "" if starts is found.starts[0] else f"{found.ratio(starts, caches):.2f} x"
+            ratio = "" if starts is found.starts[0] else f"{found.ratio(starts, caches):.3g} x"
             table.add_row(f"  {caches} caches", *cells, ratio)
     return with_remarks(table, _remarks(found))
 

@@ -14,7 +14,7 @@ from fastllama.measure import Bandwidth, BandwidthProbe, kv_cache_bytes, weight_
 
 from .costs import Compilations, peak_memory
 from .figures import Figures, figures
-from .harness import WARMUP_RUNS, Results, Workload, interleave
+from .harness import WARMUP_RUNS, Contender, Results, Workload, interleave
 from .ours import Engine
 from .parity import Parity, check
 from .peers import Places, open_peers
@@ -96,6 +96,7 @@ def compare(
     warmups: int = WARMUP_RUNS,
     peers: Sequence[str] = (),
     places: Places | None = None,
+    others: Sequence[Contender] = (),
     say: Callable[[str], None] = lambda message: None,
 ) -> Comparison:
     """Decode the same workload with the engine and its peers by turns.
@@ -107,6 +108,7 @@ def compare(
         warmups: unmeasured runs of each before them, of fastllama one more.
         peers: names of :data:`fastllama_benchmarks.peers.NAMES`.
         places: of the peers that are no Python packages.
+        others: further contenders, which the caller opens and closes.
         say: told what is about to run.
     """
     engine = Engine(model)
@@ -118,7 +120,8 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="fastllama-peers-") as workspace:
         opened, missing = open_peers(peers, model, workload, places or Places(), Path(workspace))
         try:
-            results = interleave([engine, *opened], workload, rounds, warmups=warmups, say=say, between=probe.sample)
+            contenders = [engine, *others, *opened]
+            results = interleave(contenders, workload, rounds, warmups=warmups, say=say, between=probe.sample)
             info = {peer.name: getattr(peer, "info", None) for peer in opened if peer.name in results.runs}
         finally:
             for peer in opened:

@@ -58,23 +58,23 @@ class Row:
     Attributes:
         label: what it shows, with its unit.
         fields: what a record must say to be shown; ``device`` without its number.
-        cells: makes the cells of the newest such record, given all records; None where another one is missing.
+        cells: makes the cells of the newest such record; None where it lacks what the row shows.
     """
 
     label: str
     fields: Mapping[str, Any]
-    cells: Callable[[Record, Sequence[Record]], Cells | None]
+    cells: Callable[[Record], Cells | None]
 
 
 # ---- what a record shows -------------------------------------------------------------------------------------------
 
 
-def decode_cells(record: Record, _: Sequence[Record]) -> Cells:
+def decode_cells(record: Record) -> Cells:
     """Tokens per second."""
     return _speed_cells(record, "tokens_per_second", percent(record["mbu"]))
 
 
-def prefill_cells(record: Record, _: Sequence[Record]) -> Cells:
+def prefill_cells(record: Record) -> Cells:
     """Milliseconds to the first token."""
     return _speed_cells(record, "ttft_ms", "")
 
@@ -85,7 +85,7 @@ def _speed_cells(record: Record, name: str, mbu: str) -> Cells:
     return Cells(values, "" if ratio is None else times(ratio), mbu)
 
 
-def startup_cells(record: Record, _: Sequence[Record]) -> Cells:
+def startup_cells(record: Record) -> Cells:
     """Seconds from a process's start to its first token, on empty and on warm caches."""
 
     def on_each(seconds: Callable[[str], str]) -> str:
@@ -96,16 +96,13 @@ def startup_cells(record: Record, _: Sequence[Record]) -> Cells:
     return Cells(values, "" if ratio is None else on_each(lambda caches: times(ratio[caches])))
 
 
-def capacity_cells(record: Record, records: Sequence[Record]) -> Cells | None:
-    """Milliseconds a token in many slots and, from the same run, in few."""
-    run = record["environment"]["commit"], record["environment"]["argv"]
-    fields = {name: record[name] for name in ("kind", "model", "dtype", "quantize", "batch", "sweep", "live_tokens")}
-    same_run = [each for each in records if (each["environment"]["commit"], each["environment"]["argv"]) == run]
-    few = newest(same_run, fields | {"sweep_value": FEW_SLOTS, "device": record["device"].split(":")[0]})
-    if few is None:
+def capacity_cells(record: Record) -> Cells | None:
+    """Milliseconds a token in many slots and, by turns with that, in few; None where there is no latter."""
+    few = record["peers"].get(f"{FEW_SLOTS} slots", {})
+    if not few.get("parity"):
         return None
-    many_ms, few_ms = record["tpot_ms"]["p50"], few["tpot_ms"]["p50"]
-    return Cells({OURS: f"{number(many_ms)} / {number(few_ms)}"}, "", percent(record["mbu"]))
+    both = (entry["tpot_ms"]["p50"] for entry in (record, few))
+    return Cells({OURS: " / ".join(map(number, both))}, "", percent(record["mbu"]))
 
 
 def _values(record: Record, text: Callable[[Record], str]) -> dict[str, str]:
@@ -191,7 +188,7 @@ def figures(records: Iterable[Record], rows: Sequence[Row] = ROWS) -> str:
     known, table = list(records), Table()
     for row in rows:
         record = newest(known, row.fields)
-        cells = row.cells(record, known) if record is not None else None
+        cells = row.cells(record) if record is not None else None
         if record is not None and cells is not None:
             table.add(row.label, cells, record)
     return table.markdown()

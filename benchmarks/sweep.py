@@ -1,7 +1,8 @@
 """Decoding along an axis: batch, live length, cache capacity, precision; each point a comparison of its own.
 
 Every point starts from a released engine, so that it does not depend on what was measured before it (a cache that has
-grown stays grown), and passes the same parity gate as a single decode.
+grown stays grown), and passes the same parity gate as a single decode. Points of different capacity should be equally
+fast, and they are measured minutes apart: so each takes turns with a second engine that has the axis's first capacity.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.engine import batch_bucket
 from fastllama.generate import engine_of
 from fastllama.measure import free_memory, kv_cache_bytes
 
 from .compare import Comparison, compare
-from .harness import Workload, reason
+from .harness import Run, Workload, reason
+from .ours import Engine
 from .peers import Places
 
 BATCH, LIVE, CAPACITY, PRECISION = "batch", "live", "capacity", "precision"
@@ -68,10 +72,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Point:
-    """One value of one axis."""
+    """One value of one axis.
+
+    Attributes:
+        axis: of AXES.
+        value: in place of the setting's own.
+        beside: slots of a second engine that takes turns with this point's; None: there is none.
+    """
 
     axis: str
     value: int | str
+    beside: int | None = None
 
     def of(self, base: Setting) -> Setting:
         """The setting with this value in place of its own.
@@ -161,7 +172,11 @@ def plan(
     points = []
     for axis in sorted(axes, key=AXES.index):
         own = [value for value in VALUES[axis] if axis != LIVE or int(value) <= bound]
-        points += [Point(axis, value) for value in values.get(axis, own)]
+        chosen = values.get(axis, own)
+        beside = None
+        if axis == CAPACITY:
+            beside = next((int(slots) for slots in chosen if int(slots) >= base.prompt_len + base.new_tokens), None)
+        points += [Point(axis, value, None if value == beside else beside) for value in chosen]
     return sorted(points, key=lambda point: point.of(base).precision != base.precision)
 
 
@@ -202,7 +217,7 @@ class Sweep:
         try:
             setting = point.of(self.base)
             model = self._model_of(setting, say)
-            comparison = self._compare(model, setting, say)
+            comparison = self._compare(model, setting, point.beside, say)
             if not comparison.parity.passed:
                 return Outcome(point, failure=f"outputs are wrong: {comparison.parity.note}", is_wrong=True)
             return Outcome(point, comparison, self._fields(model, point, setting, comparison))
@@ -233,12 +248,19 @@ class Sweep:
             self._loaded = setting.precision
         return self._model
 
-    def _compare(self, model: LlamaForCausalLM, setting: Setting, say: Say) -> Comparison:
+    def _compare(self, model: LlamaForCausalLM, setting: Setting, beside: int | None, say: Say) -> Comparison:
         check_fits(model, setting)
         workload = Workload.random(
             model.config.vocab_size, setting.batch, setting.prompt_len, setting.new_tokens, setting.capacity
         )
-        return compare(model, workload, rounds=self._rounds, peers=self._peers, places=self._places, say=say)
+        others = [] if beside is None else [AtCapacity(model, beside)]
+        try:
+            return compare(
+                model, workload, rounds=self._rounds, peers=self._peers, places=self._places, others=others, say=say
+            )
+        finally:
+            for other in others:
+                other.close()
 
     def _fields(
         self, model: LlamaForCausalLM, point: Point, setting: Setting, comparison: Comparison
@@ -257,6 +279,30 @@ class Sweep:
             "live_tokens": setting.live,
             "slots": cache.max_cache_len,
         }
+
+
+class AtCapacity:
+    """A second engine over the same weights, whose cache has a number of slots of its own.
+
+    Its q/k/v and gate/up matrices are another copy; the rest is shared.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, slots: int) -> None:
+        self.name = f"{slots} slots"
+        self._slots = slots
+        with torch.device("meta"):
+            twin = LlamaForCausalLM(model.config)
+        twin.load_state_dict(model.state_dict(), assign=True)
+        twin.tie_weights()
+        self._engine = Engine(twin.eval())
+
+    def run(self, workload: Workload) -> Run:
+        """Decode once, in that many slots."""
+        return self._engine.run(replace(workload, capacity=self._slots))
+
+    def close(self) -> None:
+        """Give back the engine's memory."""
+        self._engine.close()
 
 
 def check_fits(model: LlamaForCausalLM, setting: Setting) -> None:

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 import fastllama
 from fastllama import LlamaConfig, LlamaForCausalLM
-from fastllama.cli import app, console
+from fastllama.cli import console
+from fastllama.cli.app import app
 from fastllama.cli.options import sampling_arguments
 
 ANSWER = "wörld"

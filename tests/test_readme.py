@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import typer.main
 
-from fastllama.cli import app
+from fastllama.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))] if path.is_file()]

@@ -91,7 +91,7 @@ def to_dict(result: Result, machine: dict[str, Any]) -> dict[str, Any]:
 def pooled(rounds: Sequence[Round], metric: Metric, side: str) -> list[float]:
     """Every time of a side, in seconds; the base's of both of its arms."""
     arms = (HEAD,) if side == HEAD else (BASE, AGAIN)
-    return [seconds for each in rounds for arm in arms for seconds in each.times[str(metric)][arm]]
+    return [value for each in rounds for arm in arms for turn in each.times[str(metric)][arm] for value in turn]
 
 
 def _outcome(result: Result, metric: Metric) -> Outcome | None:

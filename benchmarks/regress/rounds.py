@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..harness import Run, Workload
 from ..remote import Remote
@@ -28,9 +28,10 @@ ORDERS = (
 )
 
 GROUP = 8  # decode steps that are timed as one
+FIRST_TOKENS = 3  # more runs of a turn, up to the first token only, where that is judged
 WARMUP_TURNS = 2  # the first may compile, the second sees what the first allocated
 
-Times = dict[str, dict[str, list[float]]]  # metric → arm → seconds, turn by turn
+Times = dict[str, dict[str, list[list[float]]]]  # metric → arm → turn → seconds
 
 
 @dataclass(frozen=True)
@@ -61,21 +62,19 @@ class Metric:
         what = "decode step" if self.kind == "tpot" else "first token"
         return f"{what}, batch {self.batch}"
 
-    def of(self, run: Run) -> float:
-        """Its value in one run, in seconds."""
-        return run.ttft if self.kind == "ttft" else step_seconds(run.tpot)
+    def of(self, run: Run) -> list[float]:
+        """Its values in one run, in seconds."""
+        return [run.ttft] if self.kind == "ttft" else step_seconds(run.tpot)
 
 
-def step_seconds(tpot: Sequence[float]) -> float:
-    """Seconds per step of one decode: the median over groups of ``GROUP`` steps of the mean of each.
+def step_seconds(tpot: Sequence[float]) -> list[float]:
+    """Seconds per step of each group of ``GROUP`` steps of a decode; those that are left over are dropped.
 
-    The median drops the groups in which something else took the processor; the groups keep what happens only every few
-    steps, such as a look at the tokens, which a median of single steps would not see.
+    In groups, so that what happens only every few steps, such as a look at the tokens, is in each of them.
     """
-    groups = [tpot[start : start + GROUP] for start in range(0, len(tpot), GROUP)]
-    if len(groups) > 1 and len(groups[-1]) < GROUP:
-        groups.pop()
-    return statistics.median(statistics.fmean(group) for group in groups)
+    size = min(GROUP, len(tpot))
+    starts = range(0, len(tpot) - size + 1, size)
+    return [statistics.fmean(tpot[start : start + size]) for start in starts]
 
 
 @dataclass
@@ -149,4 +148,6 @@ def _take_turn(
         done.tokens.setdefault(arm, {}).setdefault(batch, run.tokens or ())
         for metric in metrics:
             if metric.batch == batch:
-                done.times[str(metric)][arm].append(metric.of(run))
+                more = FIRST_TOKENS if metric.kind == "ttft" else 0
+                runs = [run, *(worker.run(replace(workload, new_tokens=1)) for _ in range(more))]
+                done.times[str(metric)][arm].append([round(value, 9) for each in runs for value in metric.of(each)])

@@ -1,16 +1,19 @@
-"""From times to a verdict: has a metric become slower? Pure functions of numbers.
+"""From times to a verdict: has a metric become slower? Functions of numbers alone.
 
 Everything is computed on natural logarithms of ratios: there, twice as slow and twice as fast are equally far from
 zero, and exchanging base and head changes the sign and nothing else.
 
 One round is one draw of three fresh processes, ``base``, ``head`` and ``again`` (the base once more), that took turns.
-In each turn the *change* is ``log head - (log base + log again) / 2`` and the *noise* is ``log again - log base``; a
-round's are the medians over its turns. For equal revisions the two are uncorrelated, and both come from how processes
-of one and the same code differ on this machine.
+An arm's time in a round is the ``QUANTILE`` of all its times there: how fast it goes while nothing else has the
+processor. (Medians of turns that were compared pair by pair scattered two to three times as much between rounds of
+equal code, on two cores that were shared with other work.) A round's *change* is ``log head - (log base + log again) /
+2`` and its *noise* is ``log again - log base``. For equal revisions the two are uncorrelated, and both come from how
+processes of one and the same code differ on this machine.
 
 Rounds are independent, turns of a round are not (a process keeps the memory it was given). So a confidence interval is
 Student's over the rounds: mean ± t · s / √n (Student, The Probable Error of a Mean, Biometrika 6, 1908). A bootstrap
-over the handful of rounds that a gate can afford would come out too narrow.
+over the handful of rounds that a gate can afford would come out too narrow. Within a round, where there are more turns,
+it serves to tell how far the round can be relied on (Efron, Bootstrap Methods, Annals of Statistics 7, 1979).
 """
 
 from __future__ import annotations
@@ -21,6 +24,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
+
+QUANTILE = 0.05  # of an arm's times in a round
+RESAMPLES = 200  # of a round's turns
+
 THRESHOLD = 0.03  # a smaller slowdown is never called one, unless asked for
 SIGHT = 0.10  # a slowdown that the gate must be able to see before it says that there is none
 MIN_ROUNDS = 3  # below, an interval says little
@@ -30,8 +38,6 @@ T_975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-MAD_TO_SIGMA = 1.4826  # of a normal distribution
-MEDIAN_TO_MEAN_ERROR = math.sqrt(math.pi / 2)  # standard error of a median over that of a mean, likewise
 
 
 class Outcome(str, Enum):
@@ -64,7 +70,7 @@ class Estimate:
     Attributes:
         change: of the head to the base; above zero where the head is slower.
         noise: of the second base process to the first.
-        error: standard error of ``change`` within the round, from how its turns scatter.
+        error: standard error of ``change`` within the round, from how its turns differ.
     """
 
     change: float
@@ -82,7 +88,7 @@ class Verdict:
         noise: the same of base to base.
         threshold: slowdown, as a fraction, beyond which the head would be called slower.
         rounds: how many count.
-        disturbed: how many do not, because their turns scattered too much to see a slowdown of ``SIGHT``.
+        disturbed: how many do not, because their turns differed too much to see a slowdown of ``SIGHT``.
         reason: why, in one line.
     """
 
@@ -95,19 +101,24 @@ class Verdict:
     reason: str
 
 
-def estimate(times: Mapping[str, Sequence[float]]) -> Estimate:
+def estimate(times: Mapping[str, Sequence[Sequence[float]]]) -> Estimate:
     """One metric of one round.
 
     Args:
-        times: of ``base``, ``head`` and ``again``, one time for each turn, all of one unit and above zero.
+        times: of ``base``, ``head`` and ``again``: for each turn the times that it gave, equally many in every turn, of
+            one unit and above zero.
     """
-    turns = list(zip(times["base"], times["head"], times["again"], strict=True))
-    changes = [math.log(head) - (math.log(base) + math.log(again)) / 2 for base, head, again in turns]
-    noises = [math.log(again / base) for base, _, again in turns]
-    change = statistics.median(changes)
-    scatter = MAD_TO_SIGMA * statistics.median(abs(value - change) for value in changes)
-    error = MEDIAN_TO_MEAN_ERROR * scatter / math.sqrt(len(changes))
-    return Estimate(change, statistics.median(noises), error)
+    logs = np.log([times[arm] for arm in ("base", "head", "again")])  # [arms, turns, times of a turn]
+    change, noise = _contrasts(logs)
+    draws = np.random.default_rng(0).integers(logs.shape[1], size=(RESAMPLES, logs.shape[1]))
+    error = float(np.std([_contrasts(logs[:, turns])[0] for turns in draws]))
+    return Estimate(change, noise, error)
+
+
+def _contrasts(logs: np.ndarray) -> tuple[float, float]:
+    """Change and noise of these turns."""
+    base, head, again = np.quantile(logs.reshape(len(logs), -1), QUANTILE, axis=1)
+    return float(head - (base + again) / 2), float(again - base)
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -128,8 +139,8 @@ def judge(estimates: Sequence[Estimate], threshold: float | None = None) -> Verd
     *Faster*: the mirror image. *No slower*: the interval excludes a slowdown of ``SIGHT`` (or of the threshold, where
     that is larger) and the mean is within the threshold. *Inconclusive*: anything else.
 
-    A round whose turns scatter so much that it could not see a slowdown of ``SIGHT`` does not count. What is looked
-    at is the scatter alone, never the change, so leaving a round out favours no outcome.
+    A round whose turns differ so much that it could not see a slowdown of ``SIGHT`` does not count. What is looked at
+    is how its turns differ, never the change, so leaving a round out favours no outcome.
 
     Args:
         estimates: of every round so far.

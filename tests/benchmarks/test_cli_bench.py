@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fastllama.cli import app
+from fastllama.cli.app import app
 from fastllama.measure import Bandwidth
 from fastllama_benchmarks import compare as comparing
 from fastllama_benchmarks.compare import Comparison

@@ -14,7 +14,17 @@ from typer.testing import CliRunner
 from fastllama_benchmarks.harness import Run, Unavailable, Workload
 from fastllama_benchmarks.regress import cli, gate
 from fastllama_benchmarks.regress.gate import BaseUnavailable, Gate, Result, Settings, Side
-from fastllama_benchmarks.regress.rounds import ARMS, BASE, HEAD, ORDERS, WARMUP_TURNS, Metric, Round, run_round
+from fastllama_benchmarks.regress.rounds import (
+    ARMS,
+    BASE,
+    FIRST_TOKENS,
+    HEAD,
+    ORDERS,
+    WARMUP_TURNS,
+    Metric,
+    Round,
+    run_round,
+)
 from fastllama_benchmarks.regress.verdict import Interval, Outcome, Verdict
 from fastllama_benchmarks.regress.worktrees import Revision, git
 
@@ -137,8 +147,11 @@ def test_a_slower_head_fails_and_everything_is_reported(repo: Repository, invoke
     assert "slower by at least 10.0 %, in every round (3 rounds)" in summary.read_text()
     found = json.loads(samples.read_text())
     assert found["rounds"][0]["tpot-b1"] == {
-        "base": pytest.approx([0.010] * 2), "head": pytest.approx([0.011] * 2), "again": pytest.approx([0.010] * 2)
-    }  # fmt: skip
+        "base": [[0.01] * 7] * 2,
+        "head": [[0.011] * 7] * 2,
+        "again": [[0.01] * 7] * 2,
+    }
+    assert found["rounds"][0]["ttft-b2"]["head"] == [[0.05] * (1 + FIRST_TOKENS)] * 2
     assert [found["verdicts"][name]["outcome"] for name in ("tpot-b1", "ttft-b2")] == ["slower", "no slower"]
     assert len(worktrees(repo)) == 1
 
@@ -219,7 +232,7 @@ def verdict(outcome: Outcome) -> Verdict:
 
 def result(outcome: Outcome, tmp_path: Path) -> Result:
     info = {"device_type": "cpu", "device": "cpu", "torch": "2", "python": "3", "threads": 1}
-    times = {"tpot-b1": {arm: [0.1, 0.1] for arm in ARMS}}
+    times = {"tpot-b1": {arm: [[0.1], [0.1]] for arm in ARMS}}
     settings = Settings(tmp_path, "main", ".", tmp_path, METRICS)
     done = Round(times, info=dict.fromkeys(ARMS, info))
     return Result(settings, BASE_REVISION, HEAD_REVISION, rounds=(done,) * 3, verdicts={"tpot-b1": verdict(outcome)})
@@ -326,7 +339,7 @@ def test_turns_are_timed_only_after_everyone_is_warm() -> None:
     log: list[str] = []
     done = fake_round(0, 1.0, log, turns=4)
     assert sum(line == HEAD for line in log) == 4 + WARMUP_TURNS
-    assert done.times == {"tpot-b1": {arm: [1.0] * 4 for arm in ARMS}}
+    assert done.times == {"tpot-b1": {arm: [[1.0]] * 4 for arm in ARMS}}
 
 
 def test_workers_are_ended_also_when_one_breaks() -> None:

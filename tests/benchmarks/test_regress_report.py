@@ -30,7 +30,10 @@ def rounds_of(*factors: float) -> tuple[Round, ...]:
     """Rounds in which the head takes this many times as long as the base, which takes 1 ms."""
     return tuple(
         Round(
-            {str(metric): {"base": [1e-3] * 4, "head": [1e-3 * factor] * 4, "again": [1e-3] * 4} for metric in METRICS},
+            {
+                str(metric): {"base": [[1e-3] * 4], "head": [[1e-3 * factor] * 4], "again": [[1e-3] * 4]}
+                for metric in METRICS
+            },
             tokens=TOKENS,
             info=dict.fromkeys(("base", "head", "again"), INFO),
         )
@@ -128,7 +131,7 @@ def test_a_difference_in_the_timed_dtype_is_only_told() -> None:
 
 def test_the_json_holds_every_sample_and_no_number_that_json_has_not() -> None:
     found = json.loads(json.dumps(to_dict(result_of(1.0, 1.0, 1.0), MACHINE), allow_nan=False))
-    assert found["rounds"][2]["ttft-b4"]["again"] == [1e-3] * 4
+    assert found["rounds"][2]["ttft-b4"]["again"] == [[1e-3] * 4]
     assert found["settings"]["metrics"] == ["tpot-b1", "ttft-b4"]
     assert found["verdicts"]["tpot-b1"]["outcome"] == "no slower"
     assert found["head"]["dirty"] is True
@@ -138,7 +141,7 @@ def test_the_json_holds_every_sample_and_no_number_that_json_has_not() -> None:
 
 
 def test_times_of_the_base_are_those_of_both_its_processes() -> None:
-    rounds = (Round({"tpot-b1": {"base": [1.0], "head": [2.0], "again": [3.0]}}),)
+    rounds = (Round({"tpot-b1": {"base": [[1.0]], "head": [[2.0]], "again": [[3.0]]}}),)
     assert pooled(rounds, METRICS[0], "base") == [1.0, 3.0]
     assert pooled(rounds, METRICS[0], "head") == [2.0]
 

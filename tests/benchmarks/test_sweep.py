@@ -30,6 +30,7 @@ from fastllama_benchmarks.sweep import (
     CAPACITY,
     LIVE,
     PRECISION,
+    AtCapacity,
     Point,
     Setting,
     Sweep,
@@ -58,6 +59,7 @@ class Played:
         self.loads: list[tuple[str | None, str | None]] = []
         self.workloads: list[Workload] = []
         self.released_before: list[bool] = []
+        self.others: list[list[str]] = []
         self.fails: Callable[[Workload], BaseException | None] = lambda workload: None
         self.is_right: Callable[[Workload], bool] = lambda workload: True
 
@@ -70,7 +72,8 @@ class Played:
         model.is_released = True  # type: ignore[assignment]
         return model
 
-    def compare(self, model: Any, workload: Workload, *, rounds: int, peers: Any, **_: Any) -> Comparison:
+    def compare(self, model: Any, workload: Workload, *, rounds: int, peers: Any, others: Any, **_: Any) -> Comparison:
+        self.others.append([other.name for other in others])
         self.released_before.append(model.is_released)
         model.is_released = False
         self.workloads.append(workload)
@@ -107,6 +110,26 @@ def test_points_go_along_each_axis_and_load_each_precision_once() -> None:
     assert [(point.axis, point.value) for point in points] == [
         (BATCH, 1), (BATCH, 3), (PRECISION, "bfloat16"), (PRECISION, "float32"), (PRECISION, "float16"),
     ]  # fmt: skip
+
+
+def test_capacities_take_turns_with_the_first_that_holds_the_tokens() -> None:
+    points = plan((CAPACITY,), {CAPACITY: (64, 256, 512)}, Setting(), CONFIG, 4096)
+    assert [(point.value, point.beside) for point in points] == [(64, 256), (256, None), (512, 256)]
+
+
+def test_a_second_engine_shares_the_weights_and_has_slots_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(Engine, "run", lambda self, workload: seen.append((self._model, workload.capacity)))
+    model = LlamaForCausalLM(CONFIG.replace(tie_word_embeddings=True)).eval()
+    weights = model.state_dict()
+    AtCapacity(model, 32).run(Workload(((1, 2),), 3, 500))
+    ((twin, capacity),) = seen
+    assert capacity == 32
+    assert twin is not model
+    assert twin.lm_head.weight is twin.model.embed_tokens.weight
+    assert all(w.data_ptr() == weights[name].data_ptr() for name, w in twin.state_dict().items())
+    twin.model.layers[0].mlp.up_proj.weight.data = torch.zeros(1)  # as an engine moves them
+    assert model.model.layers[0].mlp.up_proj.weight.shape == (48, 32)
 
 
 def test_live_lengths_stay_below_their_bound_and_what_the_model_was_made_for() -> None:
@@ -286,6 +309,7 @@ def test_capacities_and_the_longest_live_length_can_be_chosen(played: Played) ->
     assert result.exit_code == 0, result.stderr
     found = [(workload.capacity, workload.live_tokens) for workload in played.workloads]
     assert found == [(None, 128), (None, 512), (128, 96), (8192, 96)]
+    assert played.others == [[], [], [], ["128 slots"]]  # measured minutes apart, they would not compare
 
 
 @pytest.mark.parametrize(
@@ -309,10 +333,10 @@ def test_wrong_usage_is_told_before_anything_is_loaded(played: Played, arguments
 def test_the_real_thing_on_the_demo_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastllama.measure.READ_BYTES", 1 << 25)
     base = ("--prompt-len", "12", "--new-tokens", "8", "--rounds", "1", "--json", "-", "-q")
-    result = run("--axis", "live,capacity", "--capacities", "32", "--max-live", "128", *base)
+    result = run("--axis", "capacity", "--capacities", "32,64", *base)
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["failed"] == []
-    assert [(p["sweep"], p["sweep_value"], p["slots"], p["parity"]) for p in found["points"]] == [
-        ("live", 128, 2048, True), ("capacity", 32, 32, True),
-    ]  # fmt: skip
+    assert [(p["sweep_value"], p["slots"], p["parity"]) for p in found["points"]] == [(32, 32, True), (64, 64, True)]
+    beside = found["points"][1]["peers"]["32 slots"]
+    assert (beside["parity"], beside["same_tokens"]) == (True, 8)
