@@ -162,7 +162,7 @@ def _append(path: Path, text: str) -> None:
 
 
 def _table(result: gate.Result) -> Table:
-    table = Table(*report.COLUMNS, box=None, pad_edge=False)
+    table = Table(*report.COLUMNS, box=None, pad_edge=False, header_style="")
     for row in report.table_rows(result):
         table.add_row(*map(Text, row))
     return table

@@ -8,21 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from .gate import Result
 from .rounds import AGAIN, ARMS, BASE, HEAD, Metric, Round
-from .verdict import SIGHT, Outcome, Verdict, estimate
+from .verdict import QUANTILE, SIGHT, Interval, Outcome, Verdict, estimate
 from .worktrees import Revision
 
 SCHEMA = 1
-COLUMNS = (
-    "",
-    "base, ms (p20 to p80)",
-    "head, ms (p20 to p80)",
-    "change (95 %)",
-    "noise, base to base (95 %)",
-    "threshold",
-    "verdict",
-)
+COLUMNS = ("", "base, ms", "head, ms", "change, %", "noise, %", "threshold, %", "verdict")
+SPREAD = ("base, p20 / p50 / p80", "head, p20 / p50 / p80")  # beside them in the report
 
 
 def headline(result: Result) -> str:
@@ -61,7 +56,10 @@ def markdown(result: Result, machine: dict[str, Any], command: str, plot: str | 
 
 
 def table_rows(result: Result) -> list[tuple[str, ...]]:
-    """A row of ``COLUMNS`` for each metric."""
+    """A row of ``COLUMNS`` for each metric.
+
+    A side's time is the quantile that is judged, the median over the rounds.
+    """
     return [_row(metric, result) for metric in result.settings.metrics]
 
 
@@ -102,34 +100,38 @@ def _outcome(result: Result, metric: Metric) -> Outcome | None:
 def _row(metric: Metric, result: Result) -> tuple[str, ...]:
     verdict = result.verdicts[str(metric)]
     return (
-        metric.title,
-        *(_spread(pooled(result.rounds, metric, side)) for side in (BASE, HEAD)),
+        str(metric),
+        *(f"{1e3 * _typical(result.rounds, metric, side):.3f}" for side in (BASE, HEAD)),
         _with_interval(verdict.change),
         _with_interval(verdict.noise),
-        f"{100 * verdict.threshold:.1f} %",
+        f"{100 * verdict.threshold:.1f}",
         verdict.outcome.value,
     )
 
 
 def _table(result: Result) -> str:
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *table_rows(result)]
+    lines = [(*COLUMNS, *SPREAD), ("---",) * len((*COLUMNS, *SPREAD))]
+    for metric, row in zip(result.settings.metrics, table_rows(result), strict=True):
+        lines.append((metric.title, *row[1:], *(_spread(pooled(result.rounds, metric, side)) for side in (BASE, HEAD))))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _typical(rounds: Sequence[Round], metric: Metric, side: str) -> float:
+    return statistics.median(float(np.quantile(pooled([each], metric, side), QUANTILE)) for each in rounds)
+
+
 def _spread(seconds: Sequence[float]) -> str:
-    p20, _, _, p80 = statistics.quantiles(seconds, n=5, method="inclusive")
-    p50 = statistics.median(seconds)
-    return f"{1e3 * p50:.3f} ({1e3 * p20:.3f} to {1e3 * p80:.3f})"
+    return " / ".join(f"{1e3 * value:.3f}" for value in np.quantile(seconds, (0.2, 0.5, 0.8)))
 
 
-def _with_interval(change: Any) -> str:
+def _with_interval(change: Interval) -> str:
     if not math.isfinite(change.low):
         return "unknown"
     return f"{_signed(change.mean)} ({_signed(change.low)} to {_signed(change.high)})"
 
 
 def _signed(log_ratio: float) -> str:
-    return f"{100 * math.expm1(log_ratio):+.1f} %"
+    return f"{100 * math.expm1(log_ratio):+.1f}"
 
 
 def _explanation(result: Result) -> str:
@@ -151,7 +153,7 @@ def _why(verdict: Verdict) -> str:
 def _rounds(result: Result) -> str:
     """Head against base in every round, so that a reader sees whether they agree."""
     numbers = [str(number) for number in range(1, len(result.rounds) + 1)]
-    lines = [["change in round", *numbers], ["---"] * (len(numbers) + 1)]
+    lines = [["change in round, %", *numbers], ["---"] * (len(numbers) + 1)]
     for metric in result.settings.metrics:
         changes = [estimate(each.times[str(metric)]).change for each in result.rounds]
         lines.append([metric.title, *map(_signed, changes)])

@@ -71,16 +71,22 @@ def test_the_headline_tells_the_outcome(factors: tuple[float, ...], line: str) -
 
 
 def test_the_table_has_times_change_noise_threshold_and_verdict() -> None:
-    row = table_rows(result_of(1.1, 1.1, 1.1))[0]
-    assert row == (
-        "decode step, batch 1",
-        "1.000 (1.000 to 1.000)",
-        "1.100 (1.100 to 1.100)",
-        "+10.0 % (+10.0 % to +10.0 %)",
-        "+0.0 % (+0.0 % to +0.0 %)",
-        "3.0 %",
-        "slower",
+    found = result_of(1.1, 1.1, 1.1)
+    interval, nothing = "+10.0 (+10.0 to +10.0)", "+0.0 (+0.0 to +0.0)"
+    assert table_rows(found)[0] == ("tpot-b1", "1.000", "1.100", interval, nothing, "3.0", "slower")
+    text = markdown(found, MACHINE, "command")
+    assert (
+        f"| decode step, batch 1 | 1.000 | 1.100 | {interval} | {nothing} | 3.0 | slower | 1.000 / 1.000 / 1.000 |"
+        in text
     )
+
+
+def test_a_side_s_time_is_the_quantile_that_is_judged() -> None:
+    times = {arm: [[1e-3, 2e-3, 9.0]] * 40 for arm in ("base", "head", "again")}
+    found = replace(result_of(1.0), rounds=(Round({str(metric): times for metric in METRICS}),))
+    assert table_rows(found)[0][1:3] == ("1.000", "1.000")
+    assert "2.000 / 2.000" not in markdown(found, MACHINE, "command")
+    assert "1.000 / 2.000 / 9000.000" in markdown(found, MACHINE, "command")
 
 
 def test_the_report_names_revisions_machine_settings_and_command() -> None:
@@ -91,7 +97,7 @@ def test_the_report_names_revisions_machine_settings_and_command() -> None:
     assert "- base: cpu, torch 2.13.0, Python 3.11.7, 2 threads\n" in text
     assert "![change of every round](plot.svg)" in text
     assert text.endswith("```\nfastllama-regress --base main\n```\n")
-    assert "| change in round | 1 | 2 | 3 |\n| --- | --- | --- | --- |\n| decode step, batch 1 | +0.0 % |" in text
+    assert "| change in round, % | 1 | 2 | 3 |\n| --- | --- | --- | --- |\n| decode step, batch 1 | +0.0 |" in text
 
 
 def test_a_subject_cannot_shape_the_report() -> None:
