@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .gpu_plan import STEPS, TESTS, Step
+from .gpu.plan import STEPS, TESTS, Step
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
@@ -99,7 +99,7 @@ def _problem(options: argparse.Namespace) -> str | None:
 def _run_step(options: argparse.Namespace) -> int:
     import torch
 
-    from .gpu_steps import Task, run
+    from .gpu.steps import Task, run
 
     return run(
         Task(
@@ -194,7 +194,7 @@ class Suite:
 
     def run(self) -> int:
         """All steps, then the table; 0 where everything that was started succeeded."""
-        from .gpu_table import report
+        from .gpu.table import report
         from .records import RecordError, read
 
         try:
@@ -203,7 +203,7 @@ class Suite:
             sys.stderr.write(f"gpu_suite: {error}; records cannot be added there\n")
             return USAGE_ERROR
         if self.options.tiny:
-            from .gpu_steps import write_tiny_model
+            from .gpu.steps import write_tiny_model
 
             write_tiny_model(self.workspace)
         steps = [step for step in STEPS if not self.options.only or step.name in self.options.only]

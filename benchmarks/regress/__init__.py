@@ -2,9 +2,9 @@
 
     python -m benchmarks.regress --base main --head .
 
-Each round starts fresh processes of the base, of the head and of the base once more, which take turns at the same
-decodes. What the two base processes differ by is the machine's noise; what the head differs by beyond that, in every
-round, is the revision's doing. ``docs/benchmarks.md`` tells how to read the report.
+Each round starts two fresh processes of the base and two of the head, which take turns at the same decodes. What two
+processes of equal code differ by is the machine's noise; what the head differs by beyond that, in every round, is the
+revision's doing. ``docs/benchmarks.md`` tells how to read the report.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from ..harness import Unavailable
 from . import gate, report
 from .plot import draw
 from .rounds import Metric
-from .verdict import MIN_ROUNDS, Outcome
+from .verdict import MIN_ROUNDS, ROUNDS_TO_FAIL, Outcome
 
 FAILED, UNAVAILABLE, INCONCLUSIVE, CTRL_C = 1, 2, 3, 130
 NAME = "fastllama-regress"
@@ -54,9 +54,9 @@ def regress(
     metrics: Annotated[str, typer.Option(help="tpot-bN or ttft-bN for a batch of N, with commas.")] = METRICS,
     prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each decode.")] = 64,
-    rounds: Annotated[int, typer.Option(min=MIN_ROUNDS, help="Rounds of fresh processes.")] = 5,
-    max_rounds: Annotated[int, typer.Option(min=MIN_ROUNDS, help="So many at most, while inconclusive.")] = 12,
-    turns: Annotated[int, typer.Option(min=2, help="Decodes of each process in a round.")] = 12,
+    rounds: Annotated[int, typer.Option(min=MIN_ROUNDS, help="Rounds of fresh processes.")] = 3,
+    max_rounds: Annotated[int, typer.Option(min=ROUNDS_TO_FAIL, help="So many at most, while inconclusive.")] = 12,
+    turns: Annotated[int, typer.Option(min=2, help="Decodes of each process in a round.")] = 8,
     minutes: Annotated[float, typer.Option(min=0, help="After so many, no more rounds than --rounds.")] = 15.0,
     threshold: Annotated[
         str, typer.Option(help="Slowdown in percent, or auto: 3, on a CPU more if it is noisy.")

@@ -20,7 +20,7 @@ from ..harness import Unavailable, Workload
 from ..remote import Remote
 from .environments import Requirements, interpreter, prune
 from .outputs import Difference, compare, first_difference, prompts
-from .rounds import BASE, HEAD, Metric, Round, run_round
+from .rounds import BASE, HEAD, SIDES, Metric, Round, run_round
 from .verdict import THRESHOLD, Outcome, Verdict, estimate, judge
 from .worktrees import Revision, files_of, repository, resolve
 
@@ -71,9 +71,9 @@ class Settings:
     device: str | None = None
     prompt_len: int = 128
     new_tokens: int = 64
-    rounds: int = 5
+    rounds: int = 3
     max_rounds: int = 12
-    turns: int = 12
+    turns: int = 8
     minutes: float = 15.0
     threshold: float | None = None
     accept_different_outputs: bool = False
@@ -185,8 +185,8 @@ class Gate:
         self._settings, self._sides, self._say = settings, sides, say
 
     def start(self, arm: str, dtype: str | None = None) -> Remote:
-        """Start the worker of an arm; the second base arm is started like the first."""
-        settings, side = self._settings, self._sides[HEAD if arm == HEAD else BASE]
+        """Start the worker of an arm."""
+        settings, side = self._settings, self._sides[SIDES[arm]]
         options = {
             "--tree": side.tree,
             "--model": settings.model,
@@ -197,7 +197,7 @@ class Gate:
         command = [str(side.python), str(START), *(str(part) for pair in options.items() for part in pair)]
         command += ["--batches", *map(str, settings.batches)]
         command += ["--device", settings.device] if settings.device else []
-        name = f"the {HEAD if arm == HEAD else BASE} {side.revision}"
+        name = f"the {SIDES[arm]} {side.revision}"
         return Remote(name, command, env=_environment(side, settings.threads))
 
     def compare_outputs(self) -> Difference | None:

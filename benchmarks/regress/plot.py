@@ -13,7 +13,7 @@ CHANGE_COLOR, NOISE_COLOR, LIMIT_COLOR = "#d1495b", "#8d96a3", "#30638e"
 
 
 def draw(result: Result, path: Path) -> None:
-    """Draw change and noise of each round, with the thresholds and the interval of the mean, to a file.
+    """Draw change and noises of each round, with the thresholds and the interval of the mean, to a file.
 
     Raises:
         Unavailable: matplotlib is not installed.
@@ -28,14 +28,15 @@ def draw(result: Result, path: Path) -> None:
         verdict = result.verdicts[str(metric)]
         estimates = [estimate(each.times[str(metric)]) for each in result.rounds]
         numbers = range(1, len(estimates) + 1)
-        change, noise = ([_percent(getattr(each, name)) for each in estimates] for name in ("change", "noise"))
+        change = [_percent(each.change) for each in estimates]
+        noises = [(number, _percent(noise)) for number, each in zip(numbers, estimates) for noise in each.noises]
         axes.axhline(0, color="black", linewidth=0.8)
         for side in (1, -1):
             axes.axhline(_percent(side * math.log1p(verdict.threshold)), color=LIMIT_COLOR, linestyle="--", linewidth=1)
         if math.isfinite(verdict.change.low):
             band = (_percent(verdict.change.low), _percent(verdict.change.high))
             axes.axhspan(*band, color=CHANGE_COLOR, alpha=0.15, label="95 % of the mean change")
-        axes.plot(numbers, noise, "o", color=NOISE_COLOR, fillstyle="none", label="base to base")
+        axes.plot(*zip(*noises), "o", color=NOISE_COLOR, fillstyle="none", label="equal code")
         axes.plot(numbers, change, "o", color=CHANGE_COLOR, label="head to base")
         axes.set_title(f"{metric.title}: {verdict.outcome.value}", fontsize=10)
         axes.set_xlabel("round")

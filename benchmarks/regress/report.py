@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .gate import Result
-from .rounds import AGAIN, ARMS, BASE, HEAD, Metric, Round
+from .rounds import BASE, HEAD, SIDES, Metric, Round
 from .verdict import QUANTILE, SIGHT, Interval, Outcome, Verdict, estimate
 from .worktrees import Revision
 
@@ -58,7 +58,7 @@ def markdown(result: Result, machine: dict[str, Any], command: str, plot: str | 
 def table_rows(result: Result) -> list[tuple[str, ...]]:
     """A row of ``COLUMNS`` for each metric.
 
-    A side's time is the quantile that is judged, the median over the rounds.
+    A side's time is the one that is judged, the median over the rounds.
     """
     return [_row(metric, result) for metric in result.settings.metrics]
 
@@ -87,8 +87,8 @@ def to_dict(result: Result, machine: dict[str, Any]) -> dict[str, Any]:
 
 
 def pooled(rounds: Sequence[Round], metric: Metric, side: str) -> list[float]:
-    """Every time of a side, in seconds; the base's of both of its arms."""
-    arms = (HEAD,) if side == HEAD else (BASE, AGAIN)
+    """Every time of a side's two arms, in seconds."""
+    arms = [arm for arm in SIDES if SIDES[arm] == side]
     return [value for each in rounds for arm in arms for turn in each.times[str(metric)][arm] for value in turn]
 
 
@@ -103,7 +103,7 @@ def _row(metric: Metric, result: Result) -> tuple[str, ...]:
         str(metric),
         *(f"{1e3 * _typical(result.rounds, metric, side):.3f}" for side in (BASE, HEAD)),
         _with_interval(verdict.change),
-        _with_interval(verdict.noise),
+        f"{100 * math.expm1(verdict.noise):.1f}",
         f"{100 * verdict.threshold:.1f}",
         verdict.outcome.value,
     )
@@ -117,7 +117,10 @@ def _table(result: Result) -> str:
 
 
 def _typical(rounds: Sequence[Round], metric: Metric, side: str) -> float:
-    return statistics.median(float(np.quantile(pooled([each], metric, side), QUANTILE)) for each in rounds)
+    arms = [arm for arm in SIDES if SIDES[arm] == side]
+    return statistics.median(
+        min(float(np.quantile(each.times[str(metric)][arm], QUANTILE)) for arm in arms) for each in rounds
+    )
 
 
 def _spread(seconds: Sequence[float]) -> str:
@@ -194,10 +197,10 @@ def _machine(result: Result, machine: dict[str, Any]) -> str:
     ]
     gpu = machine.get("gpu") or {}
     lines.append(f"{machine['cpu']}, {machine['cores']} cores" + (f"; {gpu['name']}" if gpu else ""))
-    for arm in ARMS[:2]:
-        if info := result.info.get(arm):
+    for side in (BASE, HEAD):
+        if info := result.info.get(side):
             lines.append(
-                f"{arm}: {info['device']}, torch {info['torch']}, Python {info['python']}, {info['threads']} threads"
+                f"{side}: {info['device']}, torch {info['torch']}, Python {info['python']}, {info['threads']} threads"
             )
     return "\n".join(f"- {line}" for line in lines)
 

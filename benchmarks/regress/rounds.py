@@ -1,8 +1,9 @@
-"""One round: fresh processes of base, head and base again, which take turns at the same decodes.
+"""One round: two fresh processes of the base and two of the head, which take turns at the same decodes.
 
-Fresh, because how fast a process decodes depends on where its memory happened to fall. By turns, because the machine
-is not equally fast at all times. The arms start in an order that rotates over the rounds and take turns in one that
-rotates over the turns, so that none is always the first or always comes after the same other.
+Fresh, because how fast a process decodes depends on where its memory happened to fall. Two, because that tells what equal
+code differs by here and now, and because now and then a process is slow from its first token to its last. By turns,
+because the machine is not equally fast at all times. The processes start in an order that rotates over the rounds and
+take turns in one that rotates over the turns, so that none is always the first or always comes after the same other.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from dataclasses import dataclass, field, replace
 
 from ..harness import Run, Workload
 from ..remote import Remote
+from .verdict import ARMS
 
-BASE, HEAD, AGAIN = ARMS = ("base", "head", "again")
+BASE, HEAD, HEAD_AGAIN, BASE_AGAIN = ARMS
+SIDES = {BASE: BASE, BASE_AGAIN: BASE, HEAD: HEAD, HEAD_AGAIN: HEAD}
 
-#: Each arm is twice in each place and follows each other one twice.
+#: Each arm is once in each place and follows each other one once (E. J. Williams, Australian J. Sci. Res. A 2, 1949).
 ORDERS = (
-    (BASE, HEAD, AGAIN),
-    (AGAIN, HEAD, BASE),
-    (HEAD, AGAIN, BASE),
-    (BASE, AGAIN, HEAD),
-    (AGAIN, BASE, HEAD),
-    (HEAD, BASE, AGAIN),
+    (BASE, HEAD, BASE_AGAIN, HEAD_AGAIN),
+    (HEAD, HEAD_AGAIN, BASE, BASE_AGAIN),
+    (HEAD_AGAIN, BASE_AGAIN, HEAD, BASE),
+    (BASE_AGAIN, BASE, HEAD_AGAIN, HEAD),
 )
 
 GROUP = 8  # decode steps that are timed as one
@@ -100,7 +101,7 @@ def run_round(
     turns: int,
     on_start: Callable[[], object] = lambda: None,
 ) -> Round:
-    """Start the three arms, let them take turns, and end them.
+    """Start the four arms, let them take turns, and end them.
 
     Args:
         number: of the round, from 0; rotates the orders.

@@ -3,12 +3,12 @@
 Everything is computed on natural logarithms of ratios: there, twice as slow and twice as fast are equally far from
 zero, and exchanging base and head changes the sign and nothing else.
 
-One round is one draw of three fresh processes, ``base``, ``head`` and ``again`` (the base once more), that took turns.
-An arm's time in a round is the ``QUANTILE`` of all its times there: how fast it goes while nothing else has the
-processor. (Medians of turns that were compared pair by pair scattered two to three times as much between rounds of
-equal code, on two cores that were shared with other work.) A round's *change* is ``log head - (log base + log again) /
-2`` and its *noise* is ``log again - log base``. For equal revisions the two are uncorrelated, and both come from how
-processes of one and the same code differ on this machine.
+One round is one draw of four fresh processes, two of each revision, that took turns. A process' time is the ``QUANTILE``
+of all its times: how fast it goes while nothing else has the processor. (Medians of turns that were compared pair by pair
+scattered two to three times as much between rounds of equal code, on two cores that were shared with other work.) A
+revision's time is that of its faster process: one in twenty of equal code was up to a third slower from its first
+token to its last, on the same machine. The round's *change* is the head's time to the base's, its *noises* are what the
+two processes of each revision differ by.
 
 Rounds are independent, turns of a round are not (a process keeps the memory it was given). So a confidence interval is
 Student's over the rounds: mean ± t · s / √n (Student, The Probable Error of a Mean, Biometrika 6, 1908). A bootstrap
@@ -32,6 +32,13 @@ RESAMPLES = 200  # of a round's turns
 THRESHOLD = 0.03  # a smaller slowdown is never called one, unless asked for
 SIGHT = 0.10  # a slowdown that the gate must be able to see before it says that there is none
 MIN_ROUNDS = 3  # below, an interval says little
+ROUNDS_TO_FAIL = 5  # nobody should be stopped by less
+ARMS = ("base", "head", "head again", "base again")
+
+# The mean change of n rounds of equal code stays within this many times the median noise, over √n, 95 times of 100.
+# Of a normal distribution of standard deviation 1, the median difference of two values is 0.954, and the smaller ones of
+# two pairs of values differ with a standard deviation of 1.17; 1.96 · 1.17 / 0.954 = 2.4, and a little more to spare.
+NOISE_TO_THRESHOLD = 2.5
 
 # 97.5 % quantiles of Student's distribution of 1, 2, … degrees of freedom (Abramowitz and Stegun, table 26.10).
 T_975 = (
@@ -57,11 +64,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def farthest(self) -> float:
-        """The distance of its farther end from zero."""
-        return max(abs(self.low), abs(self.high))
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -69,12 +71,12 @@ class Estimate:
 
     Attributes:
         change: of the head to the base; above zero where the head is slower.
-        noise: of the second base process to the first.
+        noises: between the two processes of the base, and of the head.
         error: standard error of ``change`` within the round, from how its turns differ.
     """
 
     change: float
-    noise: float
+    noises: tuple[float, float]
     error: float
 
 
@@ -85,7 +87,7 @@ class Verdict:
     Attributes:
         outcome: what can be said.
         change: of head to base over the rounds that count.
-        noise: the same of base to base.
+        noise: by which two processes of one revision differ typically, the median of all rounds.
         threshold: slowdown, as a fraction, beyond which the head would be called slower.
         rounds: how many count.
         disturbed: how many do not, because their turns differed too much to see a slowdown of ``SIGHT``.
@@ -94,7 +96,7 @@ class Verdict:
 
     outcome: Outcome
     change: Interval
-    noise: Interval
+    noise: float
     threshold: float
     rounds: int
     disturbed: int
@@ -105,20 +107,20 @@ def estimate(times: Mapping[str, Sequence[Sequence[float]]]) -> Estimate:
     """One metric of one round.
 
     Args:
-        times: of ``base``, ``head`` and ``again``: for each turn the times that it gave, equally many in every turn, of
-            one unit and above zero.
+        times: of each of ``ARMS``: for each turn the times that it gave, equally many in every turn, of one unit and above
+            zero.
     """
-    logs = np.log([times[arm] for arm in ("base", "head", "again")])  # [arms, turns, times of a turn]
-    change, noise = _contrasts(logs)
+    logs = np.log([times[arm] for arm in ARMS])  # [arms, turns, times of a turn]
+    change, noises = _contrasts(logs)
     draws = np.random.default_rng(0).integers(logs.shape[1], size=(RESAMPLES, logs.shape[1]))
     error = float(np.std([_contrasts(logs[:, turns])[0] for turns in draws]))
-    return Estimate(change, noise, error)
+    return Estimate(change, noises, error)
 
 
-def _contrasts(logs: np.ndarray) -> tuple[float, float]:
-    """Change and noise of these turns."""
-    base, head, again = np.quantile(logs.reshape(len(logs), -1), QUANTILE, axis=1)
-    return float(head - (base + again) / 2), float(again - base)
+def _contrasts(logs: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """Change and noises of these turns."""
+    base, head, head_again, base_again = np.quantile(logs.reshape(len(logs), -1), QUANTILE, axis=1).tolist()
+    return min(head, head_again) - min(base, base_again), (base_again - base, head_again - head)
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -135,24 +137,27 @@ def interval(values: Sequence[float]) -> Interval:
 def judge(estimates: Sequence[Estimate], threshold: float | None = None) -> Verdict:
     """The verdict on one metric, given its estimate in every round.
 
-    *Slower*: the whole interval of the change lies beyond the threshold, and the head was slower in every round.
-    *Faster*: the mirror image. *No slower*: the interval excludes a slowdown of ``SIGHT`` (or of the threshold, where
-    that is larger) and the mean is within the threshold. *Inconclusive*: anything else.
+    *Slower*: the whole interval of the change lies beyond the threshold, and the head was slower in each of at least
+    ``ROUNDS_TO_FAIL`` rounds. *Faster*: the mirror image, where fewer rounds will do. *No slower*: the interval excludes
+    a slowdown of ``SIGHT`` (or of the threshold, where that is larger) and the mean is within the threshold.
+    *Inconclusive*: anything else.
 
     A round whose turns differ so much that it could not see a slowdown of ``SIGHT`` does not count. What is looked at
     is how its turns differ, never the change, so leaving a round out favours no outcome.
 
     Args:
         estimates: of every round so far.
-        threshold: slowdown as a fraction; None: ``THRESHOLD`` or the farther end of the noise's interval, whichever is
-            larger. Equal revisions differ by that much here.
+        threshold: slowdown as a fraction; None: ``THRESHOLD``, or where that is more, what the mean change of as many
+            rounds of equal code would stay within, given the noise.
     """
     limit = math.log1p(max(SIGHT, threshold or 0.0))
     counted = [each for each in estimates if 2 * each.error <= limit]
     disturbed = len(estimates) - len(counted)
-    change, noise = (interval([getattr(each, name) for each in counted]) for name in ("change", "noise"))
+    change = interval([each.change for each in counted])
+    noise = statistics.median(abs(value) for each in counted for value in each.noises) if counted else math.nan
     if threshold is None:
-        threshold = max(THRESHOLD, math.expm1(min(noise.farthest, 1.0)))
+        expected = NOISE_TO_THRESHOLD * noise / math.sqrt(len(counted)) if counted else 0.0
+        threshold = max(THRESHOLD, math.expm1(min(expected, 1.0)))
     outcome, reason = _decide([each.change for each in counted], change, math.log1p(threshold), limit)
     return Verdict(outcome, change, noise, threshold, len(counted), disturbed, reason)
 
@@ -161,6 +166,8 @@ def _decide(changes: Sequence[float], change: Interval, threshold: float, limit:
     if len(changes) < MIN_ROUNDS:
         return Outcome.UNDECIDED, f"only {len(changes)} rounds were quiet enough to count, {MIN_ROUNDS} are needed"
     if change.low > threshold and min(changes) > 0:
+        if len(changes) < ROUNDS_TO_FAIL:
+            return Outcome.UNDECIDED, f"slower in all of {len(changes)} rounds, {ROUNDS_TO_FAIL} are needed"
         return Outcome.SLOWER, f"slower by at least {percent(change.low)}, in every round"
     if change.high < -threshold and max(changes) < 0:
         return Outcome.FASTER, f"faster by at least {percent(-change.high)}, in every round"

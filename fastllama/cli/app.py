@@ -10,7 +10,7 @@ from fastllama.cli.chat import chat
 from fastllama.cli.console import installed_version, write
 from fastllama.cli.generate import generate
 from fastllama.cli.info import info
-from fastllama_benchmarks.cli import app as bench  # pyright: ignore[reportMissingImports] (benchmarks/, see pyproject)
+from fastllama_benchmarks.commands.app import app as bench  # pyright: ignore[reportMissingImports] (benchmarks/, see pyproject)
 
 app = typer.Typer(
     help="Decode Llama checkpoints as fast as the memory of the machine allows.",

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from fastllama_benchmarks import gpu_suite
-from fastllama_benchmarks.gpu_plan import FULL, STEPS, TESTS, TINY, Step, points
+from fastllama_benchmarks.gpu.plan import FULL, STEPS, TESTS, TINY, Step, points
+from fastllama_benchmarks.gpu.table import MAX_LINES, report
 from fastllama_benchmarks.gpu_suite import Process, Suite, file_name, main, marked_files
-from fastllama_benchmarks.gpu_table import MAX_LINES, report
 from fastllama_benchmarks.records import read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,8 +94,9 @@ def test_the_plan_can_be_shown_without_a_gpu(capsys) -> None:
 
 
 def test_only_the_libraries_of_a_bare_gpu_machine_are_imported() -> None:
-    modules = [f"fastllama_benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("gpu_*.py")] + [
+    modules = [f"fastllama_benchmarks.gpu.{path.stem}" for path in (ROOT / "benchmarks" / "gpu").glob("[a-z]*.py")] + [
         "fastllama",
+        "fastllama_benchmarks.gpu_suite",
         "fastllama_benchmarks.peers.transformers",
         "fastllama_benchmarks.peers.gpt_fast",
     ]
@@ -295,7 +296,7 @@ def test_a_tiny_run_leaves_records_and_few_files(tiny_run) -> None:
 
 @pytest.mark.slow
 def test_the_steps_of_a_rehearsal_measure_nothing(tmp_path) -> None:
-    from fastllama_benchmarks.gpu_steps import write_tiny_model
+    from fastllama_benchmarks.gpu.steps import write_tiny_model
 
     write_tiny_model(tmp_path)
     files = {name: str(tmp_path / name) for name in ("records", "profile")}

@@ -14,13 +14,14 @@ from typer.testing import CliRunner
 from fastllama import LlamaConfig, LlamaForCausalLM, checkpoint, ops
 from fastllama.cli import options  # noqa: F401 (fastllama.cli comes before the benchmarks' own commands)
 from fastllama.measure import Bandwidth, kv_cache_bytes, weight_bytes_per_step
-from fastllama_benchmarks import cycles, kernels
-from fastllama_benchmarks.cli_kernels import kernels as kernels_command
-from fastllama_benchmarks.cycles import Cycle, copies_of, last_level_cache
-from fastllama_benchmarks.kernels import INDUCTOR, KERNEL, Check, check, measure_kernels
+from fastllama_benchmarks.commands.kernels import kernels as kernels_command
+from fastllama_benchmarks.kernels import cycles as cycles
+from fastllama_benchmarks.kernels import measure as kernels
+from fastllama_benchmarks.kernels.cycles import Cycle, copies_of, last_level_cache
+from fastllama_benchmarks.kernels.measure import INDUCTOR, KERNEL, Check, check, measure_kernels
+from fastllama_benchmarks.kernels.ops import PLAIN, TORCH, step_ops
+from fastllama_benchmarks.kernels.step import Shapes, StepOp
 from fastllama_benchmarks.records import new_record, read
-from fastllama_benchmarks.step_ops import PLAIN, TORCH, step_ops
-from fastllama_benchmarks.step_types import Shapes, StepOp
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {

@@ -12,9 +12,9 @@ import torch
 
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.engine import Snapshot
-from fastllama_benchmarks import launches
+from fastllama_benchmarks.gpu import launches as launches
+from fastllama_benchmarks.gpu.launches import PROFILED_STEPS, host_seconds_per_step, profile_launches
 from fastllama_benchmarks.harness import CUDA_CHUNK, Workload
-from fastllama_benchmarks.launches import PROFILED_STEPS, host_seconds_per_step, profile_launches
 
 WORKLOAD = Workload.random(64, 1, 5, 4 * CUDA_CHUNK)
 LAUNCH, WAIT = 0.25, 4.0  # seconds of a made-up clock

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from fastllama_benchmarks import plots
-from fastllama_benchmarks.plot_contenders import contenders_figure
-from fastllama_benchmarks.plot_kernels import kernels_figure
-from fastllama_benchmarks.plot_sweep import sweep_figure
-from fastllama_benchmarks.plots import PlotError, ready
+from fastllama_benchmarks.plots import draw
+from fastllama_benchmarks.plots.contenders import contenders_figure
+from fastllama_benchmarks.plots.draw import PlotError, ready
+from fastllama_benchmarks.plots.kernels import kernels_figure
+from fastllama_benchmarks.plots.sweep import sweep_figure
 from fastllama_benchmarks.records import read
 
 pytest.importorskip("matplotlib")
@@ -121,13 +121,13 @@ def test_kernels_are_drawn_beside_the_bandwidth_of_the_memory() -> None:
 def test_equal_records_give_equal_files(tmp_path: Path, suffix) -> None:
     files = [tmp_path / f"{name}{suffix}" for name in "ab"]
     for file in files:
-        plots.kernels(KERNELS, file)
+        draw.kernels(KERNELS, file)
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_each_drawing_is_written(tmp_path: Path) -> None:
-    plots.contenders(DECODE, tmp_path / "d.png")
-    plots.sweep(SWEEP, tmp_path / "s.png")
+    draw.contenders(DECODE, tmp_path / "d.png")
+    draw.sweep(SWEEP, tmp_path / "s.png")
     assert all(file.stat().st_size > 10_000 for file in tmp_path.iterdir())
 
 

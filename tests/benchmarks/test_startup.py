@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.cli.app import app
-from fastllama_benchmarks import startup, startup_starters
 from fastllama_benchmarks.harness import Unavailable, Workload
 from fastllama_benchmarks.peers import Places
-from fastllama_benchmarks.startup import EMPTY, WARM, measure, stored_weights
-from fastllama_benchmarks.startup_runner import Call, phases_of
-from fastllama_benchmarks.startup_starters import (
+from fastllama_benchmarks.startup import measure as startup
+from fastllama_benchmarks.startup import starters as startup_starters
+from fastllama_benchmarks.startup.measure import EMPTY, WARM, measure, stored_weights
+from fastllama_benchmarks.startup.runner import Call, phases_of
+from fastllama_benchmarks.startup.starters import (
     CACHES,
     GptFast,
     LlamaBench,
@@ -182,7 +183,7 @@ def test_a_failed_process_is_explained_by_the_line_that_names_its_error(stderr: 
 
 def test_a_script_that_fails_gives_its_reason(tmp_path) -> None:
     script = Script("fastllama", "eager", tmp_path / "nowhere", "float32", "cpu", WORKLOAD, tmp_path)
-    with pytest.raises(Unavailable, match=r"startup_runner.py ended with code 1: .*CheckpointNotFoundError"):
+    with pytest.raises(Unavailable, match=r"runner.py ended with code 1: .*CheckpointNotFoundError"):
         script.start(tmp_path / "caches")
 
 

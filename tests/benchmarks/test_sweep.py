@@ -17,7 +17,7 @@ from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.cli import options
 from fastllama.measure import Bandwidth
 from fastllama_benchmarks import sweep as sweeping
-from fastllama_benchmarks.cli_sweep import sweep as sweep_command
+from fastllama_benchmarks.commands.sweep import sweep as sweep_command
 from fastllama_benchmarks.compare import Comparison
 from fastllama_benchmarks.costs import Compilations
 from fastllama_benchmarks.figures import figures

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from . import labels
+from .. import labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

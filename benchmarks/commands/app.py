@@ -10,8 +10,8 @@ from typer.core import TyperGroup
 from fastllama.cli import options
 from fastllama.cli.console import errors_in_one_line, progress
 
-from .cli_kernels import kernels
-from .cli_options import (
+from .kernels import kernels
+from .shared import (
     Batch,
     Capacity,
     GptFast,
@@ -27,8 +27,8 @@ from .cli_options import (
     keep,
     show,
 )
-from .cli_startup import startup
-from .cli_sweep import sweep
+from .startup import startup
+from .sweep import sweep
 
 
 class _DecodeByDefault(TyperGroup):
@@ -66,10 +66,11 @@ def decode(
 ) -> None:
     """Tokens per second of a greedy decode: fastllama, its peers and the floor by turns, outputs checked."""
     with errors_in_one_line(debug):
-        from . import compare, plots, table
-        from .harness import Workload
+        from .. import compare, table
+        from ..harness import Workload
+        from ..plots import draw
 
-        plots.ready(plot)
+        draw.ready(plot)
         names, places = chosen_peers(peers, gpt_fast, llama_bench)
         loaded = options.load(model, dtype, device, quantize, quiet)
         workload = Workload.random(loaded.model.config.vocab_size, batch, prompt_len, new_tokens, capacity)
@@ -79,7 +80,7 @@ def decode(
         fields = describe(loaded, quantize) | comparison.to_dict()
         kept = keep("decode", fields, loaded.model.device, json_file, record)
         if plot:
-            plots.contenders(kept, plot)
+            draw.contenders(kept, plot)
 
 
 @app.command()
@@ -102,11 +103,12 @@ def prefill(
 ) -> None:
     """Time to the first token of a prompt, beside peers."""
     with errors_in_one_line(debug):
-        from . import compare, plots, table
-        from .harness import Workload
-        from .prefill import prefill_fields, prefill_flops
+        from .. import compare, table
+        from ..harness import Workload
+        from ..plots import draw
+        from ..prefill import prefill_fields, prefill_flops
 
-        plots.ready(plot)
+        draw.ready(plot)
         names, places = chosen_peers(peers, gpt_fast, llama_bench)
         loaded = options.load(model, dtype, device, quantize, quiet)
         workload = Workload.random(loaded.model.config.vocab_size, batch, prompt_len, 1)
@@ -117,7 +119,7 @@ def prefill(
         fields = describe(loaded, quantize) | prefill_fields(comparison, flops)
         kept = keep("prefill", fields, loaded.model.device, json_file, record)
         if plot:
-            plots.contenders(kept, plot)
+            draw.contenders(kept, plot)
 
 
 for command in (startup, kernels, sweep):

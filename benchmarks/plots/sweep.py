@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .ours import OURS
-from .plot_style import FLOOR_COLOR, OURS_COLOR, Record, caption, head, new_figure, peer_color, style
-from .sweep import AXES, BATCH, CAPACITY, DTYPES, LIVE, PRECISION, QUANTIZATIONS
+from ..ours import OURS
+from ..sweep import AXES, BATCH, CAPACITY, DTYPES, LIVE, PRECISION, QUANTIZATIONS
+from .style import FLOOR_COLOR, OURS_COLOR, Record, caption, head, new_figure, peer_color, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

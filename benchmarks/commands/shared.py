@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and wrong usage answe
 
     from rich.console import RenderableType
 
-    from .peers import Places
+    from ..peers import Places
 
 Batch = Annotated[int, typer.Option(min=1, help="Sequences decoded together.")]
 PromptLen = Annotated[int, typer.Option(min=1, help="Tokens of each prompt, which is random.")]
@@ -33,7 +33,7 @@ Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figure
 
 def chosen_peers(text: str, gpt_fast: Path | None, llama_bench: Path | None) -> tuple[tuple[str, ...], Places]:
     """The names that ``--peers`` gives, and where the peers are."""
-    from .peers import Places, parse
+    from ..peers import Places, parse
 
     try:
         return parse(text), Places(gpt_fast, llama_bench)
@@ -59,8 +59,8 @@ def keep(
     Raises:
         RecordError: the outputs failed the parity gate; nothing is written.
     """
-    from .environment import environment
-    from .records import RecordError, append, new_record
+    from ..environment import environment
+    from ..records import RecordError, append, new_record
 
     record = new_record(kind, fields, environment(device))
     if not record["parity"]:

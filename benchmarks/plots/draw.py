@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .plot_style import Record, style
+from .style import Record, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,21 +40,21 @@ def ready(path: Path | None) -> None:
 
 def contenders(record: Record, path: Path) -> None:
     """Draw a decode record (tokens per second, the floor as a line) or a prefill record (time to the first token)."""
-    from .plot_contenders import contenders_figure
+    from .contenders import contenders_figure
 
     _save(lambda: contenders_figure(record), path)
 
 
 def sweep(records: Sequence[Record], path: Path) -> None:
     """Draw the points of a sweep, at least one."""
-    from .plot_sweep import sweep_figure
+    from .sweep import sweep_figure
 
     _save(lambda: sweep_figure(records), path)
 
 
 def kernels(record: Record, path: Path) -> None:
     """Draw a kernels record."""
-    from .plot_kernels import kernels_figure
+    from .kernels import kernels_figure
 
     _save(lambda: kernels_figure(record), path)
 

@@ -20,17 +20,17 @@ import torch
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.measure import BandwidthProbe
 
-from .compare import compare
-from .costs import reset_peak_memory
-from .environment import environment
-from .gpu_plan import FULL, KERNELS, MACHINE, TINY, TINY_MODEL, Point, Scale, points
-from .harness import Workload, reason
-from .kernels import measure_kernels
+from ..compare import compare
+from ..costs import reset_peak_memory
+from ..environment import environment
+from ..harness import Workload, reason
+from ..kernels.measure import measure_kernels
+from ..kernels.ops import Shapes
+from ..ours import Engine
+from ..peers import STATIC, Places, open_peers
+from ..records import append, new_record
 from .launches import Launches, host_seconds_per_step, profile_launches
-from .ours import Engine
-from .peers import STATIC, Places, open_peers
-from .records import append, new_record
-from .step_ops import Shapes
+from .plan import FULL, KERNELS, MACHINE, TINY, TINY_MODEL, Point, Scale, points
 
 NOTE = "note: "
 BANDWIDTH_PASSES = 30

@@ -9,7 +9,7 @@ import typer
 from fastllama.cli import options
 from fastllama.cli.console import errors_in_one_line, progress, stderr, stdout, write_json
 
-from .cli_options import (
+from .shared import (
     Batch,
     Capacity,
     GptFast,
@@ -27,7 +27,7 @@ from .cli_options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .sweep import Outcome, Sweep
+    from ..sweep import Outcome, Sweep
 
 HEADINGS = ("axis", "value", "tok/s", "floor tok/s", "TPOT ms (p20-p80)", "MBU", "  ours is")
 WIDTHS = (10, 9, 10, 12, 23, 8, 0)
@@ -63,12 +63,12 @@ def sweep(
 ) -> None:
     """Tokens per second and MBU along batch, live length, capacity and precision; each point is recorded at once."""
     with errors_in_one_line(debug):
-        from . import plots
-        from .sweep import MAX_LIVE, Setting, Sweep, plan
+        from ..plots import draw
+        from ..sweep import MAX_LIVE, Setting, Sweep, plan
 
         axes, chosen = chosen_values(axis, values, capacities)
         names, places = chosen_peers(peers, gpt_fast, llama_bench)
-        plots.ready(plot)
+        draw.ready(plot)
         where = options.pick_device(device)
 
         def load(dtype: str | None, quantize: str | None) -> Any:
@@ -83,13 +83,13 @@ def sweep(
         if json_file:
             write_json({"points": kept, "failed": [described(outcome) for outcome in failed]}, json_file)
         if plot and kept:
-            plots.sweep(kept, plot)
+            draw.sweep(kept, plot)
         end(kept, failed)
 
 
 def chosen_values(axis: str, values: str | None, capacities: str | None) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The axes that were asked for, and the values given for them."""
-    from .sweep import CAPACITY, parse_axes, parse_values
+    from ..sweep import CAPACITY, parse_axes, parse_values
 
     try:
         axes = parse_axes(axis)
@@ -129,7 +129,7 @@ def described(outcome: Outcome) -> dict[str, Any]:
 
 def end(kept: list[dict[str, Any]], failed: list[Outcome]) -> None:
     """Raise RecordError if outputs were wrong or nothing at all was measured."""
-    from .records import RecordError
+    from ..records import RecordError
 
     if wrong := [f"{outcome.point.axis} {outcome.point.value}" for outcome in failed if outcome.is_wrong]:
         raise RecordError(f"the outputs failed the parity gate at {', '.join(wrong)}: no figures are recorded there")

@@ -22,7 +22,7 @@ from fastllama import GenerationConfig, LlamaForCausalLM
 from fastllama.engine import Snapshot
 from fastllama.generate import engine_of, make_request
 
-from .harness import CUDA_CHUNK, Workload
+from ..harness import CUDA_CHUNK, Workload
 
 PROFILED_STEPS = 8
 TOP_KERNELS = 15

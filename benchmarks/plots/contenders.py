@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .ours import OURS
-from .plot_style import OURS_COLOR, Record, caption, floor_line, head, new_figure, number_text, peer_color, style
+from ..ours import OURS
+from .style import OURS_COLOR, Record, caption, floor_line, head, new_figure, number_text, peer_color, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ import typer
 from fastllama.cli import options
 from fastllama.cli.console import errors_in_one_line, progress
 
-from .cli_options import Batch, Plot, Record, Rounds, keep, show
+from .shared import Batch, Plot, Record, Rounds, keep, show
 
 Live = Annotated[int, typer.Option(min=1, help="Tokens that each row attends.")]
 Slots = Annotated[int | None, typer.Option("--capacity", min=1, help="Slots of the KV cache; else as many as live.")]
@@ -31,12 +31,12 @@ def kernels(
 ) -> None:
     """Microseconds and GB/s of each operation of a decode step, beside torch's operators. Loads no weights."""
     with errors_in_one_line(debug):
-        from . import plots
-        from .kernels import measure_kernels
-        from .kernels_table import kernels_table
-        from .step_types import Shapes
+        from ..kernels.measure import measure_kernels
+        from ..kernels.step import Shapes
+        from ..kernels.table import kernels_table
+        from ..plots import draw
 
-        plots.ready(plot)
+        draw.ready(plot)
         where = options.pick_device(device)
         shapes = Shapes.of(model, dtype, where, batch=batch, live=live, capacity=capacity)
         with progress(quiet) as say:
@@ -44,4 +44,4 @@ def kernels(
         show(kernels_table(report), json_file)
         kept = keep("kernels", report.to_dict(), shapes.device, json_file, record)
         if plot:
-            plots.kernels(kept, plot)
+            draw.kernels(kept, plot)

@@ -20,7 +20,7 @@ from fastllama.sampling import SamplingParams, candidates_needed, row_seeds, sam
 from fastllama_kernels.attention import rotary_attention_ref
 from fastllama_kernels.linear import ACTIVATIONS, gate_up_ref, linear_ref
 
-from .step_types import Arguments, Function, OpInfo, Shapes, StepOp, nbytes
+from .step import Arguments, Function, OpInfo, Shapes, StepOp, nbytes
 
 TORCH, PLAIN = "torch", "F.linear"  # the formula in torch operators; the bare matrix product
 BLOCK_ROWS = 8192  # of a matrix that are widened to float64 at once

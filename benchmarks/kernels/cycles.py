@@ -19,7 +19,7 @@ import torch
 
 from fastllama.measure import free_memory
 
-from .harness import Marks
+from ..harness import Marks
 
 WORKING_SET = 256 * 2**20  # of the copies together, or CACHES_COVERED times the last cache where that is more
 CACHES_COVERED = 4

@@ -15,15 +15,15 @@ from typing import Protocol
 
 import torch
 
-from .harness import Run, Unavailable, Workload
-from .peers import gpt_fast, llama_cpp
-from .peers.gpt_fast_worker import Task
-from .remote import Remote, worker_environment
+from ..harness import Run, Unavailable, Workload
+from ..peers import gpt_fast, llama_cpp
+from ..peers.gpt_fast_worker import Task
+from ..remote import Remote, worker_environment
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
 SLOWING = ("TORCH_COMPILE_DEBUG", "TORCH_LOGS", "TORCH_TRACE", "TORCHINDUCTOR_FORCE_DISABLE_CACHES")
-RUNNER = Path(__file__).with_name("startup_runner.py")
-ROOT = RUNNER.parent.parent
+RUNNER = Path(__file__).with_name("runner.py")
+ROOT = Path(__file__).resolve().parents[2]
 SETTLING_RUNS = 3  # after the first, as in the runner
 ERROR = re.compile(r"[\w.]*(Error|Exception)\b")
 
@@ -35,7 +35,7 @@ class Started:
     """What one process came to.
 
     Attributes:
-        phases: seconds, by the names that :func:`startup_runner.phases_of` explains; at least ``to_first_token``.
+        phases: seconds, by the names that :func:`runner.phases_of` explains; at least ``to_first_token``.
         tokens: new token ids of the row; None where the contender does not tell them.
     """
 
@@ -58,7 +58,7 @@ class Starter(Protocol):
 
 
 class Script:
-    """A contender of ``startup_runner.py``.
+    """A contender of ``runner.py``.
 
     Args:
         name: for people.

@@ -17,13 +17,13 @@ from typing import Any
 from fastllama import LlamaForCausalLM
 from fastllama.checkpoint import is_random, resolve, resolve_folder
 
-from .harness import CUDA_CHUNK, Unavailable, Workload, reason
-from .ours import EAGER as EAGER_TITLE
-from .ours import OURS
-from .parity import Parity, check
-from .peers import EAGER, GPT_FAST, LLAMA_CPP, STATIC, TRANSFORMERS, Places
-from .peers.transformers import STATIC as STATIC_TITLE
-from .startup_starters import GptFast, LlamaBench, Phases, Script, Started, Starter
+from ..harness import CUDA_CHUNK, Unavailable, Workload, reason
+from ..ours import EAGER as EAGER_TITLE
+from ..ours import OURS
+from ..parity import Parity, check
+from ..peers import EAGER, GPT_FAST, LLAMA_CPP, STATIC, TRANSFORMERS, Places
+from ..peers.transformers import STATIC as STATIC_TITLE
+from .starters import GptFast, LlamaBench, Phases, Script, Started, Starter
 
 EMPTY, WARM = "empty", "warm"
 NEW_TOKENS = 8  # of each decode
@@ -203,7 +203,7 @@ def open_starters(
 def _gpt_fast(
     model: LlamaForCausalLM, folder: Path | None, weights: Path, device: str, workload: Workload, workspace: Path
 ) -> Starter:
-    from .peers.gpt_fast import FILES, check_expressible
+    from ..peers.gpt_fast import FILES, check_expressible
 
     if folder is None:
         raise Unavailable("give a checkout of gpt-fast with --gpt-fast DIR")
@@ -218,8 +218,8 @@ def _gpt_fast(
 def _llama_bench(
     model: LlamaForCausalLM, program: Path | None, device: str, workload: Workload, workspace: Path
 ) -> Starter:
-    from .peers.gguf_file import write_gguf
-    from .peers.llama_cpp import find_llama_bench
+    from ..peers.gguf_file import write_gguf
+    from ..peers.llama_cpp import find_llama_bench
 
     found = find_llama_bench(program)
     file = workspace / f"{LLAMA_CPP}.gguf"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .ours import OURS
-from .plot_style import (
+from ..ours import OURS
+from .style import (
     FLOOR_COLOR,
     OURS_COLOR,
     Record,

@@ -1,6 +1,6 @@
 """One fresh process, from Python's start to its first token, phase by phase.
 
-    python startup_runner.py TASK.json
+    python runner.py TASK.json
 
 It is started by path and imports nothing of this package, so it takes as long as a user's own script. The task is an
 object of ``contender`` (a key of ``OPENERS``), ``folder`` (a checkpoint's; null: only import), ``dtype``, ``device``,

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from rich.console import Group
 
+from ..ours import OURS
+from ..table import empty_table, with_remarks
 from .cycles import WORKING_SET
-from .kernels import INDUCTOR, KernelFigures, KernelReport
-from .ours import OURS
-from .step_ops import PLAIN, TORCH
-from .table import empty_table, with_remarks
+from .measure import INDUCTOR, KernelFigures, KernelReport
+from .ops import PLAIN, TORCH
 
 COLUMNS = ("", "calls", "MB", "us (p20-p80)", "GB/s", "MBU", TORCH, PLAIN)
 

@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastllama.measure import Bandwidth, BandwidthProbe, Quantiles, quantiles
 
+from ..ours import OURS
 from .cycles import Cycle, compiled, copies_of
-from .ours import OURS
-from .step_ops import TORCH, step_ops
-from .step_types import Arguments, Function, OpInfo, Shapes, StepOp, nbytes
+from .ops import TORCH, step_ops
+from .step import Arguments, Function, OpInfo, Shapes, StepOp, nbytes
 
 WARMUP_CYCLES = 2
 KERNEL, INDUCTOR = "kernel", "Inductor"

@@ -9,12 +9,12 @@ import typer
 from fastllama.cli import options
 from fastllama.cli.console import errors_in_one_line, progress
 
-from .cli_options import GptFast, LlamaBench, Peers, PromptLen, Record, chosen_peers, keep, show
+from .shared import GptFast, LlamaBench, Peers, PromptLen, Record, chosen_peers, keep, show
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from .startup import Startup
+    from ..startup.measure import Startup
 
 PHASES = {"import": "import", "load": "load", "compile": "compile", "first_token": "1st token"}
 TOTALS = ("to_first_token", "to_last_token")
@@ -41,7 +41,7 @@ def startup(
     """Seconds from starting a process to its first token, phase by phase, with empty and with warm caches."""
     with errors_in_one_line(debug):
         names, places = chosen_peers(peers, gpt_fast, llama_bench)
-        from .startup import measure
+        from ..startup.measure import measure
 
         with progress(quiet) as say:
             found = measure(
@@ -61,8 +61,8 @@ def startup(
 
 def startup_table(found: Startup) -> Group:
     """A row for each contender and state of the caches, then what the figures are worth."""
-    from .startup import EMPTY, WARM
-    from .table import empty_table, with_remarks
+    from ..startup.measure import EMPTY, WARM
+    from ..table import empty_table, with_remarks
 
     table = empty_table(("", *PHASES.values(), "to 1st", "to last", "ours is"))
     for starts in found.starts:

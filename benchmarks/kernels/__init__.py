@@ -1,0 +1,1 @@
+"""``bench kernels``: each operation of a decode step, beside torch's."""

@@ -1,0 +1,1 @@
+"""``bench startup``: how long a fresh process takes to its first token."""
