@@ -29,14 +29,16 @@ def draw(result: Result, path: Path) -> None:
         estimates = [estimate(each.times[str(metric)]) for each in result.rounds]
         numbers = range(1, len(estimates) + 1)
         change = [_percent(each.change) for each in estimates]
-        noises = [(number, _percent(noise)) for number, each in zip(numbers, estimates) for noise in each.noises]
+        noises = [
+            (number, _percent(noise)) for number, each in zip(numbers, estimates, strict=True) for noise in each.noises
+        ]
         axes.axhline(0, color="black", linewidth=0.8)
         for side in (1, -1):
             axes.axhline(_percent(side * math.log1p(verdict.threshold)), color=LIMIT_COLOR, linestyle="--", linewidth=1)
         if math.isfinite(verdict.change.low):
             band = (_percent(verdict.change.low), _percent(verdict.change.high))
             axes.axhspan(*band, color=CHANGE_COLOR, alpha=0.15, label="95 % of the mean change")
-        axes.plot(*zip(*noises), "o", color=NOISE_COLOR, fillstyle="none", label="equal code")
+        axes.plot(*zip(*noises, strict=True), "o", color=NOISE_COLOR, fillstyle="none", label="equal code")
         axes.plot(numbers, change, "o", color=CHANGE_COLOR, label="head to base")
         axes.set_title(f"{metric.title}: {verdict.outcome.value}", fontsize=10)
         axes.set_xlabel("round")

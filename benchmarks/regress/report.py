@@ -16,7 +16,7 @@ from .verdict import QUANTILE, SIGHT, Interval, Outcome, Verdict, estimate
 from .worktrees import Revision
 
 SCHEMA = 1
-COLUMNS = ("", "base, ms", "head, ms", "change, %", "noise, %", "threshold, %", "verdict")
+COLUMNS = ("", "base, ms", "head, ms", "change, %", "noise, %", "limit, %", "verdict")
 SPREAD = ("base, p20 / p50 / p80", "head, p20 / p50 / p80")  # beside them in the report
 
 

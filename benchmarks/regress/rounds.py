@@ -1,9 +1,10 @@
 """One round: two fresh processes of the base and two of the head, which take turns at the same decodes.
 
-Fresh, because how fast a process decodes depends on where its memory happened to fall. Two, because that tells what equal
-code differs by here and now, and because now and then a process is slow from its first token to its last. By turns,
-because the machine is not equally fast at all times. The processes start in an order that rotates over the rounds and
-take turns in one that rotates over the turns, so that none is always the first or always comes after the same other.
+Fresh, because how fast a process decodes depends on where its memory happened to fall. Two, because that tells what
+equal code differs by here and now, and because now and then a process is slow from its first token to its last. By
+turns, because the machine is not equally fast at all times. The processes start in an order that rotates over the
+rounds and take turns in one that rotates over the turns, so that none is always the first or always comes after the
+same other.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 Everything is computed on natural logarithms of ratios: there, twice as slow and twice as fast are equally far from
 zero, and exchanging base and head changes the sign and nothing else.
 
-One round is one draw of four fresh processes, two of each revision, that took turns. A process' time is the ``QUANTILE``
-of all its times: how fast it goes while nothing else has the processor. (Medians of turns that were compared pair by pair
-scattered two to three times as much between rounds of equal code, on two cores that were shared with other work.) A
-revision's time is that of its faster process: one in twenty of equal code was up to a third slower from its first
-token to its last, on the same machine. The round's *change* is the head's time to the base's, its *noises* are what the
-two processes of each revision differ by.
+One round is one draw of four fresh processes, two of each revision, that took turns. The time of a process is the
+``QUANTILE`` of all its times: how fast it goes while nothing else has the processor. (Medians of turns that were
+compared pair by pair scattered two to three times as much between rounds of equal code, on two cores that were shared
+with other work.) The time of a revision is that of its faster process: one in twenty of equal code was up to a third
+slower from its first token to its last, on the same machine. The round's *change* is the head's time to the base's,
+its *noises* are what the two processes of each revision differ by.
 
 Rounds are independent, turns of a round are not (a process keeps the memory it was given). So a confidence interval is
 Student's over the rounds: mean ± t · s / √n (Student, The Probable Error of a Mean, Biometrika 6, 1908). A bootstrap
@@ -36,8 +36,8 @@ ROUNDS_TO_FAIL = 5  # nobody should be stopped by less
 ARMS = ("base", "head", "head again", "base again")
 
 # The mean change of n rounds of equal code stays within this many times the median noise, over √n, 95 times of 100.
-# Of a normal distribution of standard deviation 1, the median difference of two values is 0.954, and the smaller ones of
-# two pairs of values differ with a standard deviation of 1.17; 1.96 · 1.17 / 0.954 = 2.4, and a little more to spare.
+# Of a normal distribution of standard deviation 1, the median difference of two values is 0.954, and the smaller ones
+# of two pairs of values differ with a standard deviation of 1.17; 1.96 · 1.17 / 0.954 = 2.4, and a little to spare.
 NOISE_TO_THRESHOLD = 2.5
 
 # 97.5 % quantiles of Student's distribution of 1, 2, … degrees of freedom (Abramowitz and Stegun, table 26.10).
@@ -107,8 +107,8 @@ def estimate(times: Mapping[str, Sequence[Sequence[float]]]) -> Estimate:
     """One metric of one round.
 
     Args:
-        times: of each of ``ARMS``: for each turn the times that it gave, equally many in every turn, of one unit and above
-            zero.
+        times: of each of ``ARMS``: for each turn the times that it gave, equally many in every turn, of one unit and
+            above zero.
     """
     logs = np.log([times[arm] for arm in ARMS])  # [arms, turns, times of a turn]
     change, noises = _contrasts(logs)
@@ -138,8 +138,8 @@ def judge(estimates: Sequence[Estimate], threshold: float | None = None) -> Verd
     """The verdict on one metric, given its estimate in every round.
 
     *Slower*: the whole interval of the change lies beyond the threshold, and the head was slower in each of at least
-    ``ROUNDS_TO_FAIL`` rounds. *Faster*: the mirror image, where fewer rounds will do. *No slower*: the interval excludes
-    a slowdown of ``SIGHT`` (or of the threshold, where that is larger) and the mean is within the threshold.
+    ``ROUNDS_TO_FAIL`` rounds. *Faster*: the mirror image, where fewer rounds will do. *No slower*: the interval
+    excludes a slowdown of ``SIGHT`` (or of the threshold, where that is larger) and the mean is within the threshold.
     *Inconclusive*: anything else.
 
     A round whose turns differ so much that it could not see a slowdown of ``SIGHT`` does not count. What is looked at
@@ -171,7 +171,7 @@ def _decide(changes: Sequence[float], change: Interval, threshold: float, limit:
         return Outcome.SLOWER, f"slower by at least {percent(change.low)}, in every round"
     if change.high < -threshold and max(changes) < 0:
         return Outcome.FASTER, f"faster by at least {percent(-change.high)}, in every round"
-    if threshold >= limit or change.high >= limit:
+    if threshold > limit or change.high >= limit:
         return Outcome.UNDECIDED, f"too noisy to exclude a slowdown of {percent(limit)}"
     if change.mean > threshold:
         return Outcome.UNDECIDED, "beyond the threshold on average, but not surely or not in every round"

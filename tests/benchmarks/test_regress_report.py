@@ -15,7 +15,7 @@ from fastllama_benchmarks.regress.gate import Result, Settings, verdicts_of
 from fastllama_benchmarks.regress.outputs import compare, first_difference, prompts
 from fastllama_benchmarks.regress.plot import draw
 from fastllama_benchmarks.regress.report import headline, markdown, pooled, table_rows, to_dict
-from fastllama_benchmarks.regress.rounds import Metric, Round
+from fastllama_benchmarks.regress.rounds import SIDES, Metric, Round
 from fastllama_benchmarks.regress.worktrees import Revision
 
 METRICS = (Metric("tpot", 1), Metric("ttft", 4))
@@ -31,11 +31,11 @@ def rounds_of(*factors: float) -> tuple[Round, ...]:
     return tuple(
         Round(
             {
-                str(metric): {"base": [[1e-3] * 4], "head": [[1e-3 * factor] * 4], "again": [[1e-3] * 4]}
+                str(metric): {arm: [[1e-3 * (factor if SIDES[arm] == "head" else 1)] * 4] for arm in SIDES}
                 for metric in METRICS
             },
             tokens=TOKENS,
-            info=dict.fromkeys(("base", "head", "again"), INFO),
+            info=dict.fromkeys(SIDES, INFO),
         )
         for factor in factors
     )
@@ -61,7 +61,7 @@ def different(accepted: bool) -> Result:
     [
         ((1.0, 1.0, 1.0), "PASS: not slower"),
         ((0.8, 0.8, 0.8), "PASS: not slower; faster: tpot-b1, ttft-b4"),
-        ((1.1, 1.1, 1.1), "FAIL: slower: tpot-b1, ttft-b4"),
+        ((1.1,) * 5, "FAIL: slower: tpot-b1, ttft-b4"),
         ((1.3, 0.7, 1.2), "INCONCLUSIVE, not failed; cannot tell: tpot-b1, ttft-b4"),
     ],
 )
@@ -71,18 +71,15 @@ def test_the_headline_tells_the_outcome(factors: tuple[float, ...], line: str) -
 
 
 def test_the_table_has_times_change_noise_threshold_and_verdict() -> None:
-    found = result_of(1.1, 1.1, 1.1)
-    interval, nothing = "+10.0 (+10.0 to +10.0)", "+0.0 (+0.0 to +0.0)"
-    assert table_rows(found)[0] == ("tpot-b1", "1.000", "1.100", interval, nothing, "3.0", "slower")
+    found = result_of(1.1, 1.1, 1.1, 1.1, 1.1)
+    interval = "+10.0 (+10.0 to +10.0)"
+    assert table_rows(found)[0] == ("tpot-b1", "1.000", "1.100", interval, "0.0", "3.0", "slower")
     text = markdown(found, MACHINE, "command")
-    assert (
-        f"| decode step, batch 1 | 1.000 | 1.100 | {interval} | {nothing} | 3.0 | slower | 1.000 / 1.000 / 1.000 |"
-        in text
-    )
+    assert f"| decode step, batch 1 | 1.000 | 1.100 | {interval} | 0.0 | 3.0 | slower | 1.000 / 1.000 / 1.000 |" in text
 
 
 def test_a_side_s_time_is_the_quantile_that_is_judged() -> None:
-    times = {arm: [[1e-3, 2e-3, 9.0]] * 40 for arm in ("base", "head", "again")}
+    times = {arm: [[1e-3, 2e-3, 9.0]] * 40 for arm in SIDES}
     found = replace(result_of(1.0), rounds=(Round({str(metric): times for metric in METRICS}),))
     assert table_rows(found)[0][1:3] == ("1.000", "1.000")
     assert "2.000 / 2.000" not in markdown(found, MACHINE, "command")
@@ -93,7 +90,7 @@ def test_the_report_names_revisions_machine_settings_and_command() -> None:
     text = markdown(result_of(1.0, 1.0, 1.0), MACHINE, "fastllama-regress --base main", "plot.svg")
     assert "- base: `aaaaaaaaaaaa` Before\n" in text
     assert "- head: the checkout at `bbbbbbbbbbbb with uncommitted changes` Say" in text
-    assert "- demo, bfloat16, prompts of 128 tokens, 64 new ones; 3 rounds of 12 turns\n- A processor, 2 cores" in text
+    assert "- demo, bfloat16, prompts of 128 tokens, 64 new ones; 3 rounds of 8 turns\n- A processor, 2 cores" in text
     assert "- base: cpu, torch 2.13.0, Python 3.11.7, 2 threads\n" in text
     assert "![change of every round](plot.svg)" in text
     assert text.endswith("```\nfastllama-regress --base main\n```\n")
@@ -137,7 +134,7 @@ def test_a_difference_in_the_timed_dtype_is_only_told() -> None:
 
 def test_the_json_holds_every_sample_and_no_number_that_json_has_not() -> None:
     found = json.loads(json.dumps(to_dict(result_of(1.0, 1.0, 1.0), MACHINE), allow_nan=False))
-    assert found["rounds"][2]["ttft-b4"]["again"] == [[1e-3] * 4]
+    assert found["rounds"][2]["ttft-b4"]["base again"] == [[1e-3] * 4]
     assert found["settings"]["metrics"] == ["tpot-b1", "ttft-b4"]
     assert found["verdicts"]["tpot-b1"]["outcome"] == "no slower"
     assert found["head"]["dirty"] is True
@@ -146,10 +143,10 @@ def test_the_json_holds_every_sample_and_no_number_that_json_has_not() -> None:
     json.dumps(few, allow_nan=False)
 
 
-def test_times_of_the_base_are_those_of_both_its_processes() -> None:
-    rounds = (Round({"tpot-b1": {"base": [[1.0]], "head": [[2.0]], "again": [[3.0]]}}),)
+def test_times_of_a_side_are_those_of_both_its_processes() -> None:
+    rounds = (Round({"tpot-b1": {"base": [[1.0]], "head": [[2.0]], "head again": [[4.0]], "base again": [[3.0]]}}),)
     assert pooled(rounds, METRICS[0], "base") == [1.0, 3.0]
-    assert pooled(rounds, METRICS[0], "head") == [2.0]
+    assert pooled(rounds, METRICS[0], "head") == [2.0, 4.0]
 
 
 def test_the_plot_shows_every_metric(tmp_path: Path) -> None:
