@@ -12,8 +12,8 @@ import numpy as np
 
 from .gate import Result
 from .rounds import BASE, HEAD, SIDES, Metric, Round
-from .verdict import QUANTILE, SIGHT, Interval, Outcome, Verdict, estimate
-from .worktrees import Revision
+from .verdict import QUANTILE, SIGHT, Estimate, Interval, Outcome, Verdict, counts, estimate
+from .worktrees import KEY_LENGTH, Revision
 
 SCHEMA = 1
 COLUMNS = ("", "base, ms", "head, ms", "change, %", "noise, %", "limit, %", "verdict")
@@ -149,18 +149,23 @@ def _explanation(result: Result) -> str:
 
 
 def _why(verdict: Verdict) -> str:
-    left_out = f"; {verdict.disturbed} more were disturbed and do not count" if verdict.disturbed else ""
+    left_out = f"; {verdict.disturbed} disturbed, not counted" if verdict.disturbed else ""
     return f"{verdict.reason} ({verdict.rounds} rounds{left_out})"
 
 
 def _rounds(result: Result) -> str:
-    """Head against base in every round, so that a reader sees whether they agree."""
+    """Head against base in every round, so that a reader sees whether they agree; disturbed rounds in parentheses."""
     numbers = [str(number) for number in range(1, len(result.rounds) + 1)]
     lines = [["change in round, %", *numbers], ["---"] * (len(numbers) + 1)]
     for metric in result.settings.metrics:
-        changes = [estimate(each.times[str(metric)]).change for each in result.rounds]
-        lines.append([metric.title, *map(_signed, changes)])
+        estimates = [estimate(each.times[str(metric)]) for each in result.rounds]
+        lines.append([metric.title, *(_of_round(each, result.settings.threshold) for each in estimates)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _of_round(found: Estimate, threshold: float | None) -> str:
+    change = _signed(found.change)
+    return change if counts(found, threshold) else f"({change})"
 
 
 def _revisions(result: Result) -> str:
@@ -169,7 +174,8 @@ def _revisions(result: Result) -> str:
 
 def _revision(revision: Revision) -> str:
     where = "the checkout at " if revision.is_checkout else ""
-    return f"{where}`{revision}` {_escaped(revision.subject)}"
+    changes = ", with uncommitted changes" if revision.dirty else ""
+    return f"{where}`{revision.commit[:KEY_LENGTH]}` {_escaped(revision.subject)}{changes}"
 
 
 def _escaped(text: str) -> str:

@@ -23,6 +23,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -139,8 +140,9 @@ def judge(estimates: Sequence[Estimate], threshold: float | None = None) -> Verd
 
     *Slower*: the whole interval of the change lies beyond the threshold, and the head was slower in each of at least
     ``ROUNDS_TO_FAIL`` rounds. *Faster*: the mirror image, where fewer rounds will do. *No slower*: the interval
-    excludes a slowdown of ``SIGHT`` (or of the threshold, where that is larger) and the mean is within the threshold.
-    *Inconclusive*: anything else.
+    excludes a slowdown of ``SIGHT`` (or of the threshold, where that is larger) and the mean is within the threshold as
+    it would be without noise, for noise is no reason to let pass what it might not have caused. *Inconclusive*:
+    anything else.
 
     A round whose turns differ so much that it could not see a slowdown of ``SIGHT`` does not count. What is looked at
     is how its turns differ, never the change, so leaving a round out favours no outcome.
@@ -150,31 +152,44 @@ def judge(estimates: Sequence[Estimate], threshold: float | None = None) -> Verd
         threshold: slowdown as a fraction; None: ``THRESHOLD``, or where that is more, what the mean change of as many
             rounds of equal code would stay within, given the noise.
     """
-    limit = math.log1p(max(SIGHT, threshold or 0.0))
-    counted = [each for each in estimates if 2 * each.error <= limit]
-    disturbed = len(estimates) - len(counted)
+    counted = [each for each in estimates if counts(each, threshold)]
     change = interval([each.change for each in counted])
     noise = statistics.median(abs(value) for each in counted for value in each.noises) if counted else math.nan
+    quiet = threshold or THRESHOLD
     if threshold is None:
         expected = NOISE_TO_THRESHOLD * noise / math.sqrt(len(counted)) if counted else 0.0
         threshold = max(THRESHOLD, math.expm1(min(expected, 1.0)))
-    outcome, reason = _decide([each.change for each in counted], change, math.log1p(threshold), limit)
-    return Verdict(outcome, change, noise, threshold, len(counted), disturbed, reason)
+    limits = Limits(*map(math.log1p, (quiet, threshold, max(SIGHT, quiet))))
+    outcome, reason = _decide([each.change for each in counted], change, limits)
+    return Verdict(outcome, change, noise, threshold, len(counted), len(estimates) - len(counted), reason)
 
 
-def _decide(changes: Sequence[float], change: Interval, threshold: float, limit: float) -> tuple[Outcome, str]:
+class Limits(NamedTuple):
+    """What a change is held against: to pass, to fail, and what must be seen; logarithms of ratios."""
+
+    to_pass: float
+    to_fail: float
+    sight: float
+
+
+def counts(each: Estimate, threshold: float | None = None) -> bool:
+    """Whether a round was quiet enough to see a slowdown of ``SIGHT``, or of the threshold where that is larger."""
+    return 2 * each.error <= math.log1p(max(SIGHT, threshold or 0.0))
+
+
+def _decide(changes: Sequence[float], change: Interval, limits: Limits) -> tuple[Outcome, str]:
     if len(changes) < MIN_ROUNDS:
         return Outcome.UNDECIDED, f"only {len(changes)} rounds were quiet enough to count, {MIN_ROUNDS} are needed"
-    if change.low > threshold and min(changes) > 0:
+    if change.low > limits.to_fail and min(changes) > 0:
         if len(changes) < ROUNDS_TO_FAIL:
             return Outcome.UNDECIDED, f"slower in all of {len(changes)} rounds, {ROUNDS_TO_FAIL} are needed"
         return Outcome.SLOWER, f"slower by at least {percent(change.low)}, in every round"
-    if change.high < -threshold and max(changes) < 0:
+    if change.high < -limits.to_fail and max(changes) < 0:
         return Outcome.FASTER, f"faster by at least {percent(-change.high)}, in every round"
-    if threshold > limit or change.high >= limit:
-        return Outcome.UNDECIDED, f"too noisy to exclude a slowdown of {percent(limit)}"
-    if change.mean > threshold:
-        return Outcome.UNDECIDED, "beyond the threshold on average, but not surely or not in every round"
+    if limits.to_fail > limits.sight or change.high >= limits.sight:
+        return Outcome.UNDECIDED, f"too noisy to exclude a slowdown of {percent(limits.sight)}"
+    if change.mean > limits.to_pass:
+        return Outcome.UNDECIDED, f"slower by {percent(change.mean)} on average, but not surely or not in every round"
     return Outcome.NO_SLOWER, f"a slowdown of more than {percent(max(change.high, 0.0))} is excluded"
 
 

@@ -89,12 +89,24 @@ def test_a_side_s_time_is_the_quantile_that_is_judged() -> None:
 def test_the_report_names_revisions_machine_settings_and_command() -> None:
     text = markdown(result_of(1.0, 1.0, 1.0), MACHINE, "fastllama-regress --base main", "plot.svg")
     assert "- base: `aaaaaaaaaaaa` Before\n" in text
-    assert "- head: the checkout at `bbbbbbbbbbbb with uncommitted changes` Say" in text
+    assert "- head: the checkout at `bbbbbbbbbbbb` Say" in text
+    assert "somebody, with uncommitted changes\n" in text
     assert "- demo, bfloat16, prompts of 128 tokens, 64 new ones; 3 rounds of 8 turns\n- A processor, 2 cores" in text
     assert "- base: cpu, torch 2.13.0, Python 3.11.7, 2 threads\n" in text
     assert "![change of every round](plot.svg)" in text
     assert text.endswith("```\nfastllama-regress --base main\n```\n")
     assert "| change in round, % | 1 | 2 | 3 |\n| --- | --- | --- | --- |\n| decode step, batch 1 | +0.0 |" in text
+
+
+def test_rounds_that_do_not_count_are_in_parentheses() -> None:
+    found = result_of(1.0, 1.0, 1.0, 1.0)
+    restless = {
+        arm: [[1e-3 * (1 + (turn if SIDES[arm] == "head" else 7 - turn))] for turn in range(8)] for arm in SIDES
+    }
+    rounds = (*found.rounds[:3], replace(found.rounds[3], times={str(metric): restless for metric in METRICS}))
+    text = markdown(replace(found, rounds=rounds, verdicts=verdicts_of(rounds, None)), MACHINE, "command")
+    assert "| decode step, batch 1 | +0.0 | +0.0 | +0.0 | (+0.0) |" in text
+    assert "is excluded (3 rounds; 1 disturbed, not counted)" in text
 
 
 def test_a_subject_cannot_shape_the_report() -> None:

@@ -56,36 +56,31 @@ def changes(*values: float) -> list[Estimate]:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_recorded_runs_of_equal_revisions_do_not_fail(metric: str) -> None:
+def test_recorded_runs_of_equal_revisions_pass(metric: str) -> None:
     for rounds in recorded("equal", metric):
-        assert verdict_on(rounds).outcome in (Outcome.NO_SLOWER, Outcome.UNDECIDED)
+        assert verdict_on(rounds).outcome is Outcome.NO_SLOWER
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_the_same_runs_with_a_tenth_added_to_the_head_never_pass(metric: str) -> None:
-    invocations = [[slowed(times, 1.1) for times in rounds] for rounds in recorded("equal", metric)]
-    found = {verdict_on(rounds).outcome for rounds in invocations}
-    assert found <= {Outcome.SLOWER, Outcome.UNDECIDED}
-    together = [times for rounds in invocations for times in rounds]
-    assert verdict_on(together).outcome is Outcome.SLOWER
-
-
-def test_recorded_runs_of_a_head_slowed_by_a_tenth_fail() -> None:
-    for rounds in RECORDED["slowed"]:
-        outcomes = {verdict_on([times[metric] for times in rounds]).outcome for metric in METRICS}
-        assert Outcome.SLOWER in outcomes
-        assert Outcome.FASTER not in outcomes
+def test_the_same_rounds_with_a_tenth_added_to_the_head_fail(metric: str) -> None:
+    rounds = [times for invocation in recorded("equal", metric) for times in invocation]
+    assert verdict_on(rounds).outcome is Outcome.NO_SLOWER
+    assert verdict_on([slowed(times, 1.1) for times in rounds]).outcome is Outcome.SLOWER
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("factor", "outcome"), [(1.0, Outcome.NO_SLOWER), (1.1, Outcome.SLOWER)])
-def test_rounds_drawn_from_all_recorded_ones_come_out_right(metric: str, factor: float, outcome: Outcome) -> None:
-    pool = [times for rounds in recorded("equal", metric) for times in rounds]
+def test_recorded_runs_of_a_head_whose_steps_took_a_tenth_longer_fail(metric: str) -> None:
+    for rounds in recorded("slowed", metric):
+        assert verdict_on(rounds).outcome is Outcome.SLOWER
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("factor", "wrong"), [(1.0, Outcome.SLOWER), (1.1, Outcome.NO_SLOWER)])
+def test_no_draw_of_recorded_rounds_comes_out_wrong(metric: str, factor: float, wrong: Outcome) -> None:
+    pool = [estimate(slowed(times, factor)) for rounds in recorded("equal", metric) for times in rounds]
     draw = random.Random(0)
-    wrong = Outcome.SLOWER if outcome is Outcome.NO_SLOWER else Outcome.NO_SLOWER
-    for _ in range(200):
-        rounds = [slowed(times, factor) for times in draw.choices(pool, k=12)]
-        assert verdict_on(rounds).outcome is not wrong
+    for count in (MIN_ROUNDS, ROUNDS_TO_FAIL, 8):
+        assert all(judge(draw.sample(pool, k=count)).outcome is not wrong for _ in range(100))
 
 
 def test_a_steady_slowdown_beyond_the_threshold_is_slower() -> None:
@@ -122,7 +117,7 @@ def test_noise_between_processes_of_equal_code_raises_the_threshold() -> None:
     assert judge(quiet).threshold == THRESHOLD
     assert judge(quiet).outcome is Outcome.SLOWER
     assert judge(noisy).threshold == pytest.approx(math.expm1(2.5 * math.log(1.07) / math.sqrt(5)))
-    assert judge(noisy).outcome is Outcome.NO_SLOWER
+    assert judge(noisy).outcome is Outcome.UNDECIDED  # it is no reason to let pass what is beyond the usual threshold
 
 
 def test_a_process_that_happens_to_be_slow_raises_no_threshold() -> None:
