@@ -50,8 +50,8 @@ def commit(root: Path = ROOT) -> dict[str, Any]:
 def _gpu(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
-    index = str(device.index if device.index is not None else torch.cuda.current_device())
-    told = _output(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", index])
+    gpu = f"GPU-{properties.uuid}"  # torch's index is another one than nvidia-smi's under CUDA_VISIBLE_DEVICES
+    told = _output(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", gpu])
     values = [value.strip() for value in told.split(",")] if told else [None] * len(fields)
     return {
         "name": properties.name,
