@@ -32,7 +32,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": str(device),
         "gpu": _gpu(device) if device.type == "cuda" else None,
-        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
+        "variables": {name: os.environ[name] for name in sorted(os.environ) if _matters(name)},
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
@@ -45,6 +45,11 @@ def commit(root: Path = ROOT) -> dict[str, Any]:
     # New records are no change of what is measured.
     changes = _output(["git", "-C", str(root), "status", "--porcelain", "--", ".", ":!benchmarks/records"])
     return {"commit": revision, "dirty": bool(changes)}
+
+
+def _matters(variable: str) -> bool:
+    """Whether figures may depend on a variable; where caches lie is nobody's business."""
+    return variable.startswith(VARIABLES) and not variable.endswith(("_DIR", "_PATH", "_HOME"))
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:

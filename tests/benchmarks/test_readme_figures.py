@@ -163,3 +163,7 @@ def test_bad_records_and_pages_are_one_line(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err.count("\n") == 1
     assert main(["--readme", str(tmp_path / "none.md"), "--records", str(DATA)]) == 1
     assert page.read_text() == PAGE
+
+
+def test_the_readme_shows_what_the_committed_records_say() -> None:
+    assert main(["--check"]) == 0

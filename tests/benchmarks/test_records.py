@@ -91,6 +91,14 @@ def test_the_environment_tells_commit_and_changes(tmp_path: Path) -> None:
     assert commit(tmp_path)["dirty"] is True
 
 
+def test_variables_that_matter_are_told_and_places_are_not(monkeypatch) -> None:
+    monkeypatch.setenv("OMP_PROC_BIND", "close")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/home/somebody/cache")
+    variables = environment()["variables"]
+    assert variables["OMP_PROC_BIND"] == "close"
+    assert "TORCHINDUCTOR_CACHE_DIR" not in variables
+
+
 def test_an_environment_is_plain_json() -> None:
     assert json.loads(json.dumps(environment())) == environment() | {"cpu_mhz": pytest.approx(0, abs=1e6)}
 
