@@ -35,6 +35,7 @@ BUDGET_SECONDS = 520.0
 MEMORY_SHARE = 0.75  # of the device that rehearsals may take together: the tests run beside them
 NOTE = "note: "
 REHEARSAL_SECONDS = 120.0
+MARKS = ("gpu", "triton")  # of tests that are worth running on a GPU
 USAGE_ERROR, INTERRUPTED = 2, 130
 
 
@@ -287,11 +288,24 @@ class Suite:
     def _run_tests(self, limit: float) -> int | None:
         files = marked_files(ROOT / "tests")
         if importlib.util.find_spec("pytest") is None or not files:
-            self.notes.append("tests not run: " + ("none is marked gpu here" if not files else "there is no pytest"))
+            self.notes.append(
+                "tests not run: " + ("none is marked for a GPU here" if not files else "there is no pytest")
+            )
             return 0
         if importlib.util.find_spec("fastllama_benchmarks") is None:  # a checkout that is not installed
             (self.workspace / "fastllama_benchmarks").symlink_to(ROOT / "benchmarks")
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", *files]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            " or ".join(MARKS),
+            "-q",
+            "-rs",
+            "-p",
+            "no:cacheprovider",
+            *files,
+        ]
         process = Process(command, self.pytest_log, self._environment())
         code = process.wait(limit)
         lines = process.said().strip().splitlines() or ["pytest wrote nothing"]
@@ -332,8 +346,10 @@ def file_name(name: str) -> str:
 
 
 def marked_files(folder: Path) -> list[str]:
-    """The test files that mention the mark ``gpu``: others are not even imported, since they may need more packages."""
-    return sorted(str(path) for path in folder.rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8"))
+    """The test files that mention one of ``MARKS``: others are not even imported, since they may need more packages."""
+    wanted = tuple(f"mark.{mark}" for mark in MARKS)
+    texts = {path: path.read_text(encoding="utf-8") for path in folder.rglob("test_*.py")}
+    return sorted(str(path) for path, text in texts.items() if any(mark in text for mark in wanted))
 
 
 if __name__ == "__main__":

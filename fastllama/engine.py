@@ -9,15 +9,10 @@ Shape suffixes: ``b`` batch, ``t`` query tokens, ``v`` vocabulary, ``n`` output 
 
 from __future__ import annotations
 
-import concurrent.futures
-import functools
 import logging
 import threading
-import types
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +20,7 @@ import torch
 
 from fastllama.cache import StaticCache
 from fastllama.fused import FusedDecoder
+from fastllama.graphs import Steps, call_plainly, plain_mode
 from fastllama.model import LlamaForCausalLM
 from fastllama.sampling import candidates_needed, row_seeds, sample
 from fastllama.state import MAX_EOS_IDS, PREFILL_CHUNKS, Memory, Rows, State
@@ -110,15 +106,14 @@ class Engine:
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
-        with _plain_mode():
+        with plain_mode():
             self._net = FusedDecoder(model)
         self._weights = weights_fingerprint(model)
-        self._graphs: dict[tuple[Any, ...], Callable[..., None]] = {}
+        self._steps = Steps(self.device)
         self._state: State | None = None
         self._lock = threading.Lock()
         self._owner: int | None = None
-        # Inductor's CUDA graphs can only be replayed by the thread that recorded them.
-        self._worker = cuda_graph_thread() if self.device.type == "cuda" else None
+        self._runs_ahead = self.device.type == "cuda"  # steps are launched, not waited for
 
     # ---- what callers see ------------------------------------------------------------------------------------------
 
@@ -142,7 +137,7 @@ class Engine:
             needed = longest + request.max_new_tokens
             slots = needed if self._state else max(needed, self._default_cache_len())
             state = self._reserve(len(request.prompts), slots)
-            for tokens_bn in self._run(state, request, longest, poll_every if self._worker else 1):
+            for tokens_bn in self._run(state, request, longest, poll_every if self._runs_ahead else 1):
                 yield tokens_bn
                 self._owner = threading.get_ident()  # an iterator may be handed to another thread
 
@@ -191,7 +186,7 @@ class Engine:
     def release(self) -> None:
         """Give back buffers, cache and compiled steps. The next call makes them anew."""
         with self._exclusive():
-            self._graphs.clear()
+            self._steps.clear()
             self._state = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -204,7 +199,7 @@ class Engine:
     @property
     def compiled_steps(self) -> tuple[tuple[Any, ...], ...]:
         """What has been compiled: ("prefill", batch, tokens) and ("decode", batch, candidates)."""
-        return tuple(self._graphs)
+        return self._steps.keys
 
     def serves(self, model: LlamaForCausalLM) -> bool:
         """Whether the model's weights are still the ones this engine was made from."""
@@ -240,9 +235,9 @@ class Engine:
             held = state.cache.max_cache_len
             slots = held if held >= slots else max(slots, 2 * held)
             logger.info("the KV cache grows to %d rows of %d slots; warmup() reserves it beforehand", rows, slots)
-            self._graphs.clear()
+            self._steps.clear()
             self._state = state = None  # so that the old cache is gone before the new one is allocated
-        with _plain_mode():
+        with plain_mode():
             self._state = State(self.config, rows, slots, self.device, self.dtype)
         return self._state
 
@@ -292,9 +287,9 @@ class Engine:
             if not draws:
                 self._prefill_compiled(state, *chunk[1:3])
             elif number < len(chunks):
-                _call_plainly(_prefill_step, chunk)
+                call_plainly(_prefill_step, chunk)
             else:
-                _call_plainly(_prefill_and_draw, (*chunk, rows, candidates))
+                call_plainly(_prefill_and_draw, (*chunk, rows, candidates))
             start += t
         return int(draws)
 
@@ -304,7 +299,7 @@ class Engine:
         static_ids_bt.copy_(ids_bt)
         static_position_bt.copy_(position_bt)
         args = (self._net, static_ids_bt, static_position_bt, state.memory)
-        self._graph(("prefill", b, t), _prefill_step, *args)()
+        self._call(("prefill", b, t), _prefill_step, *args)()
 
     def _run(self, state: State, request: Request, longest: int, burst: int) -> Iterator[torch.Tensor]:
         """Prefill, then replay the decode step, and yield the tokens.
@@ -330,7 +325,7 @@ class Engine:
                 state.set_rope(longest + at)
                 step()
             taken = Snapshot(newest_b1 if burst == 1 else rows.output_bn[:count, first:last])
-            ready, pending = (pending, taken) if self._worker else (taken, None)
+            ready, pending = (pending, taken) if self._runs_ahead else (taken, None)
             if ready:
                 yield ending.cut(ready.read())
                 if ending.reached:
@@ -342,35 +337,21 @@ class Engine:
         """One replay of the decode step for these rows; compiled by running it on rows that idle in slot 0."""
         b = len(rows.ids_b1)
         key = ("decode", b, candidates)
-        is_new = key not in self._graphs
-        call = self._graph(key, _decode_step, self._net, rows, state.memory, candidates)
-        for _ in range(self._warmup_runs * is_new):
+        is_new = key not in self._steps.keys
+        call = self._call(key, _decode_step, self._net, rows, state.memory, candidates)
+        for _ in range(self._steps.runs_to_warm_up * is_new):
             state.set_rope(1)
             self._start(state, Request([torch.zeros(1, dtype=torch.long)] * b, 1))
             call()
         return call
 
-    def _graph(self, key: tuple[str, int, int], step: Callable[..., None], *args: Any) -> Callable[[], None]:
+    def _call(self, key: tuple[str, int, int], step: Callable[..., None], *args: Any) -> Callable[[], None]:
         """The compiled step of this key, to be called on these arguments; its first call compiles it."""
-        graph = self._graphs.get(key)
-        if graph is None:
+        if key not in self._steps.keys:
             kind, batch, size = key
             noun = "tokens" if kind == "prefill" else "candidates"
             logger.info("compiling %s step: batch %d, %d %s", kind, batch, size, noun)
-            graph = self._graphs[key] = _compile(step)
-        if self._worker is not None:
-            return functools.partial(self._on_worker, graph, args)
-        return functools.partial(_call_plainly, graph, args)
-
-    def _on_worker(self, graph: Callable[..., None], args: tuple[Any, ...]) -> None:
-        assert self._worker is not None
-        stream = torch.cuda.current_stream(self.device)
-        future = self._worker.submit(_call_on_stream, stream, graph, args)
-        try:
-            future.result()
-        except BaseException:  # interrupted: the step must not run into the next call
-            concurrent.futures.wait([future])
-            raise
+        return self._steps.call(key, step, *args)
 
     def _compile_bucket(self, state: State, b: int) -> None:
         """Compile and run every step of one batch bucket, on rows that idle in slot 0."""
@@ -380,7 +361,7 @@ class Engine:
             if t > max(prefill_chunks(capacity, exact=False)):
                 break  # no prompt that fits is that long
             zeros_bt = torch.zeros(b, t, dtype=torch.long)
-            for _ in range(self._warmup_runs):
+            for _ in range(self._steps.runs_to_warm_up):
                 self._prefill_compiled(state, zeros_bt, zeros_bt)
         for candidates in sorted({candidates_needed(t, k, vocab) for t, k in ((0, 0), (1, 1), (1, 65), (1, 0))}):
             self._decode_call(state, state.rows(b), candidates)
@@ -389,11 +370,6 @@ class Engine:
     def _compiles_prefill(self) -> bool:
         """Not on a CPU: compiling saves it a tenth, but each chunk size compiles and padding costs like tokens."""
         return self.device.type != "cpu"
-
-    @property
-    def _warmup_runs(self) -> int:
-        """CUDA graphs run once eagerly and once under capture before they are replayed."""
-        return 3 if self.device.type == "cuda" else 1
 
 
 class Snapshot:
@@ -435,61 +411,6 @@ class Ending:
             if not self._open:
                 return tokens_bn[:, : step + 1]
         return tokens_bn
-
-
-def cuda_graph_thread() -> ThreadPoolExecutor:
-    """A thread that can record Inductor's CUDA graphs.
-
-    Before torch 2.13 only the thread that imports the module of these graphs can, and another one that tries fails an
-    assertion. So it is imported here, for graphs that the caller may have of its own, and the new thread is given the
-    same to keep graphs in.
-    """
-    from torch._inductor import cudagraph_trees
-
-    def prepare() -> None:
-        local: Any = cudagraph_trees.local
-        if not hasattr(local, "tree_manager_containers"):
-            local.tree_manager_containers = {}
-            local.tree_manager_locks = defaultdict(threading.Lock)
-
-    return ThreadPoolExecutor(1, "fastllama-cuda", initializer=prepare)
-
-
-def _compile(step: Callable[..., None]) -> Callable[..., None]:
-    """Compile a step under a code object of its own.
-
-    Dynamo keeps compiled code per code object, scans it linearly and stops at a limit; with one code object per step,
-    there is one entry, no limit to meet, and the entry goes when the step goes.
-
-    A step is only ever called on the buffers it was compiled for. To check them again at each call would cost a small
-    model a tenth of its time, so nothing is checked; what was set globally at the time (threads, matmul precision)
-    stays as it was.
-    """
-    fresh = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__)
-    unchecked = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "size_asserts": False}
-    options = torch._inductor.list_mode_options("reduce-overhead") | unchecked | {"alignment_asserts": False}
-    return torch.compile(fresh, fullgraph=True, dynamic=False, options=options)
-
-
-@contextmanager
-def _plain_mode() -> Iterator[None]:
-    """Without gradients, outside inference mode: buffers made in it could not be updated outside."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def _call_plainly(step: Callable[..., None], args: tuple[Any, ...]) -> None:
-    """Run a step without gradients, outside inference mode, in the weights' own dtype whatever autocast says."""
-    device_type = args[0].embedding.device.type
-    is_on = torch.is_autocast_enabled(device_type)
-    no_autocast = torch.autocast(device_type, enabled=False) if is_on else nullcontext()
-    with torch.inference_mode(False), torch.no_grad(), no_autocast:
-        step(*args)
-
-
-def _call_on_stream(stream: torch.cuda.Stream, graph: Callable[..., None], args: tuple[Any, ...]) -> None:
-    with torch.cuda.stream(stream):
-        _call_plainly(graph, args)
 
 
 def weights_fingerprint(model: LlamaForCausalLM) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``k`` KV hea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -79,12 +79,19 @@ class FusedLayer(nn.Module):
         position_bt: torch.Tensor,
         k_cache_bksd: torch.Tensor,
         v_cache_bksd: torch.Tensor,
+        arrived_p: torch.Tensor,
     ) -> torch.Tensor:
         qkv_btn = ops.linear(x_btm, self.qkv_weight, self.qkv_bias, self.input_norm, self.eps)
-        heads_btn = ops.rotary_attention(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
+        heads_btn = ops.rotary_attention(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd, arrived_p)
         x_btm = ops.linear(heads_btn, self.o_weight, self.o_bias, residual=x_btm)
         ffn_btf = ops.gate_up(x_btm, self.gate_up_weight, self.gate_up_bias, self.post_norm, self.eps, self.activation)
         return ops.linear(ffn_btf, self.down_weight, self.down_bias, residual=x_btm)
+
+    def weights(self, no_bias: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The layer's weights as :func:`fastllama.ops.layers` takes them, with ``no_bias`` where there is no bias."""
+        for field in ops.LAYER_FIELDS:
+            weight = getattr(self, field)
+            yield no_bias if weight is None else weight
 
 
 class FusedDecoder(nn.Module):
@@ -105,7 +112,9 @@ class FusedDecoder(nn.Module):
         # A tied head must stay the same Parameter: two parameters over one memory confuse CUDA graphs.
         tied = model.lm_head.weight is decoder.embed_tokens.weight
         self.head = self.embedding if tied else _shared(model.lm_head.weight)
-        self.eps = decoder.norm.eps
+        self.eps, self.activation = decoder.norm.eps, ACTIVATION_OPS[model.config.hidden_act]
+        self.no_bias: torch.Tensor
+        self.register_buffer("no_bias", self.embedding.new_empty(0), persistent=False)
 
     def forward(
         self,
@@ -115,11 +124,16 @@ class FusedDecoder(nn.Module):
         sin_sd: torch.Tensor,
         k_caches: Sequence[torch.Tensor],
         v_caches: Sequence[torch.Tensor],
+        arrived_p: torch.Tensor,
     ) -> torch.Tensor:
         """Write t tokens a row into the caches (in place) and return the hidden state ``[b, m]`` of the last."""
         x_btm = nn.functional.embedding(ids_bt, self.embedding)
+        if ops.runs_layers_at_once(x_btm):
+            weights = [weight for layer in self.layers for weight in cast(FusedLayer, layer).weights(self.no_bias)]
+            args = (x_btm, cos_sd, sin_sd, position_bt, weights, k_caches, v_caches)
+            return ops.layers(*args, self.eps, self.activation)[:, -1]
         for layer, k_cache_bksd, v_cache_bksd in zip(self.layers, k_caches, v_caches, strict=True):
-            x_btm = layer(x_btm, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
+            x_btm = layer(x_btm, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd, arrived_p)
         return x_btm[:, -1]
 
     def logits(self, x_bm: torch.Tensor) -> torch.Tensor:

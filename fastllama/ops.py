@@ -5,15 +5,24 @@ The choice is made while a step is traced, from device, dtype and shapes alone, 
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from fastllama_kernels import attention as attention_op
 from fastllama_kernels import cpu_extension
+from fastllama_kernels import layers as layers_op
 from fastllama_kernels import linear as linear_op
 
+logger = logging.getLogger(__name__)
+
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)
+LAYER_FIELDS = layers_op.FIELDS
+OPS_PER_LAYER = 5
 
 
 class Choice(NamedTuple):
@@ -25,17 +34,40 @@ class Choice(NamedTuple):
 
 
 @torch.compiler.assume_constant_result
-def _without_kernels(device_type: str, dtype: torch.dtype) -> str | None:
+def _without_kernels(device: str, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run for this device and dtype, or None if they can."""
-    if device_type != "cpu":
-        return f"there is no {device_type} kernel yet; torch.compile fuses the reference"
     if dtype not in KERNEL_DTYPES:
-        return f"the CPU kernels take float32, bfloat16 and float16, not {dtype}"
-    return cpu_extension.load()
+        return f"the kernels take float32, bfloat16 and float16, not {dtype}"
+    device_type = torch.device(device).type
+    if device_type == "cpu":
+        return cpu_extension.load()
+    if device_type == "cuda":
+        return _without_triton(device)
+    return f"there is no kernel for {device_type}"
 
 
-def _few_rows(x: torch.Tensor) -> bool:
-    return x.shape[:-1].numel() <= linear_op.MAX_ROWS
+@functools.cache
+def _without_triton(device: str) -> str | None:
+    """Why Triton's kernels cannot run on this CUDA device, or None if they can; the reason is also logged, once."""
+    reason = None
+    if torch.version.hip:
+        reason = "the Triton kernels have not been tried on ROCm"
+    elif torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        found, wanted = torch.cuda.get_device_capability(device), MIN_CAPABILITY
+        reason = f"compute capability {found[0]}.{found[1]} is below {wanted[0]}.{wanted[1]}"
+    else:
+        try:
+            from fastllama_kernels import decode_attention, gemv  # noqa: F401  they register themselves
+        except ImportError as error:
+            reason = f"Triton cannot be imported: {error}"
+    if reason:
+        logger.warning("%s; decoding runs on torch's own operators, which is slower", reason)
+    return reason
+
+
+def _fits(x: torch.Tensor) -> bool:
+    """Whether the matrix kernels take this many rows, and beat torch's GEMM at them."""
+    return x.shape[:-1].numel() <= linear_op.MAX_ROWS.get(x.device.type, 0)
 
 
 def linear(
@@ -47,7 +79,7 @@ def linear(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``norm(x) @ weightᵀ + bias + residual``; see :mod:`fastllama_kernels.linear`."""
-    if _few_rows(x) and _without_kernels(x.device.type, x.dtype) is None:
+    if _fits(x) and _without_kernels(str(x.device), x.dtype) is None:
         return linear_op.linear(x, weight, bias, norm_weight, eps, residual)
     return linear_op.linear_ref(x, weight, bias, norm_weight, eps, residual)
 
@@ -61,7 +93,7 @@ def gate_up(
     activation: str = "silu",
 ) -> torch.Tensor:
     """``act(gate) · up`` of one fused matrix; see :mod:`fastllama_kernels.linear`."""
-    if _few_rows(x) and _without_kernels(x.device.type, x.dtype) is None:
+    if _fits(x) and _without_kernels(str(x.device), x.dtype) is None:
         return linear_op.gate_up(x, weight, bias, norm_weight, eps, activation)
     return linear_op.gate_up_ref(x, weight, bias, norm_weight, eps, activation)
 
@@ -73,22 +105,55 @@ def rotary_attention(
     position_bt: torch.Tensor,
     k_cache_bksd: torch.Tensor,
     v_cache_bksd: torch.Tensor,
+    arrived_p: torch.Tensor,
 ) -> torch.Tensor:
     """Rotary, KV write and attention; see :mod:`fastllama_kernels.attention`."""
     args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
-    if _without_kernels(qkv_btn.device.type, qkv_btn.dtype) is None:
-        return attention_op.rotary_attention(*args)
+    if _without_kernels(str(qkv_btn.device), qkv_btn.dtype) is None:
+        if qkv_btn.shape[1] <= attention_op.MAX_TOKENS and attention_op.takes(qkv_btn.device, k_cache_bksd.shape[3]):
+            return attention_op.rotary_attention(*args, arrived_p)
+        if qkv_btn.device.type == "cpu":
+            return attention_op.prefill_attention(*args)
     return attention_op.rotary_attention_ref(*args)
+
+
+def runs_layers_at_once(x_btm: torch.Tensor) -> bool:
+    """Whether all layers are one operation: where Python between the kernels would cost, and kernels take it all."""
+    few = _fits(x_btm) and x_btm.shape[1] <= attention_op.MAX_TOKENS
+    return few and x_btm.device.type == "cpu" and _without_kernels(str(x_btm.device), x_btm.dtype) is None
+
+
+def layers(
+    x_btm: torch.Tensor,
+    cos_sd: torch.Tensor,
+    sin_sd: torch.Tensor,
+    position_bt: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    eps: float,
+    activation: str,
+) -> torch.Tensor:
+    """All decoder layers, where :func:`runs_layers_at_once`; see :mod:`fastllama_kernels.layers`."""
+    return layers_op.layers(x_btm, cos_sd, sin_sd, position_bt, weights, k_caches, v_caches, eps, activation)
+
+
+def kernels_per_step(device: torch.device | str, dtype: torch.dtype, layers: int) -> int | None:
+    """Our launches in a decode step; Inductor adds those of embedding and sampling. None: all are Inductor's."""
+    return None if _without_kernels(str(torch.device(device)), dtype) else OPS_PER_LAYER * layers + 1
 
 
 def report(device: torch.device | str, dtype: torch.dtype) -> list[Choice]:
     """What a decode step on this device and dtype would run, op by op, and why."""
-    reason = _without_kernels(torch.device(device).type, dtype)
-    chosen = "C++ kernel" if reason is None else "torch"
-    rows, tokens = linear_op.MAX_ROWS, attention_op.MAX_TOKENS
+    device = torch.device(device)
+    reason = _without_kernels(str(device), dtype)
+    on_cpu = device.type == "cpu"
+    chosen = ("C++ kernel" if on_cpu else "Triton kernel") if reason is None else "torch"
+    rows, tokens = linear_op.MAX_ROWS.get(device.type, 0), attention_op.MAX_TOKENS
+    beyond = "torch's flash attention above" if on_cpu else "torch's attention above, masked"
     return [
         Choice("linear", chosen, reason or f"up to {rows} rows; torch's GEMM above"),
         Choice("gate_up", chosen, reason or f"up to {rows} rows; torch's GEMM above"),
-        Choice("rotary_attention", chosen, reason or f"up to {tokens} tokens a row; torch's flash attention above"),
+        Choice("rotary_attention", chosen, reason or f"up to {tokens} tokens a row; {beyond}"),
         Choice("embedding, sampling", "Inductor", "fused by torch.compile"),
     ]

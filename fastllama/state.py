@@ -1,6 +1,7 @@
 """The memory of an engine: every tensor that changes from token to token, allocated once.
 
-Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``d`` head dim, ``n`` output tokens, ``e`` EOS ids.
+Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``d`` head dim, ``n`` output tokens, ``e`` EOS ids,
+``p`` counters.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ class Rows(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What both steps read and write besides their rows: rotary tables and KV caches."""
+    """What both steps read and write besides their rows: rotary tables, KV caches, and what kernels count with."""
 
     cos_sd: torch.Tensor
     sin_sd: torch.Tensor
     k_caches: list[torch.Tensor]
     v_caches: list[torch.Tensor]
+    arrived_p: torch.Tensor
 
 
 class State:
@@ -61,6 +63,7 @@ class State:
             buffer(*table, dtype=torch.float32),
             [_static(x) for x in self.cache.key_cache],
             [_static(x) for x in self.cache.value_cache],
+            buffer(b * config.num_attention_heads, dtype=torch.int32),
         )
         params = SamplingParams(
             temperature=buffer(b, dtype=torch.float32),

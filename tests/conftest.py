@@ -33,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for variable, folder in CACHES.items():
         os.environ[variable] = os.path.join(os.path.abspath(root), folder)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threads = min(4, os.cpu_count() or 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for the processes that tests start

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama import engine as engine_module
+from fastllama import graphs as graphs_module
 from fastllama.config import RopeParameters
 from fastllama.engine import Engine, Request, batch_bucket, prefill_chunks
 from fastllama.generate import engine_of
@@ -224,14 +225,15 @@ def test_release_gives_the_memory_back_and_the_next_call_works(model) -> None:
 def test_an_interrupt_at_any_step_leaves_the_engine_usable(model, monkeypatch, kind, at) -> None:
     rows = prompts(1600)
     expected = decode(model.engine or warm(model), rows, 8)
-    genuine, wanted, calls = engine_module._call_plainly, kind == "prefill", itertools.count(1)
+    genuine, wanted, calls = graphs_module.call_plainly, kind == "prefill", itertools.count(1)
 
     def interrupted(step, args) -> None:
         genuine(step, args)
         if step.__name__.startswith("_prefill") == wanted and next(calls) == at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine_module, "_call_plainly", interrupted)
+    for module in (graphs_module, engine_module):  # compiled steps, and those that run as they are
+        monkeypatch.setattr(module, "call_plainly", interrupted)
     with pytest.raises(KeyboardInterrupt):
         decode(model.engine, rows, 8)
     monkeypatch.undo()
@@ -392,9 +394,9 @@ def test_threads_that_share_a_new_model_share_its_engine(monkeypatch) -> None:
     assert len(made) == 1
 
 
-def test_an_interrupt_waits_for_the_step_that_a_worker_is_running(model, monkeypatch) -> None:
-    engine, finished = model.engine or warm(model), threading.Event()
-    monkeypatch.setattr(engine, "_worker", concurrent.futures.ThreadPoolExecutor(1))
+def test_an_interrupt_waits_for_the_step_that_a_worker_is_running(monkeypatch) -> None:
+    steps, finished = graphs_module.Steps(torch.device("cpu")), threading.Event()
+    monkeypatch.setattr(steps, "_worker", concurrent.futures.ThreadPoolExecutor(1))
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
     started = threading.Event()
 
@@ -407,10 +409,10 @@ def test_an_interrupt_waits_for_the_step_that_a_worker_is_running(model, monkeyp
         threading.Timer(0.2, finished.set).start()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine_module, "_call_on_stream", slow)
+    monkeypatch.setattr(graphs_module, "_call_on_stream", slow)
     monkeypatch.setattr(concurrent.futures.Future, "result", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        engine._on_worker(slow, ())
+        steps._on_worker(slow, ())
     assert finished.is_set()
 
 

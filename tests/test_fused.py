@@ -18,7 +18,8 @@ def stepwise_logits(model: LlamaForCausalLM, ids_bt: torch.Tensor, prefix: int) 
     """Logits ``[b, t - prefix, v]``: the first tokens prefilled at once, the others decoded one by one."""
     net, b = FusedDecoder(model), len(ids_bt)
     cache = StaticCache(model.config, b, SLOTS, dtype=model.dtype)
-    memory = (*rope_tables(model.config, SLOTS), cache.key_cache, cache.value_cache)
+    arrived_p = torch.zeros(b * model.config.num_attention_heads, dtype=torch.int32)
+    memory = (*rope_tables(model.config, SLOTS), cache.key_cache, cache.value_cache, arrived_p)
     net(ids_bt[:, :prefix], torch.arange(prefix).expand(b, prefix).contiguous(), *memory)
     steps = []
     for position in range(prefix, ids_bt.shape[1]):

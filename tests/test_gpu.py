@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from fastllama import LlamaConfig, LlamaForCausalLM
+from fastllama import LlamaConfig, LlamaForCausalLM, graphs
 
 pytestmark = pytest.mark.gpu
 
@@ -15,10 +17,13 @@ SMALL = LlamaConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
+@pytest.fixture(scope="module", params=graphs.KINDS)
+def model(request) -> Iterator[LlamaForCausalLM]:
+    """One that records its graphs in each of the two ways."""
     torch.manual_seed(1)
-    return LlamaForCausalLM(SMALL).eval().cuda()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(graphs.SWITCH, request.param)
+        yield LlamaForCausalLM(SMALL).eval().cuda()
 
 
 def greedy(model: LlamaForCausalLM, ids: torch.Tensor, new: int) -> torch.Tensor:
@@ -34,16 +39,14 @@ def test_greedy_tokens_equal_the_eager_forward(model) -> None:
 
 
 def test_no_graph_is_recorded_after_warmup_and_held_outputs_stay(model, monkeypatch) -> None:
-    from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
-
     model.warmup(max_batch_size=4, max_cache_len=512)
-    recorded, genuine = [], CUDAGraphTreeManager.record_function
+    recorded, genuine = [], torch.cuda.CUDAGraph.capture_begin
 
     def counting(self, *args, **kwargs):
         recorded.append(args)
         return genuine(self, *args, **kwargs)
 
-    monkeypatch.setattr(CUDAGraphTreeManager, "record_function", counting)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", counting)
     random, held = torch.Generator().manual_seed(0), []
     with torch.compiler.set_stance("fail_on_recompile"):
         for call in range(200):

@@ -27,6 +27,7 @@ LAYERS = (
     "sampling",
     "fused",
     "state",
+    "graphs",
     "engine",
     "generate",
     "measure",

@@ -8,6 +8,7 @@ Shape suffixes: ``b`` batch, ``s`` cache slots, ``h`` query heads, ``k`` KV head
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -137,6 +138,7 @@ def _attention(shapes: Shapes) -> StepOp:
     for cache_bksd in caches:
         cache_bksd[:, :, live:] = 0  # as an engine's unwritten slots
     qkv_b1n = shapes.normal(b, 1, (config.num_attention_heads + 2 * kv_heads) * d)
+    arrived_p = torch.zeros(b * config.num_attention_heads, dtype=torch.int32, device=shapes.device)
     return StepOp(
         OpInfo(
             "attention",
@@ -147,7 +149,7 @@ def _attention(shapes: Shapes) -> StepOp:
         ),
         shared=(qkv_b1n, cos_1sd[0].contiguous(), sin_1sd[0].contiguous(), position_b1),
         own=tuple(caches),
-        run=ops.rotary_attention,
+        run=functools.partial(ops.rotary_attention, arrived_p=arrived_p),
         references={TORCH: rotary_attention_ref},
         exact=_exact_attention,
         results=_attention_results,

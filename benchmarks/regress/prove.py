@@ -28,18 +28,18 @@ from .worktrees import git, repository, resolve
 
 EQUAL, SLOWED = "equal", "slowed"
 EXPECTED = {EQUAL: 0, SLOWED: 1}
-HOOKED = "def _call_plainly("  # on a CPU every step goes through it: prefill and decode, compiled or not
-ENGINE = Path("fastllama", "engine.py")
+HOOKED = "def call_plainly("  # on a CPU every step goes through it: prefill and decode, compiled or not
+GRAPHS = Path("fastllama", "graphs.py")
 
 SLOWDOWN = """
 
 # ---- every step takes {percent} % longer ---------------------------------------------------------------------------
 import time as _time
 
-_call_at_full_speed = _call_plainly
+_call_at_full_speed = call_plainly
 
 
-def _call_plainly(step, args):
+def call_plainly(step, args):
     start = _time.perf_counter()
     _call_at_full_speed(step, args)
     now = _time.perf_counter()
@@ -52,6 +52,7 @@ def _call_plainly(step, args):
 def main(
     runs: Annotated[int, typer.Option(min=1, help="Invocations of the gate of each kind.")] = 20,
     log: Annotated[Path, typer.Option(help="JSON lines, one for each invocation.")] = Path("proof.jsonl"),
+    summary: Annotated[Path | None, typer.Option(help="JSON: the outcomes without samples and paths.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with a log that is there.")] = False,
     slowdown: Annotated[float, typer.Option(min=0.0, help="In percent.")] = 10.0,
     repo: Annotated[Path, typer.Option(help="A folder in the repository.")] = Path(),
@@ -70,6 +71,8 @@ def main(
                 file.write(json.dumps(outcome) + "\n")
             typer.echo(f"{kind}: exit {outcome['exit']}, {outcome['seconds']:.0f} s, {outcome['headline']}", err=True)
     outcomes = read(log)
+    if summary:
+        summary.write_text(json.dumps(summed_up(outcomes), indent=1) + "\n", encoding="utf-8")
     for line in tally(outcomes):
         typer.echo(line)
     raise typer.Exit(0 if is_proof(outcomes, runs) else 1)
@@ -99,13 +102,13 @@ def inject(tree: Path, percent: float) -> None:
     """Make every step of the engine in ``tree`` wait, busily, for a part of the time it took.
 
     Raises:
-        Unavailable: the engine has no longer the function that every step goes through.
+        Unavailable: fastllama has no longer the function that every step goes through.
     """
-    engine = tree / ENGINE
-    source = engine.read_text(encoding="utf-8")
+    graphs = tree / GRAPHS
+    source = graphs.read_text(encoding="utf-8") if graphs.exists() else ""
     if HOOKED not in source:
-        raise Unavailable(f"{ENGINE} has no {HOOKED.split()[1][:-1]} any more; the slowdown needs a new place")
-    engine.write_text(source + SLOWDOWN.format(percent=f"{percent:g}", fraction=percent / 100), encoding="utf-8")
+        raise Unavailable(f"{GRAPHS} has no {HOOKED.split()[1][:-1]} any more; the slowdown needs a new place")
+    graphs.write_text(source + SLOWDOWN.format(percent=f"{percent:g}", fraction=percent / 100), encoding="utf-8")
 
 
 def invoke(clone: Path, revisions: Mapping[str, str], kind: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -152,6 +155,19 @@ def tally(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         verb = "passed" if kind == EQUAL else "failed"
         longest = max((outcome["seconds"] for outcome in of_kind), default=0.0)
         yield f"{kind}: {right} of {len(of_kind)} {verb} as they should, {unsure} inconclusive, {longest:.0f} s at most"
+
+
+def summed_up(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The outcomes as a document that can be committed: without samples, and without paths of the machine's."""
+    environment = {
+        name: value for name, value in outcomes[0]["environment"].items() if name not in ("argv", "variables")
+    }
+    kept = ("kind", "exit", "seconds", "headline", "rounds", "verdicts")
+    return {
+        "tally": list(tally(outcomes)),
+        "environment": environment,
+        "outcomes": [{name: outcome[name] for name in kept} for outcome in outcomes],
+    }
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def _decoding(config: LlamaConfig, device: torch.device, context: int) -> dict[s
     """Sizes, and the floor of the time per token with a full context."""
     import torch
 
-    from fastllama import LlamaForCausalLM
+    from fastllama import LlamaForCausalLM, ops
     from fastllama.measure import kv_cache_bytes, memory_bandwidth, parameter_count, weight_bytes_per_step
 
     with torch.device("meta"):
@@ -113,6 +113,7 @@ def _decoding(config: LlamaConfig, device: torch.device, context: int) -> dict[s
         "kv_cache_bytes": cache,
         "memory_bandwidth_gb_s": bandwidth.bytes_per_second / 1e9,
         "memory_bandwidth_method": bandwidth.method,
+        "kernels_per_step": ops.kernels_per_step(device, getattr(torch, config.dtype), config.num_hidden_layers),
         "floor_ms_empty_cache": 1e3 * weights / bandwidth.bytes_per_second,
         "floor_ms_full_cache": 1e3 * (weights + cache) / bandwidth.bytes_per_second,
     }

@@ -8,11 +8,12 @@ A query at position p sees the slots 0 .. p of its row, so no mask is needed. To
 then they are copies of one token, written twice.
 
 Bytes moved per layer: the live keys and values once, 2 · Σ_r (p_r + 1) · k · d · itemsize. The cost follows the live
-length, never the capacity. The CPU kernel (``cpu/attention.cpp``) takes a few query tokens a row; for long prefills
-``prefill_attention`` runs torch's flash attention on the live part of the cache.
+length, never the capacity. The decode kernels (``cpu/attention.cpp``; :mod:`fastllama_kernels.decode_attention`, which
+registers itself for CUDA when imported) take a few query tokens a row; for long prefills on a CPU ``prefill_attention``
+runs torch's flash attention on the live part of the cache.
 
 Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``h`` query heads, ``k`` KV heads, ``d`` head dim,
-``n`` = (h + 2k)·d packed features.
+``n`` = (h + 2k)·d packed features, ``p`` counters.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import torch
 from torch.nn import functional as F
 
 MAX_TOKENS = 8  # query tokens a row up to which the decode kernel beats flash attention
+MAX_HEAD_DIM = 256  # of the kernel on a GPU
 
-_ARGS = "(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) key_cache, Tensor(b!) value_cache) -> Tensor"
-torch.library.define("fastllama::rotary_attention", _ARGS)
-torch.library.define("fastllama::prefill_attention", _ARGS)
+_ARGS = "Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) key_cache, Tensor(b!) value_cache"
+torch.library.define("fastllama::rotary_attention", f"({_ARGS}, Tensor(c!) arrived) -> Tensor")
+torch.library.define("fastllama::prefill_attention", f"({_ARGS}) -> Tensor")
 
 
 def rotate_and_write(
@@ -42,12 +44,13 @@ def rotate_and_write(
     q_bthd, k_btkd, v_btkd = qkv_btn.view(b, t, -1, d).split((heads, kv_heads, kv_heads), dim=2)
     cos_bt1d, sin_bt1d = cos_sd[position_bt][:, :, None], sin_sd[position_bt][:, :, None]
     row_b1 = torch.arange(b, device=qkv_btn.device)[:, None]
-    k_cache_bksd.transpose(1, 2).index_put_((row_b1, position_bt), _rotate(k_btkd, cos_bt1d, sin_bt1d))
+    k_cache_bksd.transpose(1, 2).index_put_((row_b1, position_bt), rotate(k_btkd, cos_bt1d, sin_bt1d))
     v_cache_bksd.transpose(1, 2).index_put_((row_b1, position_bt), v_btkd)
-    return _rotate(q_bthd, cos_bt1d, sin_bt1d).transpose(1, 2)
+    return rotate(q_bthd, cos_bt1d, sin_bt1d).transpose(1, 2)
 
 
-def _rotate(x_bthd: torch.Tensor, cos_bt1d: torch.Tensor, sin_bt1d: torch.Tensor) -> torch.Tensor:
+def rotate(x_bthd: torch.Tensor, cos_bt1d: torch.Tensor, sin_bt1d: torch.Tensor) -> torch.Tensor:
+    """Heads rotated by the angles of these tables, in float32, rounded once."""
     x1, x2 = x_bthd.float().chunk(2, dim=-1)
     return (x_bthd * cos_bt1d + torch.cat((-x2, x1), dim=-1) * sin_bt1d).to(x_bthd.dtype)
 
@@ -61,12 +64,25 @@ def rotary_attention_ref(
     v_cache_bksd: torch.Tensor,
 ) -> torch.Tensor:
     """The op in torch operators, over the cache's whole capacity under a mask. Any device, dtype, t."""
-    b, t, _ = qkv_btn.shape
     q_bhtd = rotate_and_write(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
-    slot_s = torch.arange(k_cache_bksd.shape[2], device=qkv_btn.device)
-    visible_b1ts = (slot_s <= position_bt[..., None])[:, None]
-    out_bhtd = F.scaled_dot_product_attention(q_bhtd, k_cache_bksd[:b], v_cache_bksd[:b], visible_b1ts, enable_gqa=True)
-    return out_bhtd.transpose(1, 2).reshape(b, t, -1)
+    return masked_attention(q_bhtd, position_bt, k_cache_bksd, v_cache_bksd).transpose(1, 2).flatten(2)
+
+
+def masked_attention(
+    q_bhtd: torch.Tensor,
+    position_bt: torch.Tensor,
+    k_cache_bksd: torch.Tensor,
+    v_cache_bksd: torch.Tensor,
+    start_b: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention ``[b, h, t, d]`` over the cache's whole capacity, masked to the slots ``start ≤ s ≤ position``."""
+    b, slot_s = len(q_bhtd), torch.arange(k_cache_bksd.shape[2], device=q_bhtd.device)
+    visible_bts = slot_s <= position_bt[..., None]
+    if start_b is not None:
+        visible_bts &= slot_s >= start_b[:, None, None]
+    return F.scaled_dot_product_attention(
+        q_bhtd, k_cache_bksd[:b], v_cache_bksd[:b], visible_bts[:, None], enable_gqa=True
+    )
 
 
 @torch.library.impl("fastllama::prefill_attention", "CPU")
@@ -91,10 +107,19 @@ def _prefill_attention(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cac
 
 
 @torch.library.register_fake("fastllama::rotary_attention")
+def _attention_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd, arrived_p):
+    return _prefill_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
+
+
 @torch.library.register_fake("fastllama::prefill_attention")
-def _attention_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd):
+def _prefill_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd):
     b, t, n = qkv_btn.shape
     return qkv_btn.new_empty((b, t, n - 2 * k_cache_bksd.shape[1] * k_cache_bksd.shape[3]))
+
+
+def takes(device: torch.device, head_dim: int) -> bool:
+    """Whether the decode kernel of this device takes heads of this size."""
+    return device.type == "cpu" or (head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM)
 
 
 def rotary_attention(
@@ -104,18 +129,30 @@ def rotary_attention(
     position_bt: torch.Tensor,
     k_cache_bksd: torch.Tensor,
     v_cache_bksd: torch.Tensor,
+    arrived_p: torch.Tensor,
 ) -> torch.Tensor:
-    """The CPU kernels: ``[b, t, h·d]``, in qkv's dtype.
+    """The decode kernels, for at most MAX_TOKENS tokens a row: ``[b, t, h·d]``, in qkv's dtype.
 
     Args:
         qkv_btn: packed projections, contiguous.
         cos_sd, sin_sd: float32 rotary tables, contiguous, at least as long as the cache.
         position_bt: int64 slot of each token, contiguous.
         k_cache_bksd, v_cache_bksd: the caches, contiguous, mutated; they may have more rows than ``qkv_btn``.
+        arrived_p: int32 zeros, one for each query head of each row. They count the programs of a kernel that have done
+            their part and are zeros again afterwards; the CPU kernel leaves them alone.
     """
-    op = (
-        torch.ops.fastllama.rotary_attention
-        if qkv_btn.shape[1] <= MAX_TOKENS
-        else torch.ops.fastllama.prefill_attention
-    )
-    return op(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
+    args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd, arrived_p)
+    return torch.ops.fastllama.rotary_attention(*args)
+
+
+def prefill_attention(
+    qkv_btn: torch.Tensor,
+    cos_sd: torch.Tensor,
+    sin_sd: torch.Tensor,
+    position_bt: torch.Tensor,
+    k_cache_bksd: torch.Tensor,
+    v_cache_bksd: torch.Tensor,
+) -> torch.Tensor:
+    """The CPU's op for many tokens a row: ``[b, t, h·d]``; arguments as those of :func:`rotary_attention`."""
+    args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
+    return torch.ops.fastllama.prefill_attention(*args)

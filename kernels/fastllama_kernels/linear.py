@@ -5,8 +5,9 @@
 
 norm(x) = x / sqrt(mean(x²) + eps) · norm_weight when a norm weight is given, else x. Sums are float32.
 
-Bytes moved per call: the matrix once, N·K·itemsize; all else is small at the few rows these are made for. The CPU
-kernels (``cpu/linear.cpp``) need contiguous tensors of one dtype among float32, bfloat16 and float16.
+Bytes moved per call: the matrix once, N·K·itemsize; all else is small at the few rows these are made for. The kernels
+(``cpu/linear.cpp``; :mod:`fastllama_kernels.gemv`, which registers itself for CUDA when imported) need contiguous
+tensors of one dtype among float32, bfloat16 and float16.
 
 Shape suffixes: leading dimensions ``...``, ``k`` input features, ``n`` output features, ``f`` FFN dim.
 """
@@ -25,7 +26,7 @@ ACTIVATIONS = {  # the position in this dict is the number that the kernels take
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
 }
-MAX_ROWS = 4  # above, torch's GEMM is faster on a CPU
+MAX_ROWS = {"cpu": 4, "cuda": 16}  # by device type; above, torch's GEMM is faster
 
 torch.library.define(
     "fastllama::linear",

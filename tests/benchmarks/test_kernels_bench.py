@@ -106,7 +106,8 @@ def test_the_formulas_are_those_of_the_network() -> None:
     caches = [torch.zeros(1, 2, 24, 32) for _ in range(2)]
     x = torch.randn(1, 64)
     with torch.no_grad():
-        expected = layer(x[:, None], cos, sin, position, *[cache.clone() for cache in caches])[:, 0]
+        arrived = torch.zeros(config.num_attention_heads, dtype=torch.int32)
+        expected = layer(x[:, None], cos, sin, position, *[cache.clone() for cache in caches], arrived)[:, 0]
         qkv = found["qkv"].run(x, None, layer.qkv_weight, None, layer.input_norm)
         heads = found["attention"].run(qkv[:, None], cos, sin, position, *caches)[:, 0]
         x = found["o"].run(heads, x, layer.o_weight, None, None)

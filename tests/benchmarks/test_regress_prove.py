@@ -14,20 +14,20 @@ from fastllama_benchmarks.regress.worktrees import git
 
 ROOT = Path(__file__).resolve().parents[2]
 AUTHOR = ("-c", "user.name=somebody", "-c", "user.email=somebody@localhost")
-ENGINE = """
+SOURCE = """
 import time
 
 now = [0.0]
 time.perf_counter = lambda: now.__setitem__(0, now[0] + 1e-6) or now[0]
 
 
-def _call_plainly(step, args):
+def call_plainly(step, args):
     step(*args)
 
 
 def decode(seconds):
     before = now[0]
-    _call_plainly(lambda: now.__setitem__(0, now[0] + seconds), ())
+    call_plainly(lambda: now.__setitem__(0, now[0] + seconds), ())
     return now[0] - before
 """
 
@@ -37,7 +37,7 @@ def repo(tmp_path: Path) -> Path:
     """A repository with an engine whose time passes only where it says so."""
     folder = tmp_path / "repo"
     (folder / "fastllama").mkdir(parents=True)
-    (folder / prove.ENGINE).write_text(ENGINE)
+    (folder / prove.GRAPHS).write_text(SOURCE)
     git(folder, "init", "--quiet", "--initial-branch=main")
     git(folder, "add", "--all")
     git(folder, *AUTHOR, "commit", "--quiet", "-m", "The engine")
@@ -58,19 +58,19 @@ def outcome(kind: str, code: int, headline: str = "") -> dict:
 
 
 def test_the_engine_has_the_place_that_is_slowed() -> None:
-    assert prove.HOOKED in (ROOT / prove.ENGINE).read_text()
+    assert prove.HOOKED in (ROOT / prove.GRAPHS).read_text()
 
 
 def test_every_step_of_the_slowed_engine_takes_a_tenth_longer(repo: Path) -> None:
     prove.inject(repo, 10.0)
     engine: dict = {}
-    exec((repo / prove.ENGINE).read_text(), engine)
+    exec((repo / prove.GRAPHS).read_text(), engine)
     assert engine["decode"](2.0) == pytest.approx(2.2, rel=1e-4)
 
 
 def test_an_engine_without_that_place_is_one_line(repo: Path) -> None:
-    (repo / prove.ENGINE).write_text("def step(): pass\n")
-    with pytest.raises(Unavailable, match="has no _call_plainly any more"):
+    (repo / prove.GRAPHS).write_text("def step(): pass\n")
+    with pytest.raises(Unavailable, match="has no call_plainly any more"):
         prove.inject(repo, 10.0)
 
 
@@ -100,6 +100,25 @@ def test_the_tally_counts_what_came_out_right() -> None:
         "equal: 1 of 2 passed as they should, 1 inconclusive, 60 s at most",
         "slowed: 1 of 1 failed as they should, 0 inconclusive, 60 s at most",
     ]
+
+
+def test_the_summary_keeps_every_outcome_and_no_path(repo: Path, tmp_path: Path, typer_app, monkeypatch) -> None:
+    details = {
+        "rounds": 3, "verdicts": {"tpot-b1": {"outcome": "no slower"}}, "samples": [1, 2],
+        "environment": {"cpu": "a processor", "argv": ["/home/somebody/x"], "variables": {"TORCH_HOME": "/home/x"}},
+    }  # fmt: skip
+    monkeypatch.setattr(
+        prove, "invoke", lambda clone, revisions, kind, arguments: outcome(kind, prove.EXPECTED[kind]) | details
+    )
+    file = tmp_path / "summary.json"
+    options = ["--repo", str(repo), "--runs", "2", "--log", str(tmp_path / "log"), "--summary", str(file)]
+    assert CliRunner().invoke(typer_app, options).exit_code == 0
+    found = json.loads(file.read_text())
+    assert found["environment"] == {"cpu": "a processor"}
+    assert [each["kind"] for each in found["outcomes"]] == ["equal", "slowed"] * 2
+    assert found["outcomes"][0]["verdicts"] == details["verdicts"]
+    assert "samples" not in file.read_text()
+    assert found["tally"][0].startswith("equal: 2 of 2 passed")
 
 
 def test_kinds_are_run_by_turns_and_a_proof_goes_on_where_it_stopped(

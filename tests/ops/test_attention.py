@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastllama_kernels import attention as op
 from fastllama_kernels import cpu_extension
-from fastllama_kernels.attention import MAX_TOKENS, rotary_attention, rotary_attention_ref
+from fastllama_kernels.attention import MAX_TOKENS, rotary_attention_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SLOTS = 80
@@ -29,6 +30,13 @@ def draw(b, t, kv_heads, groups, d, dtype, starts, cache_rows=None) -> list[torc
     for row, start in enumerate(starts):
         caches[:, row, :, start:] = float("nan")
     return [qkv, cos, sin, position, *caches]
+
+
+def rotary_attention(qkv, *others) -> torch.Tensor:
+    """The decode kernel or the prefill's op, by the number of tokens, as :mod:`fastllama.ops` chooses."""
+    if qkv.shape[1] > MAX_TOKENS:
+        return op.prefill_attention(qkv, *others)
+    return op.rotary_attention(qkv, *others, torch.zeros(0, dtype=torch.int32))
 
 
 def in_float64(qkv, cos, sin, position, k_cache, v_cache) -> torch.Tensor:
@@ -127,8 +135,10 @@ def test_wrong_layouts_are_refused() -> None:
 
 @pytest.mark.parametrize("t", [1, MAX_TOKENS + 1])
 def test_schema_and_fake_are_right(t) -> None:
-    op = torch.ops.fastllama.rotary_attention if t == 1 else torch.ops.fastllama.prefill_attention
+    overload = torch.ops.fastllama.rotary_attention if t == 1 else torch.ops.fastllama.prefill_attention
     args = draw(2, t, 2, 2, 16, torch.float32, [5, 7])
     for cache in args[4:]:
         cache.nan_to_num_()
-    torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+    if t == 1:
+        args.append(torch.zeros(8, dtype=torch.int32))
+    torch.library.opcheck(overload.default, args, test_utils=("test_schema", "test_faketensor"))

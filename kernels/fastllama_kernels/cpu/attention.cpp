@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "ops.h"
 #include "vec.h"
 
 namespace fastllama {
@@ -116,7 +117,10 @@ void check_arguments(const Tensor& qkv, const Tensor& cos, const Tensor& sin, co
     check(*cache, "cache", qkv.scalar_type(), {rows, shape.kv_heads, shape.slots, shape.dim});
 }
 
-Tensor rotary_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor key_cache, Tensor value_cache) {
+}  // namespace
+
+Tensor rotary_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor key_cache, Tensor value_cache,
+                        Tensor /* arrived: nobody waits here for other threads */) {
   const int64_t batch = qkv.size(0), kv_heads = key_cache.size(1), dim = key_cache.size(3);
   const Shape shape{qkv.size(1), qkv.size(2) / dim - 2 * kv_heads, kv_heads, dim, key_cache.size(2)};
   check_arguments(qkv, cos, sin, positions, key_cache, value_cache, shape);
@@ -140,8 +144,6 @@ Tensor rotary_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Te
   });
   return out;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastllama, CPU, m) { m.impl("rotary_attention", TORCH_BOX(&rotary_attention)); }
 

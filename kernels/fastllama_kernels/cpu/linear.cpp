@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "ops.h"
 #include "vec.h"
 
 namespace fastllama {
@@ -151,6 +152,8 @@ void check_arguments(const Tensor& x, const Tensor& weight, const std::optional<
   if (norm_weight.has_value()) check(*norm_weight, "norm_weight", dtype, {n});
 }
 
+}  // namespace
+
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> norm_weight, double eps,
               std::optional<Tensor> residual) {
   check_arguments(x, weight, bias, norm_weight);
@@ -176,8 +179,6 @@ Tensor gate_up(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optiona
   });
   return out;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastllama, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));

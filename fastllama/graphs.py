@@ -1,0 +1,169 @@
+"""How a step becomes one replay: compiled once by torch.compile, on CUDA recorded as one graph.
+
+Two ways to record it, chosen by the environment variable ``FASTLLAMA_CUDA_GRAPHS``:
+
+    inductor    (default) torch.compile's ``reduce-overhead`` mode records and replays. Its graphs belong to the thread
+                that recorded them, so they run on a thread of their own.
+    explicit    the compiled step is recorded here as one ``torch.cuda.CUDAGraph``. A replay is one call, on any
+                thread.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import logging
+import os
+import threading
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+SWITCH = "FASTLLAMA_CUDA_GRAPHS"
+INDUCTOR, EXPLICIT = KINDS = ("inductor", "explicit")
+WARMUP_RUNS = 2  # of a step on CUDA before it is recorded: the first compiles, and allocates what it keeps
+
+Step = Callable[..., None]
+
+
+class Steps:
+    """The compiled steps of an engine, by key. A step is always called on the tensors it was first called on.
+
+    Args:
+        device: where the steps run.
+
+    Raises:
+        ValueError: ``FASTLLAMA_CUDA_GRAPHS`` is set to something else than its choices.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._kind = _chosen_kind() if device.type == "cuda" else None
+        self._device = device
+        self._steps: dict[tuple[Any, ...], Step] = {}
+        self._worker = cuda_graph_thread() if self._kind == INDUCTOR else None
+
+    @property
+    def keys(self) -> tuple[tuple[Any, ...], ...]:
+        """Of the steps there are."""
+        return tuple(self._steps)
+
+    @property
+    def runs_to_warm_up(self) -> int:
+        """How often a step has to run until it only replays."""
+        return 1 if self._kind is None else WARMUP_RUNS + 1
+
+    def call(self, key: tuple[Any, ...], step: Step, *args: Any) -> Callable[[], None]:
+        """One run of the step of this key on these arguments; the first run compiles it."""
+        compiled = self._steps.get(key)
+        if compiled is None:
+            compiled = _compile(step, graphs=self._kind != EXPLICIT)
+            self._steps[key] = compiled = CapturedStep(compiled) if self._kind == EXPLICIT else compiled
+        if self._worker is not None:
+            return functools.partial(self._on_worker, compiled, args)
+        return functools.partial(call_plainly, compiled, args)
+
+    def clear(self) -> None:
+        """Forget all steps and give their graphs back."""
+        self._steps.clear()
+
+    def _on_worker(self, step: Step, args: tuple[Any, ...]) -> None:
+        assert self._worker is not None
+        stream = torch.cuda.current_stream(self._device)
+        future = self._worker.submit(_call_on_stream, stream, step, args)
+        try:
+            future.result()
+        except BaseException:  # interrupted: the step must not run into the next call
+            concurrent.futures.wait([future])
+            raise
+
+
+class CapturedStep:
+    """A compiled step that is recorded as a CUDA graph after some runs, and replayed from then on."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._runs = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *args: Any) -> None:
+        """Run it; ``args`` are the same tensors each time."""
+        if self._graph is None and self._runs < WARMUP_RUNS:
+            self._step(*args)
+            self._runs += 1
+            return
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device
+                self._step(*args)
+            self._graph = graph
+        self._graph.replay()
+
+
+def _chosen_kind() -> str:
+    kind = os.environ.get(SWITCH, INDUCTOR)
+    if kind not in KINDS:
+        raise ValueError(f"{SWITCH} is {kind!r}, expected {' or '.join(KINDS)}")
+    return kind
+
+
+def _compile(step: Step, graphs: bool) -> Step:
+    """Compile a step under a code object of its own.
+
+    Dynamo keeps compiled code per code object, scans it linearly and stops at a limit; with one code object per step,
+    there is one entry, no limit to meet, and the entry goes when the step goes.
+
+    A step is only ever called on the buffers it was compiled for. To check them again at each call would cost a small
+    model a tenth of its time, so nothing is checked; what was set globally at the time (threads, matmul precision)
+    stays as it was.
+    """
+    fresh = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__)
+    options: dict[str, Any] = torch._inductor.list_mode_options("reduce-overhead") if graphs else {}
+    options |= {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    options |= {"size_asserts": False, "alignment_asserts": False}
+    return torch.compile(fresh, fullgraph=True, dynamic=False, options=options)
+
+
+def cuda_graph_thread() -> ThreadPoolExecutor:
+    """A thread that can record Inductor's CUDA graphs.
+
+    Before torch 2.13 only the thread that imports the module of these graphs can, and another one that tries fails an
+    assertion. So it is imported here, for graphs that the caller may have of its own, and the new thread is given the
+    same to keep graphs in.
+    """
+    from torch._inductor import cudagraph_trees
+
+    def prepare() -> None:
+        local: Any = cudagraph_trees.local
+        if not hasattr(local, "tree_manager_containers"):
+            local.tree_manager_containers = {}
+            local.tree_manager_locks = defaultdict(threading.Lock)
+
+    return ThreadPoolExecutor(1, "fastllama-cuda", initializer=prepare)
+
+
+@contextmanager
+def plain_mode() -> Iterator[None]:
+    """Without gradients, outside inference mode: buffers made in it could not be updated outside."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def call_plainly(step: Step, args: tuple[Any, ...]) -> None:
+    """Run a step without gradients, outside inference mode, in the weights' own dtype whatever autocast says."""
+    device_type = args[0].embedding.device.type
+    is_on = torch.is_autocast_enabled(device_type)
+    no_autocast = torch.autocast(device_type, enabled=False) if is_on else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), no_autocast:
+        step(*args)
+
+
+def _call_on_stream(stream: torch.cuda.Stream, step: Step, args: tuple[Any, ...]) -> None:
+    with torch.cuda.stream(stream):
+        call_plainly(step, args)

@@ -1,0 +1,88 @@
+"""Tile sizes of the kernels, by chip: a table in ``configs.json``, and rules for what it does not list.
+
+Nothing is tuned at a user's first call. An entry of the table was measured by ``python -m fastllama_kernels tune`` on
+the hardware it names; the rules are reasoned, not measured.
+"""
+
+import functools
+import json
+from importlib import resources
+from typing import Any, NamedTuple
+
+import torch
+
+WITHOUT_A_GPU = (9, 0)  # what launches are made for in the interpreter
+MULTIPROCESSORS = {(8, 0): 108, (8, 9): 128, (9, 0): 132, (10, 0): 148}  # where there is no device to ask
+LOAD = 16  # bytes a thread loads at once
+
+
+class GemvTile(NamedTuple):
+    """What a program of the GEMV owns: ``block_n`` rows of the matrix, in tiles of ``block_k`` columns."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+class AttentionTile(NamedTuple):
+    """Cache slots that a program of decode attention takes at once."""
+
+    block_s: int
+    warps: int
+    stages: int
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a device; that of WITHOUT_A_GPU for devices that are none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else WITHOUT_A_GPU
+
+
+@functools.cache
+def multiprocessors(device: torch.device, chip: tuple[int, int]) -> int:
+    """Multiprocessors of a device, or the most that chips of this capability have."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return MULTIPROCESSORS.get(chip, MULTIPROCESSORS[WITHOUT_A_GPU])
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """The measured entries: by kernel, chip and shape."""
+    return json.loads(resources.files("fastllama_kernels").joinpath("configs.json").read_text(encoding="utf-8"))
+
+
+def gemv(chip: tuple[int, int], rows: int, n_out: int, k_in: int, dtype: torch.dtype, gated: bool) -> GemvTile:
+    """The tile for a matrix of ``n_out`` rows (of each of gate and up, if gated) and ``k_in`` columns."""
+    if found := _measured("gemv", chip, gemv_key(rows, n_out, k_in, gated)):
+        return GemvTile(**found)
+    wide = LOAD // dtype.itemsize
+    block_k = min(512 * wide // 8, _power_of_two(k_in))
+    if rows == 1:
+        rows_of_w = 8 if chip >= (9, 0) else 4  # for older chips ptxas spills rather than use more registers
+        return GemvTile(block_n=rows_of_w // 2 if gated else rows_of_w, block_k=block_k, warps=4, stages=1)
+    # Half as wide, for x is 16 rows here; half of that again where two matrices and their next tiles are held.
+    return GemvTile(block_n=16, block_k=max(16, block_k // (4 if gated else 2)), warps=4, stages=1)
+
+
+def decode_attention(chip: tuple[int, int], head_dim: int, dtype: torch.dtype) -> AttentionTile:
+    """The tile for heads of ``head_dim``."""
+    if found := _measured("decode_attention", chip, str(head_dim)):
+        return AttentionTile(**found)
+    block_s = 16384 // (_power_of_two(head_dim) * dtype.itemsize)  # 16 KiB of keys at once
+    return AttentionTile(block_s=min(128, max(16, block_s)), warps=4, stages=2)
+
+
+def gemv_key(rows: int, n_out: int, k_in: int, gated: bool) -> str:
+    """Of an entry for the GEMV, which all numbers of rows share that run the same code: one, and more."""
+    return f"{'one' if rows == 1 else 'many'} {n_out}x{k_in}{' gated' if gated else ''}"
+
+
+def _measured(kernel: str, chip: tuple[int, int], key: str) -> dict[str, int] | None:
+    entries = table().get(kernel, {}).get(f"sm_{chip[0]}{chip[1]}", {})
+    return entries.get("tiles", {}).get(key)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()

@@ -1,0 +1,147 @@
+"""Measures tile sizes on the GPU that is here and writes the best of each shape to the table in ``configs.json``.
+
+Every candidate runs in a CUDA graph over as many copies of its weights (or caches) as overflow the L2 cache by far, so
+that it is timed as it runs in a step: on memory that has been left alone for a while. Results must agree with torch's,
+or the candidate is dropped.
+"""
+
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from fastllama_kernels import attention, configs, decode_attention, gemv, linear
+from fastllama_kernels.launch import Launch
+from fastllama_kernels.linear import ACTIVATIONS
+from fastllama_kernels.step import EPS, SHAPES, Shape
+
+COLD_BYTES = 512 << 20  # several times any L2 cache
+REPLAYS = 15
+ROWS = (1, 8)  # one of each kind of code; see configs.gemv_key
+LIVE = 4096  # tokens in the cache
+FILE = Path(__file__).with_name("configs.json")
+
+Make = Callable[[int], Launch]  # the launch on a numbered copy of the weights
+
+
+def tune(names: Sequence[str], device: torch.device, file: Path = FILE) -> Iterator[str]:
+    """Tune every kernel for the named shapes of ``SHAPES``; yields a line for each, then writes the table.
+
+    Args:
+        names: of shapes.
+        device: a CUDA device.
+        file: the table, which keeps what it holds for other chips and shapes.
+    """
+    chip = configs.capability(device)
+    where = f"sm_{chip[0]}{chip[1]}"
+    measured_by = {"hardware": torch.cuda.get_device_name(device), "triton": triton.__version__}
+    found: dict[str, dict[str, Any]] = {"gemv": {}, "decode_attention": {}}
+    for name in names:
+        for kernel, key, tile, seconds, moved in _best_of_shape(SHAPES[name], device):
+            found[kernel][key] = tile._asdict()
+            yield f"{name}: {kernel} {key}: {tile}, {seconds * 1e6:.1f} us, {moved / seconds / 1e9:.0f} GB/s"
+    table = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for kernel, tiles in found.items():
+        before = table.setdefault(kernel, {}).get(where, {}).get("tiles", {})
+        table[kernel][where] = measured_by | {"tiles": before | tiles}
+    file.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _best_of_shape(shape: Shape, device: torch.device) -> Iterator[tuple[str, str, Any, float, int]]:
+    """Kernel, key in the table, best tile, its seconds and the bytes it moves."""
+    m, f, d = shape.hidden_size, shape.intermediate_size, shape.head_dim
+    packed = (shape.heads + 2 * shape.kv_heads) * d
+    matrices = {(packed, m, False), (m, shape.heads * d, False), (f, m, True), (m, f, False)}
+    for (n, k, gated), rows in itertools.product(sorted(matrices | {(shape.vocab_size, m, False)}), ROWS):
+        tile, seconds, moved = _best_gemv(rows, n, k, gated, device)
+        yield "gemv", configs.gemv_key(rows, n, k, gated), tile, seconds, moved
+    tile, seconds, moved = _best_attention(shape, device)
+    yield "decode_attention", str(d), tile, seconds, moved
+
+
+def _best_gemv(rows: int, n: int, k: int, gated: bool, device: torch.device) -> tuple[configs.GemvTile, float, int]:
+    weight_rows = 2 * n if gated else n
+    x = torch.randn(rows, k, dtype=torch.bfloat16, device=device)
+    copies = max(2, -(-COLD_BYTES // (weight_rows * k * 2)))
+    weights = [torch.randn(weight_rows, k, dtype=torch.bfloat16, device=device) / k**0.5 for _ in range(copies)]
+    silu = list(ACTIVATIONS).index("silu") if gated else None
+    if gated:
+        expected = linear.gate_up_ref(x, weights[0], None, None, EPS, "silu")
+    else:
+        expected = linear.linear_ref(x, weights[0], None, None, EPS, None)
+
+    def candidate(tile: configs.GemvTile) -> tuple[Make, torch.Tensor]:
+        made = [gemv.launch(x, weight, None, None, EPS, None, silu, tile=tile) for weight in weights]
+        return lambda copy: made[copy][0], made[0][1]
+
+    tiles = (
+        configs.GemvTile(block_n, block_k, warps, 1)
+        for block_n, block_k, warps in itertools.product((2, 4, 8, 16, 32, 64), (64, 128, 256, 512, 1024), (2, 4, 8))
+        if 8 <= block_n * block_k * (1 + gated) // (32 * warps) <= 64 and (rows == 1 or block_n >= 16)
+    )
+    tile, seconds = _fastest(tiles, candidate, expected, copies)
+    return tile, seconds, weights[0].nbytes
+
+
+def _best_attention(shape: Shape, device: torch.device) -> tuple[configs.AttentionTile, float, int]:
+    sizes = (1, shape.kv_heads, LIVE, shape.head_dim)
+    copies = max(2, -(-COLD_BYTES // (2 * LIVE * shape.kv_heads * shape.head_dim * 2)))
+    caches = [torch.randn(2, *sizes, dtype=torch.bfloat16, device=device) for _ in range(copies)]
+    q = torch.randn(1, 1, shape.heads, shape.head_dim, dtype=torch.bfloat16, device=device)
+    position = torch.full((1, 1), LIVE - 1, device=device)
+    out = attention.masked_attention(q.transpose(1, 2), position, *caches[0])
+    arrived = torch.zeros(shape.heads, dtype=torch.int32, device=device)
+
+    def candidate(tile: configs.AttentionTile) -> tuple[Make, torch.Tensor]:
+        made = [decode_attention.launch(q, position, k, v, arrived=arrived, tile=tile) for k, v in caches]
+        return lambda copy: made[copy][0], made[0][1]
+
+    tiles = itertools.starmap(configs.AttentionTile, itertools.product((32, 64, 128), (2, 4, 8), (1, 2, 3)))
+    tile, seconds = _fastest(tiles, candidate, out.transpose(1, 2), copies)
+    return tile, seconds, caches[0].nbytes
+
+
+def _fastest(
+    tiles: Iterator[Any],
+    candidate: Callable[[Any], tuple[Make, torch.Tensor]],
+    expected: torch.Tensor,
+    copies: int,
+) -> tuple[Any, float]:
+    """The tile whose launches take the least time, and that time in seconds."""
+    times: dict[Any, float] = {}
+    for tile in tiles:
+        make, result = candidate(tile)
+        try:
+            seconds = _time(make, copies)
+        except triton.runtime.errors.OutOfResources:
+            continue  # more shared memory than the chip has
+        if torch.allclose(result, expected, rtol=0.02, atol=0.05):
+            times[tile] = seconds
+    if not times:
+        raise RuntimeError("no tile gives the result of torch: this is an error of the kernel")
+    best = min(times, key=times.__getitem__)
+    return best, times[best]
+
+
+def _time(make: Make, copies: int) -> float:
+    """Seconds of one launch: the median over replays of a graph with one launch on each copy."""
+    make(0).run()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for copy in range(copies):
+            make(copy).run()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / copies)
+    return statistics.median(times[2:])

@@ -1,0 +1,53 @@
+"""What the kernels' tests share: a device, a bound on errors, random operands with poison around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without a GPU, Triton's interpreter runs the kernels
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where Triton's kernels run."""
+    return DEVICE
+
+
+@pytest.fixture(scope="session")
+def assert_as_exact() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+    """Asserts that an error against float64 is at most twice torch's, or a few roundings where torch has none."""
+
+    def check(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> None:
+        assert ours.dtype == torchs.dtype
+        assert ours.shape == torchs.shape == exact.shape
+        # Operands are of unit size: two roundings of the result, a few of the float32 sums before it.
+        unit = 2 * torch.finfo(ours.dtype).eps + 16 * torch.finfo(torch.float32).eps
+        rounding = unit * exact.abs().max().clamp(min=1)
+        bound = (2 * (torchs.double() - exact).abs().max()).clamp(min=rounding)
+        assert (ours.double() - exact).abs().max() <= bound
+
+    return check
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rounding_to_nearest() -> Iterator[None]:
+    """The interpreter cuts off the bits that bfloat16 has not; hardware rounds to nearest even. So do tests."""
+    if DEVICE == "cuda":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    genuine = interpreter._convert_float
+
+    def rounded(values, source, target, mode):
+        if source.is_fp32() and target.is_bf16():
+            return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.uint16).numpy()
+        return genuine(values, source, target, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", rounded)
+        yield

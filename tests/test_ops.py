@@ -1,0 +1,57 @@
+"""Which implementation of an operation runs, and why: decided without the device at hand."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+import torch
+
+import fastllama_kernels
+from fastllama import ops
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> None:
+    """Every test asks anew what a device can do."""
+    ops._without_triton.cache_clear()
+
+
+def on_chip(monkeypatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: capability)
+
+
+def test_triton_kernels_run_on_gpus_that_have_what_they_need(monkeypatch) -> None:
+    on_chip(monkeypatch, (8, 0))
+    choices = {choice.op: choice.implementation for choice in ops.report("cuda:0", torch.bfloat16)}
+    assert choices["linear"] == choices["gate_up"] == choices["rotary_attention"] == "Triton kernel"
+    assert ops.kernels_per_step("cuda:0", torch.bfloat16, layers=16) == 81
+
+
+def test_an_older_gpu_runs_torch_and_says_so_once(monkeypatch, caplog) -> None:
+    on_chip(monkeypatch, (7, 5))
+    with caplog.at_level(logging.WARNING):
+        found = [ops.report("cuda:0", torch.float16)[0] for _ in range(2)]
+    assert found[0] == ("linear", "torch", "compute capability 7.5 is below 8.0")
+    assert [record.message for record in caplog.records] == [
+        "compute capability 7.5 is below 8.0; decoding runs on torch's own operators, which is slower"
+    ]
+    assert ops.kernels_per_step("cuda:0", torch.float16, layers=16) is None
+
+
+def test_without_triton_torch_runs(monkeypatch) -> None:
+    on_chip(monkeypatch, (9, 0))
+    monkeypatch.setitem(sys.modules, "fastllama_kernels.decode_attention", None)
+    monkeypatch.delattr(fastllama_kernels, "decode_attention", raising=False)
+    reason = ops.report("cuda:0", torch.bfloat16)[0].reason
+    assert reason.startswith("Triton cannot be imported")
+
+
+@pytest.mark.parametrize(("device", "said"), [("cpu", "not torch.float64"), ("xpu", "float64"), ("mps", "float64")])
+def test_a_dtype_that_no_kernel_takes_runs_on_torch(device, said) -> None:
+    assert said in ops.report(device, torch.float64)[0].reason
+
+
+def test_other_devices_have_no_kernels() -> None:
+    assert ops.report("mps", torch.float32)[0].reason == "there is no kernel for mps"
