@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastllama_kernels.launch import next_power_of_2
+
 WITHOUT_A_GPU = (9, 0)  # what launches are made for in the interpreter
 MULTIPROCESSORS = {(8, 0): 108, (8, 9): 128, (9, 0): 132, (10, 0): 148}  # where there is no device to ask
 LOAD = 16  # bytes a thread loads at once
@@ -58,7 +60,7 @@ def gemv(chip: tuple[int, int], rows: int, n_out: int, k_in: int, dtype: torch.d
     if found := _measured("gemv", chip, gemv_key(rows, n_out, k_in, gated)):
         return GemvTile(**found)
     wide = LOAD // dtype.itemsize
-    block_k = min(512 * wide // 8, _power_of_two(k_in))
+    block_k = min(512 * wide // 8, next_power_of_2(k_in))
     if rows == 1:
         rows_of_w = 8 if chip >= (9, 0) else 4  # for older chips ptxas spills rather than use more registers
         return GemvTile(block_n=rows_of_w // 2 if gated else rows_of_w, block_k=block_k, warps=4, stages=1)
@@ -70,7 +72,7 @@ def decode_attention(chip: tuple[int, int], head_dim: int, dtype: torch.dtype) -
     """The tile for heads of ``head_dim``."""
     if found := _measured("decode_attention", chip, str(head_dim)):
         return AttentionTile(**found)
-    block_s = 16384 // (_power_of_two(head_dim) * dtype.itemsize)  # 16 KiB of keys at once
+    block_s = 16384 // (next_power_of_2(head_dim) * dtype.itemsize)  # 16 KiB of keys at once
     return AttentionTile(block_s=min(128, max(16, block_s)), warps=4, stages=2)
 
 
@@ -82,7 +84,3 @@ def gemv_key(rows: int, n_out: int, k_in: int, gated: bool) -> str:
 def _measured(kernel: str, chip: tuple[int, int], key: str) -> dict[str, int] | None:
     entries = table().get(kernel, {}).get(f"sm_{chip[0]}{chip[1]}", {})
     return entries.get("tiles", {}).get(key)
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()

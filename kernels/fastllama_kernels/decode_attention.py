@@ -26,7 +26,7 @@ import triton.language as tl
 from fastllama_kernels import configs, pdl
 from fastllama_kernels.attention import MAX_HEAD_DIM, MAX_TOKENS, masked_attention
 from fastllama_kernels.checks import check, check_dtype
-from fastllama_kernels.launch import Launch
+from fastllama_kernels.launch import Launch, cdiv, next_power_of_2
 from fastllama_kernels.products import dot
 from fastllama_kernels.rotary import check_packed, check_tables, rotated
 
@@ -269,20 +269,20 @@ def launch(
     tile = tile or configs.decode_attention(target, head_dim, q.dtype)
     groups = heads // kv_heads
     queries = tokens * groups
-    block_m = min(MAX_BLOCK_M, max(16, triton.next_power_of_2(queries)))
-    tiles_m = triton.cdiv(queries, block_m)
+    block_m = min(MAX_BLOCK_M, max(16, next_power_of_2(queries)))
+    tiles_m = cdiv(queries, block_m)
     programs = batch * kv_heads * tiles_m
     if splits is None:
-        wanted = triton.cdiv(2 * configs.multiprocessors(q.device, target), programs)
-        splits = max(1, min(wanted, MAX_SPLITS, triton.cdiv(slots, tile.block_s)))
+        wanted = cdiv(2 * configs.multiprocessors(q.device, target), programs)
+        splits = max(1, min(wanted, MAX_SPLITS, cdiv(slots, tile.block_s)))
     if arrived is None:
         arrived = torch.zeros(programs, dtype=torch.int32, device=q.device)
     elif arrived.dtype != torch.int32 or arrived.numel() < programs or arrived.device != q.device:
         raise ValueError(f"arrived is {arrived.dtype} {tuple(arrived.shape)}, expected {programs} int32 on {q.device}")
     parts = batch * kv_heads * splits * queries if splits > 1 else 0
     top, total, acc = (q.new_empty(parts * size, dtype=torch.float32) for size in (1, 1, head_dim))
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    join_m = min(triton.next_power_of_2(queries), block_m, 8)
+    block_d = max(16, next_power_of_2(head_dim))
+    join_m = min(next_power_of_2(queries), block_m, 8)
     join_p = max(1, min(MAX_SPLITS, JOINED // (join_m * block_d)))
     with_pdl = pdl.used(q.device, chip)
     arguments = {
@@ -292,7 +292,7 @@ def launch(
         "splits": splits, "scale": head_dim**-0.5,
     }  # fmt: skip
     constants = {
-        "TOKENS": tokens, "TOKENS_PADDED": triton.next_power_of_2(tokens), "GROUPS": groups, "HEAD_DIM": head_dim,
+        "TOKENS": tokens, "TOKENS_PADDED": next_power_of_2(tokens), "GROUPS": groups, "HEAD_DIM": head_dim,
         "ROTARY": tables is not None, "QUERIES": queries, "TILES_M": tiles_m,
         "BLOCK_M": block_m, "BLOCK_S": tile.block_s, "BLOCK_D": block_d, "JOIN_M": join_m, "JOIN_P": join_p,
         "PDL": with_pdl,

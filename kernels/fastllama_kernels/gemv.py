@@ -24,7 +24,7 @@ import triton.language as tl
 from fastllama_kernels import configs, pdl
 from fastllama_kernels import linear as linear_op
 from fastllama_kernels.checks import check, check_dtype
-from fastllama_kernels.launch import Launch
+from fastllama_kernels.launch import Launch, cdiv
 from fastllama_kernels.linear import ACTIVATIONS
 from fastllama_kernels.products import dot
 
@@ -203,7 +203,7 @@ def launch(
     }  # fmt: skip
     read = (tensor.nbytes for tensor in (x, weight, bias, norm_weight, residual) if tensor is not None)
     name = "gate_up" if gated else "linear"
-    grid = (triton.cdiv(n_out, tile.block_n),)
+    grid = (cdiv(n_out, tile.block_n),)
     made = Launch(
         name, _gemv_kernel, grid, arguments, constants, sum(read), y.nbytes, tile.warps, tile.stages, with_pdl
     )

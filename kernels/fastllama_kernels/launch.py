@@ -92,3 +92,13 @@ def _type_of(value: Any) -> tuple[str, bool]:
     if value is None or value == 1:
         return "constexpr", False
     return "i32" if -(2**31) <= value < 2**31 else "i64", value % ALIGNMENT == 0
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is not below ``size``."""
+    return 1 << (size - 1).bit_length()

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from fastllama_kernels import pdl
 from fastllama_kernels.checks import check, check_dtype
-from fastllama_kernels.launch import Launch
+from fastllama_kernels.launch import Launch, next_power_of_2
 from fastllama_kernels.linear import rms_norm_ref
 
 MAX_FEATURES = 65536  # a row has to fit on the chip
@@ -93,7 +93,7 @@ def launch(
     if residual is not None:
         check("residual", residual, x, x.shape)
     y, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
-    block = triton.next_power_of_2(features)
+    block = next_power_of_2(features)
     with_pdl = pdl.used(x.device, chip)
     arguments = {
         "x_ptr": x, "residual_ptr": residual, "weight_ptr": weight, "y_ptr": y, "sum_ptr": total,

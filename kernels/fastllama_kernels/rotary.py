@@ -21,7 +21,7 @@ import triton.language as tl
 from fastllama_kernels import pdl
 from fastllama_kernels.attention import MAX_HEAD_DIM, rotate, rotate_and_write
 from fastllama_kernels.checks import check, check_dtype
-from fastllama_kernels.launch import Launch
+from fastllama_kernels.launch import Launch, next_power_of_2
 
 _TABLES = "Tensor cos, Tensor sin, Tensor positions"
 torch.library.define("fastllama::rotary", f"(Tensor x, {_TABLES}) -> Tensor")
@@ -142,7 +142,7 @@ def launch(
     }  # fmt: skip
     constants = {
         "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim), "PDL": with_pdl,
+        "BLOCK_D": next_power_of_2(head_dim), "PDL": with_pdl,
     }  # fmt: skip
     name = "rotary_write" if kv_heads else "rotary"
     grid = (batch * tokens, heads + 2 * kv_heads)

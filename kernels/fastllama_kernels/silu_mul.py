@@ -15,7 +15,7 @@ import triton.language as tl
 from fastllama_kernels import pdl
 from fastllama_kernels.checks import check, check_dtype
 from fastllama_kernels.gemv import activate
-from fastllama_kernels.launch import Launch
+from fastllama_kernels.launch import Launch, cdiv
 from fastllama_kernels.linear import ACTIVATIONS
 
 BLOCK = 1024
@@ -64,7 +64,7 @@ def launch(x: torch.Tensor, activation: int = 0, chip: tuple[int, int] | None = 
     with_pdl = pdl.used(x.device, chip)
     arguments = {"x_ptr": x, "y_ptr": y, "features": features}
     constants = {"ACTIVATION": activation, "BLOCK": BLOCK, "PDL": with_pdl}
-    grid = (triton.cdiv(features, BLOCK), y.numel() // features)
+    grid = (cdiv(features, BLOCK), y.numel() // features)
     return Launch("silu_mul", _silu_mul_kernel, grid, arguments, constants, x.nbytes, y.nbytes, pdl=with_pdl), y
 
 
