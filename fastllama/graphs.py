@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import logging
 import os
 import threading
 import types
@@ -23,8 +22,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-
-logger = logging.getLogger(__name__)
 
 SWITCH = "FASTLLAMA_CUDA_GRAPHS"
 INDUCTOR, EXPLICIT = KINDS = ("inductor", "explicit")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
-LAYER_FIELDS = layers_op.FIELDS
+LAYER_FIELDS, layers = layers_op.FIELDS, layers_op.layers  # where runs_layers_at_once
 OPS_PER_LAYER = 5
 
 
@@ -63,6 +62,21 @@ def _without_triton(device: str) -> str | None:
     if reason:
         logger.warning("%s; decoding runs on torch's own operators, which is slower", reason)
     return reason
+
+
+@torch.compiler.assume_constant_result
+def _attention_takes(device_type: str, head_dim: int) -> bool:
+    """Whether the decode attention of this kind of device takes heads of this size; if not, that is logged, once."""
+    taken = attention_op.takes(device_type, head_dim)
+    if not taken:
+        _log_head_dim(head_dim)
+    return taken
+
+
+@functools.cache
+def _log_head_dim(head_dim: int) -> None:
+    said = "head_dim %d is no multiple of 8 up to %d; attention runs on torch's own operators, which is slower"
+    logger.warning(said, head_dim, attention_op.MAX_HEAD_DIM)
 
 
 def _fits(x: torch.Tensor) -> bool:
@@ -110,7 +124,8 @@ def rotary_attention(
     """Rotary, KV write and attention; see :mod:`fastllama_kernels.attention`."""
     args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
     if _without_kernels(str(qkv_btn.device), qkv_btn.dtype) is None:
-        if qkv_btn.shape[1] <= attention_op.MAX_TOKENS and attention_op.takes(qkv_btn.device, k_cache_bksd.shape[3]):
+        few = qkv_btn.shape[1] <= attention_op.MAX_TOKENS
+        if few and _attention_takes(qkv_btn.device.type, k_cache_bksd.shape[3]):
             return attention_op.rotary_attention(*args, arrived_p)
         if qkv_btn.device.type == "cpu":
             return attention_op.prefill_attention(*args)
@@ -123,24 +138,12 @@ def runs_layers_at_once(x_btm: torch.Tensor) -> bool:
     return few and x_btm.device.type == "cpu" and _without_kernels(str(x_btm.device), x_btm.dtype) is None
 
 
-def layers(
-    x_btm: torch.Tensor,
-    cos_sd: torch.Tensor,
-    sin_sd: torch.Tensor,
-    position_bt: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    k_caches: Sequence[torch.Tensor],
-    v_caches: Sequence[torch.Tensor],
-    eps: float,
-    activation: str,
-) -> torch.Tensor:
-    """All decoder layers, where :func:`runs_layers_at_once`; see :mod:`fastllama_kernels.layers`."""
-    return layers_op.layers(x_btm, cos_sd, sin_sd, position_bt, weights, k_caches, v_caches, eps, activation)
-
-
 def kernels_per_step(device: torch.device | str, dtype: torch.dtype, layers: int) -> int | None:
-    """Our launches in a decode step; Inductor adds those of embedding and sampling. None: all are Inductor's."""
-    return None if _without_kernels(str(torch.device(device)), dtype) else OPS_PER_LAYER * layers + 1
+    """Our operations in a decode step; Inductor adds embedding and sampling. None: all are Inductor's."""
+    device = torch.device(device)
+    if _without_kernels(str(device), dtype):
+        return None
+    return 2 if device.type == "cpu" else OPS_PER_LAYER * layers + 1  # a CPU: all layers at once, and the head
 
 
 def report(device: torch.device | str, dtype: torch.dtype) -> list[Choice]:
@@ -151,7 +154,9 @@ def report(device: torch.device | str, dtype: torch.dtype) -> list[Choice]:
     chosen = ("C++ kernel" if on_cpu else "Triton kernel") if reason is None else "torch"
     rows, tokens = linear_op.MAX_ROWS.get(device.type, 0), attention_op.MAX_TOKENS
     beyond = "torch's flash attention above" if on_cpu else "torch's attention above, masked"
+    at_once = [Choice("layers", chosen, f"all in one operation, up to {rows} rows")] if on_cpu and not reason else []
     return [
+        *at_once,
         Choice("linear", chosen, reason or f"up to {rows} rows; torch's GEMM above"),
         Choice("gate_up", chosen, reason or f"up to {rows} rows; torch's GEMM above"),
         Choice("rotary_attention", chosen, reason or f"up to {tokens} tokens a row; {beyond}"),

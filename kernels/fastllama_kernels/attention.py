@@ -117,9 +117,9 @@ def _prefill_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bk
     return qkv_btn.new_empty((b, t, n - 2 * k_cache_bksd.shape[1] * k_cache_bksd.shape[3]))
 
 
-def takes(device: torch.device, head_dim: int) -> bool:
-    """Whether the decode kernel of this device takes heads of this size."""
-    return device.type == "cpu" or (head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM)
+def takes(device_type: str, head_dim: int) -> bool:
+    """Whether the decode kernel of this kind of device takes heads of this size."""
+    return device_type == "cpu" or (head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM)
 
 
 def rotary_attention(
