@@ -23,7 +23,8 @@ import torch
 
 from fastllama import LlamaConfig, LlamaForCausalLM, StaticCache, load_tokenizer
 from fastllama.generate import engine_of
-from fastllama.sampling import SamplingParams, candidates_needed, row_seeds, sample, uniform
+from fastllama.sampling import SamplingParams, row_seeds, sample
+from fastllama_kernels.sampling import sample_ref
 
 from .environment import commit
 from .harness import Workload
@@ -153,22 +154,12 @@ def test_sampling(timed: Callable[..., None], way: str, vocab_size: int) -> None
         seed=row_seeds(7, 1).to(DEVICE),
     )
     position_b = torch.tensor([PROMPT], device=DEVICE)
-    candidates = candidates_needed(temperature, 0, vocab_size)
-    drawn = float(uniform(params.seed, position_b))
 
     def draw() -> int:
-        return int(sample(logits_bv, params, position_b, candidates))
+        return int(sample(logits_bv, params, position_b))
 
-    assert draw() == (int(logits_bv.argmax()) if way == "greedy" else nucleus_token(logits_bv[0], drawn))
+    assert draw() == (int(logits_bv.argmax()) if way == "greedy" else int(sample_ref(logits_bv, params, position_b)))
     timed(draw, tokens=1)
-
-
-def nucleus_token(logits_v: torch.Tensor, drawn: float) -> int:
-    """The token that a number in [0, 1) picks from the nucleus, in float64 (arXiv 1904.09751)."""
-    probability, token = torch.softmax(logits_v.double() / TEMPERATURE, dim=0).sort(descending=True)
-    size = int((probability.cumsum(0) < TOP_P).sum()) + 1
-    reached = probability[:size].cumsum(0)
-    return int(token[int((reached <= drawn * reached[-1]).sum())])
 
 
 @pytest.mark.parametrize("batch", [1, LARGEST_BATCH])

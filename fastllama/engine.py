@@ -22,7 +22,7 @@ from fastllama.cache import StaticCache
 from fastllama.fused import FusedDecoder
 from fastllama.graphs import Steps, call_plainly, plain_mode
 from fastllama.model import LlamaForCausalLM
-from fastllama.sampling import candidates_needed, row_seeds, sample
+from fastllama.sampling import row_seeds, sample
 from fastllama.state import MAX_EOS_IDS, PREFILL_CHUNKS, Memory, Rows, State
 
 logger = logging.getLogger(__name__)
@@ -58,20 +58,20 @@ def _prefill_step(net: FusedDecoder, ids_bt: torch.Tensor, position_bt: torch.Te
 
 
 def _prefill_and_draw(
-    net: FusedDecoder, ids_bt: torch.Tensor, position_bt: torch.Tensor, memory: Memory, rows: Rows, candidates: int
+    net: FusedDecoder, ids_bt: torch.Tensor, position_bt: torch.Tensor, memory: Memory, rows: Rows
 ) -> None:
     """Write the last tokens of the rows' prompts to the cache and draw the first new ones."""
-    _draw(net, net(ids_bt, position_bt, *memory), rows, candidates)
+    _draw(net, net(ids_bt, position_bt, *memory), rows)
 
 
-def _decode_step(net: FusedDecoder, rows: Rows, memory: Memory, candidates: int) -> None:
+def _decode_step(net: FusedDecoder, rows: Rows, memory: Memory) -> None:
     """From the rows' tokens to their next tokens, updating every buffer in place."""
-    _draw(net, net(rows.ids_b1, rows.position_b1, *memory), rows, candidates)
+    _draw(net, net(rows.ids_b1, rows.position_b1, *memory), rows)
 
 
-def _draw(net: FusedDecoder, x_bm: torch.Tensor, rows: Rows, candidates: int) -> None:
+def _draw(net: FusedDecoder, x_bm: torch.Tensor, rows: Rows) -> None:
     """From hidden states to next tokens, and every row one token further."""
-    token_b = sample(net.logits(x_bm), rows.params, rows.position_b1[:, 0] + 1, candidates)
+    token_b = sample(net.logits(x_bm), rows.params, rows.position_b1[:, 0] + 1)
     token_b = torch.where(rows.finished_b, rows.pad_1, token_b)
     rows.output_bn.index_copy_(1, rows.step_1, token_b[:, None])
     rows.position_b1.add_(~rows.finished_b[:, None])  # a finished row stays where it is, inside its cache
@@ -198,7 +198,7 @@ class Engine:
 
     @property
     def compiled_steps(self) -> tuple[tuple[Any, ...], ...]:
-        """What has been compiled: ("prefill", batch, tokens) and ("decode", batch, candidates)."""
+        """What has been compiled: ("prefill", batch, tokens) and ("decode", batch)."""
         return self._steps.keys
 
     def serves(self, model: LlamaForCausalLM) -> bool:
@@ -264,7 +264,7 @@ class Engine:
         params.seed.copy_(row_seeds(request.seed, len(params.seed)))
 
     @torch.no_grad()
-    def _prefill(self, state: State, prompts: Sequence[torch.Tensor], rows: Rows, candidates: int) -> int:
+    def _prefill(self, state: State, prompts: Sequence[torch.Tensor], rows: Rows) -> int:
         """Fill the cache with the prompts; returns how many new tokens that has given, 0 or 1.
 
         Where the prefill is compiled it stops short of each prompt's last token, which takes the decode step: so there
@@ -289,7 +289,7 @@ class Engine:
             elif number < len(chunks):
                 call_plainly(_prefill_step, chunk)
             else:
-                call_plainly(_prefill_and_draw, (*chunk, rows, candidates))
+                call_plainly(_prefill_and_draw, (*chunk, rows))
             start += t
         return int(draws)
 
@@ -309,10 +309,9 @@ class Engine:
         """
         count = len(request.prompts)
         rows = state.rows(batch_bucket(count))
-        candidates = candidates_needed(request.temperature, request.top_k, self.config.vocab_size)
-        step = self._decode_call(state, rows, candidates)  # compiles before the first token, not after it
+        step = self._decode_call(state, rows)  # compiles before the first token, not after it
         self._start(state, request)
-        drawn = self._prefill(state, request.prompts, rows, candidates)
+        drawn = self._prefill(state, request.prompts, rows)
         newest_b1, ending = rows.ids_b1[:count], Ending(count, request.eos_token_ids)
         if drawn:
             yield ending.cut(newest_b1.clone())
@@ -333,12 +332,12 @@ class Engine:
         if pending:
             yield ending.cut(pending.read())
 
-    def _decode_call(self, state: State, rows: Rows, candidates: int) -> Callable[[], None]:
+    def _decode_call(self, state: State, rows: Rows) -> Callable[[], None]:
         """One replay of the decode step for these rows; compiled by running it on rows that idle in slot 0."""
         b = len(rows.ids_b1)
-        key = ("decode", b, candidates)
+        key = ("decode", b, 1)
         is_new = key not in self._steps.keys
-        call = self._call(key, _decode_step, self._net, rows, state.memory, candidates)
+        call = self._call(key, _decode_step, self._net, rows, state.memory)
         for _ in range(self._steps.runs_to_warm_up * is_new):
             state.set_rope(1)
             self._start(state, Request([torch.zeros(1, dtype=torch.long)] * b, 1))
@@ -348,14 +347,12 @@ class Engine:
     def _call(self, key: tuple[str, int, int], step: Callable[..., None], *args: Any) -> Callable[[], None]:
         """The compiled step of this key, to be called on these arguments; its first call compiles it."""
         if key not in self._steps.keys:
-            kind, batch, size = key
-            noun = "tokens" if kind == "prefill" else "candidates"
-            logger.info("compiling %s step: batch %d, %d %s", kind, batch, size, noun)
+            logger.info("compiling %s step: batch %d, tokens %d", *key)
         return self._steps.call(key, step, *args)
 
     def _compile_bucket(self, state: State, b: int) -> None:
         """Compile and run every step of one batch bucket, on rows that idle in slot 0."""
-        capacity, vocab = state.cache.max_cache_len, self.config.vocab_size
+        capacity = state.cache.max_cache_len
         state.set_rope(1)
         for t in PREFILL_CHUNKS if self._compiles_prefill else ():
             if t > max(prefill_chunks(capacity, exact=False)):
@@ -363,8 +360,7 @@ class Engine:
             zeros_bt = torch.zeros(b, t, dtype=torch.long)
             for _ in range(self._steps.runs_to_warm_up):
                 self._prefill_compiled(state, zeros_bt, zeros_bt)
-        for candidates in sorted({candidates_needed(t, k, vocab) for t, k in ((0, 0), (1, 1), (1, 65), (1, 0))}):
-            self._decode_call(state, state.rows(b), candidates)
+        self._decode_call(state, state.rows(b))
 
     @property
     def _compiles_prefill(self) -> bool:

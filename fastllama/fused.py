@@ -137,5 +137,5 @@ class FusedDecoder(nn.Module):
         return x_btm[:, -1]
 
     def logits(self, x_bm: torch.Tensor) -> torch.Tensor:
-        """Float32 logits ``[b, v]`` of hidden states."""
-        return ops.linear(x_bm.contiguous(), self.head, None, self.norm, self.eps).float()
+        """Logits ``[b, v]`` of hidden states, in their dtype."""
+        return ops.linear(x_bm.contiguous(), self.head, None, self.norm, self.eps)

@@ -15,12 +15,14 @@ from fastllama_kernels import attention as attention_op
 from fastllama_kernels import cpu_extension
 from fastllama_kernels import layers as layers_op
 from fastllama_kernels import linear as linear_op
+from fastllama_kernels import sampling as sampling_op
 
 logger = logging.getLogger(__name__)
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
 LAYER_FIELDS, layers = layers_op.FIELDS, layers_op.layers  # where runs_layers_at_once
+SamplingParams = sampling_op.SamplingParams
 OPS_PER_LAYER = 5
 
 
@@ -56,7 +58,7 @@ def _without_triton(device: str) -> str | None:
         reason = f"compute capability {found[0]}.{found[1]} is below {wanted[0]}.{wanted[1]}"
     else:
         try:
-            from fastllama_kernels import decode_attention, gemv  # noqa: F401  they register themselves
+            from fastllama_kernels import decode_attention, gemv, sample  # noqa: F401  they register themselves
         except ImportError as error:
             reason = f"Triton cannot be imported: {error}"
     if reason:
@@ -132,6 +134,13 @@ def rotary_attention(
     return attention_op.rotary_attention_ref(*args)
 
 
+def sample(logits_bv: torch.Tensor, params: SamplingParams, position_b: torch.Tensor) -> torch.Tensor:
+    """A token of each row; see :mod:`fastllama_kernels.sampling`."""
+    if _without_kernels(str(logits_bv.device), logits_bv.dtype) is None:
+        return sampling_op.sample(logits_bv, params, position_b)
+    return sampling_op.sample_ref(logits_bv, params, position_b)
+
+
 def runs_layers_at_once(x_btm: torch.Tensor) -> bool:
     """Whether all layers are one operation: where Python between the kernels would cost, and kernels take it all."""
     few = _fits(x_btm) and x_btm.shape[1] <= attention_op.MAX_TOKENS
@@ -139,11 +148,12 @@ def runs_layers_at_once(x_btm: torch.Tensor) -> bool:
 
 
 def kernels_per_step(device: torch.device | str, dtype: torch.dtype, layers: int) -> int | None:
-    """Our operations in a decode step; Inductor adds embedding and sampling. None: all are Inductor's."""
+    """Our kernels in a decode step, to which Inductor adds embedding and bookkeeping. None: all are Inductor's."""
     device = torch.device(device)
     if _without_kernels(str(device), dtype):
         return None
-    return 2 if device.type == "cpu" else OPS_PER_LAYER * layers + 1  # a CPU: all layers at once, and the head
+    # Layers, which are one operation on a CPU, and the head, and the draw, which is two launches on a GPU.
+    return 1 + 1 + 1 if device.type == "cpu" else OPS_PER_LAYER * layers + 1 + 2
 
 
 def report(device: torch.device | str, dtype: torch.dtype) -> list[Choice]:
@@ -160,5 +170,6 @@ def report(device: torch.device | str, dtype: torch.dtype) -> list[Choice]:
         Choice("linear", chosen, reason or f"up to {rows} rows; torch's GEMM above"),
         Choice("gate_up", chosen, reason or f"up to {rows} rows; torch's GEMM above"),
         Choice("rotary_attention", chosen, reason or f"up to {tokens} tokens a row; {beyond}"),
-        Choice("embedding, sampling", "Inductor", "fused by torch.compile"),
+        Choice("sample", chosen, reason or "without sorting the vocabulary"),
+        Choice("embedding, bookkeeping", "Inductor", "fused by torch.compile"),
     ]

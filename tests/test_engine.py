@@ -192,7 +192,7 @@ def test_progress_of_compilation_is_logged(caplog) -> None:
     fresh = LlamaForCausalLM(TINY).eval()
     with caplog.at_level(logging.INFO, "fastllama.engine"):
         fresh.generate(torch.randint(0, 96, (1, 4)), max_new_tokens=2)
-    assert "compiling decode step: batch 1, 1 candidates" in caplog.text
+    assert "compiling decode step: batch 1, tokens 1" in caplog.text
 
 
 def test_a_dropped_model_is_collected_with_its_engine_and_cache() -> None:

@@ -9,7 +9,7 @@ Shape suffixes: ``b`` batch, ``s`` cache slots, ``h`` query heads, ``k`` KV head
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch.nn import functional as F
@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from fastllama import ops
 from fastllama.fused import ACTIVATION_OPS
 from fastllama.rope import rotary_cos_sin
-from fastllama.sampling import SamplingParams, candidates_needed, row_seeds, sample, uniform
+from fastllama.sampling import SamplingParams, row_seeds, sample
 from fastllama_kernels.attention import rotary_attention_ref
 from fastllama_kernels.linear import ACTIVATIONS, gate_up_ref, linear_ref
+from fastllama_kernels.sampling import sample_ref, uniform
 
 from .step import Arguments, Function, OpInfo, Shapes, StepOp, nbytes
 
@@ -191,26 +192,16 @@ def _exact_attention(qkv_b1n, cos_sd, sin_sd, position_b1, k_cache_bksd, v_cache
 
 
 def _greedy(shapes: Shapes) -> StepOp:
-    return _sampling(shapes, "sample_greedy", "sample, greedy", 1, 0.0, _exact_logits, _below_the_best)
+    return _sampling(shapes, "sample_greedy", "sample, greedy", 1, 0.0)
 
 
 def _sampled(shapes: Shapes) -> StepOp:
-    label = f"sample, top-k {TOP_K}"
-    return _sampling(shapes, "sample_top_k", label, 0, TEMPERATURE, _exact_shares, _outside_its_share)
+    return _sampling(shapes, "sample_top_k", f"sample, top-k {TOP_K}", 0, TEMPERATURE)
 
 
-def _sampling(
-    shapes: Shapes,
-    name: str,
-    label: str,
-    calls: int,
-    temperature: float,
-    exact: Function,
-    error: Callable[[torch.Tensor, torch.Tensor], float],
-) -> StepOp:
+def _sampling(shapes: Shapes, name: str, label: str, calls: int, temperature: float) -> StepOp:
     """Logits as the head gives them to token ids; they come from the cache, where the head has just put them."""
     b, v, device = shapes.batch, shapes.config.vocab_size, shapes.device
-    candidates = candidates_needed(temperature, TOP_K, v)
     params = SamplingParams(
         temperature=torch.full((b,), temperature, device=device),
         top_k=torch.full((b,), TOP_K, device=device),
@@ -222,49 +213,38 @@ def _sampling(
     peaks = min(PEAKS, v)  # distinct in any dtype, for which of two equal logits comes first is nobody's business
     logits_bv[:, :: v // peaks][:, :peaks] = 8 + torch.arange(peaks, device=device) / 8
 
-    def draw(params: SamplingParams, position_b: torch.Tensor, logits_bv: torch.Tensor) -> torch.Tensor:
-        return sample(logits_bv.float(), params, position_b, candidates)
-
     return StepOp(
         OpInfo(name, label, f"{v} logits", calls, logits_bv.nbytes, in_cache=True),
         shared=(params, torch.full((b,), shapes.live, device=device)),
         own=(logits_bv,),
-        run=draw,
-        references={TORCH: draw},
-        exact=exact,
-        error=error,
+        run=_sample,
+        references={TORCH: _sample_ref},
+        exact=_exact_scores,
+        error=_below_the_best,
     )
 
 
-def _exact_logits(params: SamplingParams, position_b: torch.Tensor, logits_bv: torch.Tensor) -> torch.Tensor:
-    return logits_bv.double()
+def _sample(params: SamplingParams, position_b: torch.Tensor, logits_bv: torch.Tensor) -> torch.Tensor:
+    return sample(logits_bv, params, position_b)
 
 
-def _below_the_best(token_b: torch.Tensor, logits_bv: torch.Tensor) -> float:
-    chosen_b = logits_bv.gather(1, token_b[:, None])[:, 0]
-    return float((logits_bv.max(dim=1).values - chosen_b).max())
+def _sample_ref(params: SamplingParams, position_b: torch.Tensor, logits_bv: torch.Tensor) -> torch.Tensor:
+    return sample_ref(logits_bv, params, position_b)
 
 
-def _exact_shares(params: SamplingParams, position_b: torch.Tensor, logits_bv: torch.Tensor) -> torch.Tensor:
-    """Of each token the piece of [0, 1) that draws it, less the number drawn: ``[2, b, v]``, its begin and its end.
-
-    A token that cannot be drawn has a piece at infinity.
-    """
-    b, v = logits_bv.shape
-    order_bv = logits_bv.double().argsort(dim=-1, descending=True, stable=True)
-    kept_bk = order_bv[:, : min(TOP_K, v)]
-    p_bk = (logits_bv.double().gather(1, kept_bk) / TEMPERATURE).softmax(-1)
-    p_bk = torch.where(p_bk.cumsum(-1) - p_bk < TOP_P, p_bk, 0.0)
-    end_bk = (p_bk / p_bk.sum(-1, keepdim=True)).cumsum(-1)
-    begin_bk = torch.cat((torch.zeros_like(end_bk[:, :1]), end_bk[:, :-1]), dim=-1)
-    ends = torch.stack((begin_bk, end_bk)) - uniform(params.seed, position_b).double()[None, :, None]
-    ends = torch.where(p_bk > 0, ends, torch.inf)
-    return torch.full((2, b, v), torch.inf, dtype=torch.double, device=ends.device).scatter(
-        2, kept_bk.expand(2, -1, -1), ends
-    )
+def _exact_scores(params: SamplingParams, position_b: torch.Tensor, logits_bv: torch.Tensor) -> torch.Tensor:
+    """What the token drawn must be the highest of, ``[b, v]``: minus infinity where a token is not kept."""
+    if not params.temperature[0]:
+        return logits_bv.double()
+    ordered_bv, order_bv = (logits_bv.double() / TEMPERATURE).sort(dim=-1, descending=True, stable=True)
+    scaled_bk, kept_bk = ordered_bv[:, :TOP_K], order_bv[:, :TOP_K]
+    p_bk = scaled_bk.softmax(-1)
+    u_bv = uniform(params.seed, position_b, logits_bv.shape[1]).double()
+    score_bk = scaled_bk - torch.log(-torch.log1p(-u_bv.gather(1, kept_bk)))
+    score_bk = torch.where(p_bk.cumsum(-1) - p_bk < TOP_P, score_bk, -torch.inf)
+    return torch.full_like(ordered_bv, -torch.inf).scatter(1, kept_bk, score_bk)
 
 
-def _outside_its_share(token_b: torch.Tensor, shares_2bv: torch.Tensor) -> float:
-    """How far the number drawn lies outside the piece of the token that it gave."""
-    begin_b, end_b = shares_2bv.gather(2, token_b.expand(2, -1)[..., None])[..., 0]
-    return float(torch.maximum(begin_b, -end_b).clamp(min=0).max())
+def _below_the_best(token_b: torch.Tensor, score_bv: torch.Tensor) -> float:
+    chosen_b = score_bv.gather(1, token_b[:, None])[:, 0]
+    return float((score_bv.max(dim=1).values - chosen_b).max())

@@ -16,6 +16,7 @@ from fastllama_kernels.step import Shape, parts
 EFFICIENCY = 0.92  # of the copy's bandwidth that a kernel which streams its bytes reaches
 GAP = 1.0e-6  # s between two kernels of a graph that start as programmatic dependents
 GAP_WITHOUT_PDL = 2.5e-6
+BUFFERS = 256  # bytes of a row that bookkeeping reads and writes: id, position, flag, EOS ids, output
 
 
 class Gpu(NamedTuple):
@@ -55,8 +56,7 @@ def rows(shape: Shape, gpu: Gpu, dtype: torch.dtype, batch: int, live: int) -> I
     """The step's kernels in their order, then what Inductor makes, then the sum."""
     gap = GAP if gpu.chip >= (9, 0) else GAP_WITHOUT_PDL
     total = Row("step", 0, 0, 0.0, 0.0)
-    logits = batch * shape.vocab_size * 4
-    small = (("embedding", batch * shape.hidden_size * dtype.itemsize), ("sampling", logits))
+    small = (("embedding", batch * shape.hidden_size * dtype.itemsize), ("bookkeeping", batch * BUFFERS))
     kernels = [(part.name, part.times, part.nbytes) for part in parts(shape, gpu.chip, dtype, batch, live)]
     for name, launches, nbytes in [*kernels, *((name, 1, nbytes) for name, nbytes in small)]:
         floor = launches * nbytes / gpu.bandwidth

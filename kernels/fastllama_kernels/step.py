@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastllama_kernels import decode_attention, gemv
+from fastllama_kernels import decode_attention, gemv, sample
 from fastllama_kernels.launch import Launch
 from fastllama_kernels.linear import ACTIVATIONS
+from fastllama_kernels.sampling import SamplingParams
 
 EPS = 1e-5
 
@@ -66,7 +67,7 @@ class Part:
 def parts(
     shape: Shape, chip: tuple[int, int], dtype: torch.dtype = torch.bfloat16, batch: int = 1, live: int = 512
 ) -> Iterator[Part]:
-    """A decode step's launches in their order, but for embedding and sampling, which Inductor makes.
+    """A decode step's launches in their order, but for embedding and bookkeeping, which Inductor makes.
 
     Args:
         shape: of the model.
@@ -98,3 +99,7 @@ def parts(
     yield Part("norm, gate/up, SiLU", made, layers, made.reads + made.writes)
     yield linear("down projection, residual", layers, m, f, residual=True)
     yield linear("norm, head", 1, shape.vocab_size, m, norm=True)
+    counts, numbers = tensor(batch, dtype=torch.int64), tensor(batch, dtype=torch.float32)
+    params = SamplingParams(numbers, counts, numbers, numbers, counts)
+    for made in sample.launches(tensor(batch, shape.vocab_size), params, counts, chip)[0]:
+        yield Part(f"draw: {made.name}", made, 1, made.reads + made.writes)
