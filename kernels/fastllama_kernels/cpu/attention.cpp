@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "dispatch.h"
@@ -16,6 +17,8 @@ namespace fastllama {
 namespace {
 
 constexpr int64_t kBlock = 64;  // cache slots per step of the online softmax
+constexpr int kHeads = 4;       // query heads that take a key or value together, of those that share it
+constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 struct Shape {
   int64_t tokens, heads, kv_heads, dim, slots;
@@ -34,48 +37,68 @@ void rotate(const T* x, const float* cos, const float* sin, int64_t dim, float s
   }
 }
 
-template <typename T>
-float dot(const T* k, const float* q, int64_t n) {
-  const T* rows[1] = {k};
-  float out[1][1];
-  dot_tile(rows, q, n, out);
-  return out[0][0];
+// scores[g][s] = q_g · k_s for G query heads and the slots of a block.
+template <int G, typename T>
+void block_scores(const float* q, const T* keys, int64_t dim, int64_t count, float (&scores)[kHeads][kBlock]) {
+  constexpr int kRows = 4;
+  for (int64_t s = 0; s < count; s += kRows) {
+    const T* rows[kRows];
+    for (int r = 0; r < kRows; ++r) rows[r] = keys + std::min(s + r, count - 1) * dim;
+    float out[kRows][G];
+    dot_tile(rows, q, dim, out);
+    for (int r = 0; r < kRows; ++r)
+      for (int g = 0; g < G; ++g) scores[g][s + r] = out[r][g];
+  }
+  for (int g = 0; g < G; ++g) std::fill(scores[g] + count, scores[g] + kBlock, kLowest);
 }
 
-template <typename T>
-void add_scaled(float* acc, const T* v, float p, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store16(acc + i, load16(acc + i) + load16(v + i) * p);
-  for (; i < n; ++i) acc[i] += static_cast<float>(v[i]) * p;
+// acc[g] += Σ_s p[g][s] v_s over N vectors of dimensions, held in registers.
+template <int G, int N, typename T>
+void add_values(const float (&p)[kHeads][kBlock], const T* values, int64_t dim, int64_t count, float* acc) {
+  f32x16 sums[G][N];
+  FASTLLAMA_UNROLL for (int g = 0; g < G; ++g)
+    FASTLLAMA_UNROLL for (int i = 0; i < N; ++i) sums[g][i] = load16(acc + g * dim + i * kLanes);
+  for (int64_t s = 0; s < count; ++s) {
+    f32x16 v16[N];
+    FASTLLAMA_UNROLL for (int i = 0; i < N; ++i) v16[i] = load16(values + s * dim + i * kLanes);
+    FASTLLAMA_UNROLL for (int g = 0; g < G; ++g)
+      FASTLLAMA_UNROLL for (int i = 0; i < N; ++i) sums[g][i] += p[g][s] * v16[i];
+  }
+  FASTLLAMA_UNROLL for (int g = 0; g < G; ++g)
+    FASTLLAMA_UNROLL for (int i = 0; i < N; ++i) store16(acc + g * dim + i * kLanes, sums[g][i]);
 }
 
-// Online softmax (arXiv 2205.14135) of the query heads that share one KV head, over slots 0 .. length - 1.
-template <typename T>
-void attend(const float* q, const T* keys, const T* values, int64_t groups, int64_t dim, int64_t length, T* out) {
-  std::vector<float> acc(groups * dim, 0.f), sum(groups, 0.f);
-  std::vector<float> top(groups, -std::numeric_limits<float>::infinity());
-  float scores[kBlock];
+// Online softmax (arXiv 2205.14135) of G query heads that share a KV head, over slots 0 .. length - 1.
+template <int G, typename T>
+void attend(const float* q, const T* keys, const T* values, int64_t dim, int64_t length, T* out) {
+  std::vector<float> acc(G * dim, 0.f);
+  float sum[G] = {}, top[G], p[kHeads][kBlock];
+  std::fill(top, top + G, kLowest);
   for (int64_t begin = 0; begin < length; begin += kBlock) {
     const int64_t count = std::min(kBlock, length - begin);
-    for (int64_t g = 0; g < groups; ++g) {
-      float block_top = top[g];
-      for (int64_t s = 0; s < count; ++s) {
-        scores[s] = dot(keys + (begin + s) * dim, q + g * dim, dim);
-        block_top = std::max(block_top, scores[s]);
+    block_scores<G>(q, keys + begin * dim, dim, count, p);
+    for (int g = 0; g < G; ++g) {
+      const float before = top[g];
+      for (int64_t s = 0; s < kBlock; ++s) top[g] = std::max(top[g], p[g][s]);
+      f32x16 sums = {};
+      for (int64_t s = 0; s < kBlock; s += kLanes) {
+        const f32x16 p16 = exp16(load16(p[g] + s) - top[g]);  // about 1e-38 beyond the block's slots
+        store16(p[g] + s, p16);
+        sums += p16;
       }
-      const float decay = std::exp(top[g] - block_top);
-      top[g] = block_top;
-      sum[g] *= decay;
-      float* a = acc.data() + g * dim;
-      for (int64_t i = 0; i < dim; ++i) a[i] *= decay;
-      for (int64_t s = 0; s < count; ++s) {
-        const float p = std::exp(scores[s] - block_top);
-        sum[g] += p;
-        add_scaled(a, values + (begin + s) * dim, p, dim);
-      }
+      const float decay = std::exp(before - top[g]);
+      sum[g] = sum[g] * decay + sum16(sums);
+      for (int64_t i = 0; i < dim; ++i) acc[g * dim + i] *= decay;
     }
+    const T* block = values + begin * dim;
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= dim; i += 4 * kLanes) add_values<G, 4>(p, block + i, dim, count, acc.data() + i);
+    for (; i + kLanes <= dim; i += kLanes) add_values<G, 1>(p, block + i, dim, count, acc.data() + i);
+    for (; i < dim; ++i)
+      for (int g = 0; g < G; ++g)
+        for (int64_t s = 0; s < count; ++s) acc[g * dim + i] += p[g][s] * static_cast<float>(block[s * dim + i]);
   }
-  for (int64_t g = 0; g < groups; ++g)
+  for (int g = 0; g < G; ++g)
     for (int64_t i = 0; i < dim; ++i) out[g * dim + i] = static_cast<T>(acc[g * dim + i] / sum[g]);
 }
 
@@ -99,7 +122,16 @@ void run_head(const Shape& shape, const T* qkv, const float* cos, const float* s
     for (int64_t g = 0; g < groups; ++g)
       rotate(qkv + t * shape.packed() + (kv_head * groups + g) * dim, cos + at * dim, sin + at * dim, dim, scale,
              q.data() + g * dim);
-    attend(q.data(), keys, values, groups, dim, at + 1, out + (t * shape.heads + kv_head * groups) * dim);
+    T* heads = out + (t * shape.heads + kv_head * groups) * dim;
+    const auto take = [&](auto count, int64_t g) {
+      attend<decltype(count)::value>(q.data() + g * dim, keys, values, dim, at + 1, heads + g * dim);
+    };
+    for (int64_t g = 0; g < groups; g += kHeads) switch (std::min<int64_t>(kHeads, groups - g)) {
+        case 1: take(std::integral_constant<int, 1>{}, g); break;
+        case 2: take(std::integral_constant<int, 2>{}, g); break;
+        case 3: take(std::integral_constant<int, 3>{}, g); break;
+        default: take(std::integral_constant<int, kHeads>{}, g);
+      }
   }
 }
 

@@ -68,9 +68,37 @@ inline f32x16 exp16(f32x16 x) {
 }
 
 inline float sum16(f32x16 x) {
-  float total = 0.f;
-  for (int i = 0; i < kLanes; ++i) total += x[i];
-  return total;
+  typedef float f32x8 __attribute__((vector_size(32)));
+  typedef float f32x4 __attribute__((vector_size(16)));
+  f32x8 by8[2];
+  std::memcpy(by8, &x, sizeof(x));
+  const f32x8 sum8 = by8[0] + by8[1];
+  f32x4 by4[2];
+  std::memcpy(by4, &sum8, sizeof(sum8));
+  const f32x4 sum4 = by4[0] + by4[1];
+  return (sum4[0] + sum4[1]) + (sum4[2] + sum4[3]);
+}
+
+// The sums of sixteen vectors at once: halves are added pair by pair until each has become one lane.
+inline f32x16 sums16(const f32x16 (&x)[kLanes]) {
+  f32x16 by8[8], by4[4], by2[2];
+  for (int i = 0; i < 8; ++i) {
+    const f32x16 a = x[2 * i], b = x[2 * i + 1];
+    by8[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+             __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const f32x16 a = by8[2 * i], b = by8[2 * i + 1];
+    by4[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+             __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const f32x16 a = by4[2 * i], b = by4[2 * i + 1];
+    by2[i] = __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+             __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+  }
+  return __builtin_shufflevector(by2[0], by2[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(by2[0], by2[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 // What the activations of a product with T weights are held in: bfloat16 where the processor multiplies it directly.
@@ -94,11 +122,17 @@ inline void dot_tile(const T* const (&w)[R], const float* x, int64_t n, float (&
       FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) acc[r][m] += w16 * x16[m];
     }
   }
-  FASTLLAMA_UNROLL for (int r = 0; r < R; ++r)
-    FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) {
-      out[r][m] = sum16(acc[r][m]);
-      for (int64_t j = i; j < n; ++j) out[r][m] += static_cast<float>(w[r][j]) * x[m * n + j];
-    }
+  if constexpr (R * M == kLanes) {
+    f32x16 all[kLanes];
+    std::memcpy(all, acc, sizeof(all));
+    store16(&out[0][0], sums16(all));
+  } else {
+    FASTLLAMA_UNROLL for (int r = 0; r < R; ++r)
+      FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) out[r][m] = sum16(acc[r][m]);
+  }
+  for (; i < n; ++i)
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) out[r][m] += static_cast<float>(w[r][i]) * x[m * n + i];
 }
 
 #ifdef __AVX512BF16__
