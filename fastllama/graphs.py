@@ -61,7 +61,7 @@ class Steps:
         compiled = self._steps.get(key)
         if compiled is None:
             compiled = _compile(step, graphs=self._kind != EXPLICIT)
-            self._steps[key] = compiled = CapturedStep(compiled) if self._kind == EXPLICIT else compiled
+            self._steps[key] = compiled = CapturedStep(compiled, self._device) if self._kind == EXPLICIT else compiled
         if self._worker is not None:
             return functools.partial(self._on_worker, compiled, args)
         return functools.partial(call_plainly, compiled, args)
@@ -84,8 +84,8 @@ class Steps:
 class CapturedStep:
     """A compiled step that is recorded as a CUDA graph after some runs, and replayed from then on."""
 
-    def __init__(self, step: Step) -> None:
-        self._step = step
+    def __init__(self, step: Step, device: torch.device) -> None:
+        self._step, self._device = step, device
         self._runs = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -97,7 +97,9 @@ class CapturedStep:
             return
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device
+            stream = torch.cuda.Stream(self._device)  # torch's own one may be of another device
+            # Other threads may use the device meanwhile.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._step(*args)
             self._graph = graph
         self._graph.replay()
@@ -124,6 +126,7 @@ def _compile(step: Step, graphs: bool) -> Step:
     options: dict[str, Any] = torch._inductor.list_mode_options("reduce-overhead") if graphs else {}
     options |= {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     options |= {"size_asserts": False, "alignment_asserts": False}
+    options |= {"triton.enable_pdl": False}  # Inductor's kernels need not wait, ours rely on it that all before them do
     return torch.compile(fresh, fullgraph=True, dynamic=False, options=options)
 
 

@@ -40,13 +40,14 @@ def test_a_captured_step_runs_is_recorded_once_and_then_replays(monkeypatch) -> 
             done.append("replay")
 
     @contextmanager
-    def recording(graph, capture_error_mode):
+    def recording(graph, stream, capture_error_mode):
         done.append("record")
         yield
 
+    monkeypatch.setattr("torch.cuda.Stream", lambda device: None)
     monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
     monkeypatch.setattr("torch.cuda.graph", recording)
-    step = graphs.CapturedStep(lambda value: done.append(value))
+    step = graphs.CapturedStep(lambda value: done.append(value), torch.device("cuda"))
     for _ in range(graphs.WARMUP_RUNS + 3):
         step(7)
     assert done == [7, 7, "record", 7, "replay", "replay", "replay"]
@@ -54,12 +55,13 @@ def test_a_captured_step_runs_is_recorded_once_and_then_replays(monkeypatch) -> 
 
 def test_a_step_that_cannot_be_recorded_is_recorded_at_the_next_call(monkeypatch) -> None:
     @contextmanager
-    def failing(graph, capture_error_mode):
+    def failing(graph, stream, capture_error_mode):
         raise RuntimeError("no")
         yield
 
+    monkeypatch.setattr("torch.cuda.Stream", lambda device: None)
     monkeypatch.setattr("torch.cuda.CUDAGraph", object)
-    step = graphs.CapturedStep(lambda: None)
+    step = graphs.CapturedStep(lambda: None, torch.device("cuda"))
     for _ in range(graphs.WARMUP_RUNS):
         step()
     monkeypatch.setattr("torch.cuda.graph", failing)

@@ -5,6 +5,7 @@ machine code shows is held against what a kernel limited by memory must have: no
 at a time, shared memory that the chip has, and on chips that know it, programmatic dependent launch.
 """
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from fastllama_kernels import gemv, pdl, rms_norm, rotary, silu_mul, step
+from fastllama_kernels import decode_attention, gemv, pdl, rms_norm, rotary, silu_mul, step
 from fastllama_kernels.launch import Launch
 
 WIDE = 16  # bytes
@@ -58,8 +59,12 @@ class Finding:
         widest_load, widest_store: from and to global memory, bytes at once.
         narrowest_weight_load: bytes at once; None for kernels that read no weights.
         matrix_instructions: how many stand in the code.
-        pdl_instructions: likewise, both kinds.
-        wants_pdl: whether it is launched as a programmatic dependent.
+        pdl_instructions: likewise, of the two kinds.
+        is_dependent: whether it is launched as a programmatic dependent.
+        wants_pdl: whether it should be, on this chip.
+        writes_early: whether it writes before it waits for the kernel before it.
+        reads_early: whether it reads what need not be there yet before that: anything but weights.
+        weights_are_late: whether it streams weights, and fetches none before that.
     """
 
     name: str
@@ -73,11 +78,14 @@ class Finding:
     narrowest_weight_load: int | None
     matrix_instructions: int
     pdl_instructions: int
+    is_dependent: bool
     wants_pdl: bool
+    writes_early: bool
+    reads_early: bool
+    weights_are_late: bool
 
     @property
     def faults(self) -> list[str]:
-        """What must not be, in words."""
         found = []
         if self.spills:
             found.append(f"spills ({self.spills})")
@@ -85,8 +93,12 @@ class Finding:
             found.append(f"{self.shared_bytes} bytes of shared memory, the chip has fewer")
         if self.narrowest_weight_load is not None and self.narrowest_weight_load < WIDE:
             found.append(f"weights are loaded {self.narrowest_weight_load} bytes at a time")
-        if self.wants_pdl and self.pdl_instructions < 2:
+        if self.wants_pdl and (self.pdl_instructions < 2 or not self.is_dependent):
             found.append("no programmatic dependent launch")
+        if self.writes_early or self.reads_early:
+            found.append("memory is touched before the kernel waits for the one before it")
+        if self.weights_are_late:
+            found.append("no weights are on their way when the kernel waits")
         return found
 
 
@@ -110,6 +122,7 @@ def _all_launches(chip: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
                 where = f"{name}, batch {batch}, {str(dtype).removeprefix('torch.')}"
                 for part in step.parts(shape, chip, dtype, batch):
                     yield f"{part.name} ({where})", part.launch
+        yield from _attention_launches(name, shape, chip)
         m, f, d = shape.hidden_size, shape.intermediate_size, shape.head_dim
         x = tensor(512, m)
         yield f"rms_norm ({name})", rms_norm.launch(x, None, tensor(m), step.EPS, chip)[0]
@@ -119,6 +132,22 @@ def _all_launches(chip: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
         packed = tensor(1, 512, (shape.heads + 2 * shape.kv_heads) * d)
         table = tensor(512, d, dtype=torch.float32)
         yield f"rotary_write ({name})", rotary.launch(packed, table, table, position, cache, cache, chip)[0]
+        yield f"rotary ({name})", rotary.launch(tensor(1, 512, shape.heads, d), table, table, position, chip=chip)[0]
+
+
+def _attention_launches(name: str, shape: step.Shape, chip: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
+    """Attention of several query tokens, as speculation needs it, and of one from a start, in every dtype."""
+    for dtype, tokens in itertools.product((torch.bfloat16, torch.float16, torch.float32), (1, 2, 4, 8)):
+        k, d = shape.kv_heads, shape.head_dim
+        cache = torch.empty(1, k, 4096, d, dtype=dtype, device="meta")
+        table = torch.empty(4096, d, device="meta")
+        position, start = (torch.empty(sizes, dtype=torch.int64, device="meta") for sizes in ((1, tokens), (1,)))
+        where = f"{name}, {tokens} tokens, {str(dtype).removeprefix('torch.')}"
+        packed = cache.new_empty(1, tokens, (shape.heads + 2 * k) * d)
+        made, _ = decode_attention.launch(packed, position, cache, cache, tables=(table, table), chip=chip)
+        yield f"rotary, KV write, attention ({where})", made
+        q = cache.new_empty(1, tokens, shape.heads, d)
+        yield f"attention ({where})", decode_attention.launch(q, position, cache, cache, start, chip=chip)[0]
 
 
 def audit(archs: Iterable[int], workers: int = 2) -> Iterator[Finding]:
@@ -139,8 +168,9 @@ def examine(name: str, made: Launch, arch: int) -> Finding:
     ptx, (resources, sass) = compiled.asm["ptx"], _disassembled(compiled.asm["cubin"])
     stores = re.findall(r"\bst\.global\S*", ptx)
     loads = re.findall(r"\bld\.global\S*", ptx)
-    weights = [width(load) for load in loads if "evict_first" in load]
     copies = [int(size, 0) for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global\s+[^;]*?,\s*(0x\w+|\d+)", ptx)]
+    early, waits, _ = ptx.partition("griddepcontrol.wait")
+    is_gemv, is_norm = made.kernel is gemv._gemv_kernel, made.kernel is rms_norm._rms_norm_kernel
     registers, stack = (int(re.search(rf"{field}:(\d+)", resources)[1]) for field in ("REG", "STACK"))  # type: ignore
     shared = compiled.metadata.shared
     return Finding(
@@ -152,11 +182,26 @@ def examine(name: str, made: Launch, arch: int) -> Finding:
         programs=programs_per_multiprocessor(CHIPS[arch], registers, made.warps, shared),
         widest_load=max([*map(width, loads), *copies], default=0),
         widest_store=max(map(width, stores), default=0),
-        narrowest_weight_load=min(weights, default=None) if made.kernel is gemv._gemv_kernel else None,
+        narrowest_weight_load=_narrowest_weight_load(made, loads, copies) if is_gemv else None,
         matrix_instructions=len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|IMMA)\b", sass)),
         pdl_instructions=len(set(re.findall(r"griddepcontrol\.\w+", ptx))),
-        wants_pdl=divmod(arch, 10) >= pdl.MIN_CAPABILITY and made.pdl,
+        is_dependent=compiled.metadata.launch_pdl,
+        wants_pdl=divmod(arch, 10) >= pdl.MIN_CAPABILITY,
+        writes_early=bool(waits) and bool(re.search(r"\b(st|atom|red)\.global", early)),
+        reads_early=bool(waits) and not is_norm and bool(re.search(r"\b(ld\.global|cp\.async)", early)),
+        weights_are_late=bool(waits) and is_gemv and "prefetch.global" not in early,
     )
+
+
+def _narrowest_weight_load(made: Launch, loads: list[str], copies: list[int]) -> int:
+    """Bytes at once of a GEMV's loads of weights; 0 where none is to be found."""
+    if straight := [width(load) for load in loads if "evict_first" in load]:
+        return min(straight)
+    # Asynchronous copies do not tell what they copy, but wide ones must be as many as the weights' tiles need.
+    tile = made.constants["BLOCK_N"] * made.constants["BLOCK_K"] * (1 + made.constants["GATED"])
+    needed = made.stages * tile * made.arguments["w_ptr"].itemsize
+    wide = WIDE * 32 * made.warps * sum(size >= WIDE for size in copies)
+    return WIDE if wide >= needed else min(copies, default=0)
 
 
 def width(instruction: str) -> int:

@@ -25,7 +25,7 @@ def check(
         dtype: expected, where it is not that of ``like``.
 
     Raises:
-        ValueError: it is on another device, of another dtype or shape, strided, or not aligned to 16 bytes.
+        ValueError: it is on another device, of another dtype or shape, empty, strided, or not aligned to 16 bytes.
     """
     expected = dtype or like.dtype
     if tensor.device != like.device:
@@ -39,6 +39,8 @@ def check(
         if not fits:
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({wanted})")
+    if not tensor.dim() or not tensor.numel():
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected at least one dimension and no empty one")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor; call .contiguous()")
     if not tensor.is_meta and tensor.data_ptr() % ALIGNMENT:

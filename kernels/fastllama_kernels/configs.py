@@ -19,7 +19,10 @@ LOAD = 16  # bytes a thread loads at once
 
 
 class GemvTile(NamedTuple):
-    """What a program of the GEMV owns: ``block_n`` rows of the matrix, in tiles of ``block_k`` columns."""
+    """What a program of the GEMV owns: ``block_n`` rows of the matrix, in tiles of ``block_k`` columns.
+
+    While one tile is multiplied, ``stages - 1`` others are on their way.
+    """
 
     block_n: int
     block_k: int
@@ -57,28 +60,37 @@ def table() -> dict[str, Any]:
 
 def gemv(chip: tuple[int, int], rows: int, n_out: int, k_in: int, dtype: torch.dtype, gated: bool) -> GemvTile:
     """The tile for a matrix of ``n_out`` rows (of each of gate and up, if gated) and ``k_in`` columns."""
-    if found := _measured("gemv", chip, gemv_key(rows, n_out, k_in, gated)):
+    if found := _measured("gemv", chip, gemv_key(rows, n_out, k_in, dtype, gated)):
         return GemvTile(**found)
     wide = LOAD // dtype.itemsize
-    block_k = min(512 * wide // 8, next_power_of_2(k_in))
     if rows == 1:
-        rows_of_w = 8 if chip >= (9, 0) else 4  # for older chips ptxas spills rather than use more registers
-        return GemvTile(block_n=rows_of_w // 2 if gated else rows_of_w, block_k=block_k, warps=4, stages=1)
-    # Half as wide, for x is 16 rows here; half of that again where two matrices and their next tiles are held.
-    return GemvTile(block_n=16, block_k=max(16, block_k // (4 if gated else 2)), warps=4, stages=1)
+        # One load of every thread for a row of the tile: only then have x and the matrix one layout in registers.
+        warps = max(1, min(4, next_power_of_2(k_in) // (32 * wide)))
+        return GemvTile(block_n=2 if gated else 4, block_k=32 * wide * warps, warps=warps, stages=4)
+    block_k = max(16, min(256, next_power_of_2(k_in)) // (2 if gated else 1))
+    if dtype == torch.float32:  # whose products take more registers
+        return GemvTile(block_n=16, block_k=min(32, block_k), warps=4, stages=3)
+    return GemvTile(block_n=16, block_k=block_k, warps=4, stages=4)
 
 
-def decode_attention(chip: tuple[int, int], head_dim: int, dtype: torch.dtype) -> AttentionTile:
-    """The tile for heads of ``head_dim``."""
-    if found := _measured("decode_attention", chip, str(head_dim)):
+def decode_attention(chip: tuple[int, int], head_dim: int, dtype: torch.dtype, block_m: int) -> AttentionTile:
+    """The tile for ``block_m`` queries of heads of ``head_dim``."""
+    if found := _measured("decode_attention", chip, attention_key(head_dim, dtype, block_m)):
         return AttentionTile(**found)
-    block_s = 16384 // (next_power_of_2(head_dim) * dtype.itemsize)  # 16 KiB of keys at once
-    return AttentionTile(block_s=min(128, max(16, block_s)), warps=4, stages=2)
+    padded = next_power_of_2(head_dim)
+    block_s = min(128, max(16, 16384 // (padded * dtype.itemsize)))  # 16 KiB of keys at once
+    needs_registers = dtype == torch.float32 or block_m * padded > 4096
+    return AttentionTile(block_s, warps=8 if needs_registers else 4, stages=2 if padded == 256 else 3)
 
 
-def gemv_key(rows: int, n_out: int, k_in: int, gated: bool) -> str:
+def gemv_key(rows: int, n_out: int, k_in: int, dtype: torch.dtype, gated: bool) -> str:
     """Of an entry for the GEMV, which all numbers of rows share that run the same code: one, and more."""
-    return f"{'one' if rows == 1 else 'many'} {n_out}x{k_in}{' gated' if gated else ''}"
+    return f"{'one' if rows == 1 else 'many'} {n_out}x{k_in} {8 * dtype.itemsize} bit{' gated' if gated else ''}"
+
+
+def attention_key(head_dim: int, dtype: torch.dtype, block_m: int) -> str:
+    """Of an entry for decode attention."""
+    return f"{block_m} queries of {head_dim} {8 * dtype.itemsize} bit"
 
 
 def _measured(kernel: str, chip: tuple[int, int], key: str) -> dict[str, int] | None:

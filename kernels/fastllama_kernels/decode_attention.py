@@ -31,7 +31,9 @@ from fastllama_kernels.products import dot
 from fastllama_kernels.rotary import check_packed, check_tables, rotated
 
 MAX_SPLITS = 64
-MAX_BLOCK_M = 64  # queries a program takes: more would not fit into registers
+PROGRAMS = 2  # that a multiprocessor is to run at once: enough to fill it, and few enough for long splits
+MAX_REGISTERS = 255  # said, for else the compiler spills some to run more programs than there are
+MAX_BLOCK_M = {2: 64, 4: 16}  # queries a program takes, by bytes of a number: more would not fit into registers
 JOINED = 8192  # numbers of the splits' results that are joined at once
 
 torch.library.define(
@@ -103,11 +105,13 @@ def _decode_attention_kernel(
     position_t = tl.load(position_ptr + row * TOKENS + token_t, mask=token_t < TOKENS, other=-1)
     position_m = tl.load(position_ptr + row * TOKENS + token_m, mask=mask_m, other=-1)
     live = tl.max(position_t + 1, axis=0).to(tl.int32)  # pyright: ignore[reportAttributeAccessIssue]
+    live = tl.minimum(live, slots)  # so that nothing outside the cache is read or written
     start = 0
     if start_ptr is not None:
         start = tl.load(start_ptr + row).to(tl.int32)
-    length = tl.cdiv(tl.cdiv(live - start, splits), BLOCK_S) * BLOCK_S
-    used = tl.cdiv(live - start, tl.maximum(length, 1))
+    seen = tl.maximum(live - start, 0)
+    length = tl.cdiv(tl.cdiv(seen, splits), BLOCK_S) * BLOCK_S
+    used = tl.maximum(tl.cdiv(seen, tl.maximum(length, 1)), 1)  # where nothing is seen, one program writes zeros
     first = start + split * length
     last = tl.minimum(first + length, live)
 
@@ -115,12 +119,12 @@ def _decode_attention_kernel(
         at_m = (row * TOKENS + token_m).to(tl.int64) * stride_t + head_m * HEAD_DIM
         mask_md = mask_m[:, None] & mask_d[None, :]
         if ROTARY:
-            q_md = rotated(q_ptr, cos_ptr, sin_ptr, at_m, position_m, col_d, mask_md, HEAD_DIM)
+            q_md = rotated(q_ptr, cos_ptr, sin_ptr, at_m, position_m, slots, col_d, mask_md, HEAD_DIM)
             q_md = q_md.to(key_ptr.dtype.element_ty)
             at_t = (row * TOKENS + token_t).to(tl.int64) * stride_t + (heads + kv_head) * HEAD_DIM
             mask_td = ((position_t >= first) & (position_t < last))[:, None] & mask_d[None, :]
             slot_td = cache + position_t[:, None] * HEAD_DIM + col_d[None, :]
-            k_td = rotated(q_ptr, cos_ptr, sin_ptr, at_t, position_t, col_d, mask_td, HEAD_DIM)
+            k_td = rotated(q_ptr, cos_ptr, sin_ptr, at_t, position_t, slots, col_d, mask_td, HEAD_DIM)
             v_td = tl.load(q_ptr + at_t[:, None] + kv_heads * HEAD_DIM + col_d[None, :], mask=mask_td, other=0.0)
             tl.store(key_ptr + slot_td, k_td.to(key_ptr.dtype.element_ty), mask=mask_td)
             tl.store(value_ptr + slot_td, v_td, mask=mask_td)
@@ -237,7 +241,8 @@ def launch(
 
     Args:
         q: queries ``[b, t, h, d]``; with tables, packed projections ``[b, t, n]``.
-        position_bt: int64 slot of each query token, inside the cache: this is not checked.
+        position_bt: int64 slot of each query token. One outside the cache is not written; a query past the end sees
+            the whole cache.
         k_cache_bksd, v_cache_bksd: the caches, mutated with tables; they may have more rows than q.
         start_b: int64 first slot that each row sees; None: 0.
         tables: float32 cosines and sines ``[s, d]``, to rotate with and write to the cache.
@@ -263,22 +268,26 @@ def launch(
         out = q.new_empty((batch, tokens, heads * head_dim))
     if not 1 <= tokens <= MAX_TOKENS:
         raise ValueError(f"there are {tokens} query tokens a row, the kernel takes 1 to {MAX_TOKENS}")
+    if tokens > slots:
+        raise ValueError(f"there are {tokens} query tokens a row, the cache has {slots} slots")
     if start_b is not None:
         check("start", start_b, q, (batch,), torch.int64)
     target = chip or configs.capability(q.device)
-    tile = tile or configs.decode_attention(target, head_dim, q.dtype)
     groups = heads // kv_heads
     queries = tokens * groups
-    block_m = min(MAX_BLOCK_M, max(16, next_power_of_2(queries)))
+    block_m = min(MAX_BLOCK_M[q.itemsize], max(16, next_power_of_2(queries)))
+    tile = tile or configs.decode_attention(target, head_dim, q.dtype, block_m)
     tiles_m = cdiv(queries, block_m)
     programs = batch * kv_heads * tiles_m
     if splits is None:
-        wanted = cdiv(2 * configs.multiprocessors(q.device, target), programs)
+        wanted = cdiv(PROGRAMS * configs.multiprocessors(q.device, target), programs)
         splits = max(1, min(wanted, MAX_SPLITS, cdiv(slots, tile.block_s)))
     if arrived is None:
         arrived = torch.zeros(programs, dtype=torch.int32, device=q.device)
-    elif arrived.dtype != torch.int32 or arrived.numel() < programs or arrived.device != q.device:
-        raise ValueError(f"arrived is {arrived.dtype} {tuple(arrived.shape)}, expected {programs} int32 on {q.device}")
+    else:
+        check("arrived", arrived, q, (None,), torch.int32)
+        if len(arrived) < programs:
+            raise ValueError(f"arrived has {len(arrived)} counters, expected at least {programs}")
     parts = batch * kv_heads * splits * queries if splits > 1 else 0
     top, total, acc = (q.new_empty(parts * size, dtype=torch.float32) for size in (1, 1, head_dim))
     block_d = max(16, next_power_of_2(head_dim))
@@ -308,6 +317,7 @@ def launch(
         warps=tile.warps,
         stages=tile.stages,
         pdl=with_pdl,
+        max_registers=MAX_REGISTERS,
     )
     return made, out
 

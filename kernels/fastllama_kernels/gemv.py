@@ -6,8 +6,8 @@ without s and g where no norm weight is given; gate_up computes rows n and F + n
 act(gate) · up. The norm costs no pass of its own: squares are summed in the loop that multiplies, and the scale, which
 is common to a row, comes last. (In float16, where x·g may overflow, a loop over x goes before.)
 
-A program owns a few rows of W and streams them once, in tiles of 16-byte loads that are marked to leave the cache
-first; the next tile is on its way while one is multiplied, and the first one before the kernel waits for its input
+A program owns a few rows of W and streams them once, in tiles of 16-byte loads into shared memory; some tiles are on
+their way while one is multiplied, and the first ones go to the L2 cache before the kernel waits for its input
 (:mod:`fastllama_kernels.pdl`). x is small and stays on the chip. One row is multiplied in float32 lanes, more rows on
 the tensor cores, where 16 rows cost what 2 do. Sums are float32.
 
@@ -24,12 +24,13 @@ import triton.language as tl
 from fastllama_kernels import configs, pdl
 from fastllama_kernels import linear as linear_op
 from fastllama_kernels.checks import check, check_dtype
-from fastllama_kernels.launch import Launch, cdiv
+from fastllama_kernels.launch import Launch, cdiv, next_power_of_2
 from fastllama_kernels.linear import ACTIVATIONS
 from fastllama_kernels.products import dot
 
 MAX_ROWS = linear_op.MAX_ROWS["cuda"]
 DOT_ROWS = 16  # what a matrix unit takes at once
+LINE_BYTES, MAX_LINES = 128, 32  # of a row of the matrix that go to the L2 cache before the wait
 
 
 @triton.jit
@@ -89,6 +90,9 @@ def _gemv_kernel(
     DOT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    LINES: tl.constexpr,
+    LINE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     pdl.let_next_start(PDL)
@@ -96,9 +100,12 @@ def _gemv_kernel(
     out_n = first + tl.arange(0, BLOCK_N)
     row_n = tl.minimum(out_n, n_out - 1).to(tl.int64)  # rows past the end read the last one again
     base_k = tl.arange(0, BLOCK_K)
-    w_nk = _weights(w_ptr, row_n, base_k, k_in)
-    if GATED:
-        up_nk = _weights(w_ptr, row_n + n_out, base_k, k_in)
+    if PDL:
+        line_k = tl.arange(0, LINES) * LINE
+        is_there_nk = (out_n < n_out)[:, None] & (line_k < k_in)[None, :]
+        pdl.prefetch(w_ptr + row_n[:, None] * k_in + line_k[None, :], is_there_nk)
+        if GATED:
+            pdl.prefetch(w_ptr + (row_n + n_out)[:, None] * k_in + line_k[None, :], is_there_nk)
     pdl.wait_for_previous(PDL)
 
     squares = tl.zeros((ROWS_PADDED, BLOCK_K), dtype=tl.float32)
@@ -114,11 +121,11 @@ def _gemv_kernel(
     else:
         acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
         up_acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    for k in range(0, k_in, BLOCK_K):
+    for k in tl.range(0, k_in, BLOCK_K, num_stages=STAGES):
         col_k = k + base_k
-        next_nk = _weights(w_ptr, row_n, col_k + BLOCK_K, k_in)
+        w_nk = _weights(w_ptr, row_n, col_k, k_in)
         if GATED:
-            next_up_nk = _weights(w_ptr, row_n + n_out, col_k + BLOCK_K, k_in)
+            up_nk = _weights(w_ptr, row_n + n_out, col_k, k_in)
         x_rk = _activations(x_ptr, col_k, k_in, ROWS, ROWS_PADDED)
         if norm_ptr is not None:
             x32_rk = x_rk.to(tl.float32)
@@ -129,10 +136,8 @@ def _gemv_kernel(
             x32_rk *= tl.load(norm_ptr + col_k, mask=col_k < k_in, other=0.0).to(tl.float32)[None, :]
             x_rk = x32_rk.to(x_rk.dtype) if DOT else x32_rk
         acc = _multiply(acc, w_nk, x_rk, DOT)
-        w_nk = next_nk
         if GATED:
             up_acc = _multiply(up_acc, up_nk, x_rk, DOT)
-            up_nk = next_up_nk
 
     scale_r = tl.full((ROWS_PADDED,), 1.0, dtype=tl.float32)
     if norm_ptr is not None and not SCALE_FIRST:
@@ -190,7 +195,7 @@ def launch(
     n_out = weight.shape[0] // (1 + gated)
     y = x.new_empty((*x.shape[:-1], n_out))
     tile = tile or configs.gemv(chip or configs.capability(x.device), rows, n_out, k_in, x.dtype, gated)
-    many = rows > 1
+    many, line = rows > 1, LINE_BYTES // x.itemsize
     with_pdl = pdl.used(x.device, chip)
     arguments = {
         "x_ptr": x, "w_ptr": weight, "bias_ptr": bias, "norm_ptr": norm_weight, "residual_ptr": residual, "y_ptr": y,
@@ -199,7 +204,8 @@ def launch(
     constants = {
         "ROWS": rows, "ROWS_PADDED": DOT_ROWS if many else 1, "GATED": gated, "ACTIVATION": activation or 0,
         "SCALE_FIRST": many and norm_weight is not None and x.dtype == torch.float16, "DOT": many,
-        "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "PDL": with_pdl,
+        "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
+        "LINES": min(MAX_LINES, next_power_of_2(cdiv(k_in, line))), "LINE": line, "PDL": with_pdl,
     }  # fmt: skip
     read = (tensor.nbytes for tensor in (x, weight, bias, norm_weight, residual) if tensor is not None)
     name = "gate_up" if gated else "linear"

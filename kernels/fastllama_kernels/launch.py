@@ -5,6 +5,7 @@ what a step runs. Launches are made from tensors of any device; those of ``meta`
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,7 @@ class Launch:
         warps: of each program.
         stages: of the loops that Triton pipelines.
         pdl: start while the kernel before still runs; see :mod:`fastllama_kernels.pdl`.
+        max_registers: of a thread; None leaves it to the compiler, which may spill a few to run more programs at once.
     """
 
     name: str
@@ -50,15 +52,26 @@ class Launch:
     warps: int = 4
     stages: int = 3
     pdl: bool = False
+    max_registers: int | None = None
     _options: dict[str, Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         options = {"num_warps": self.warps, "num_stages": self.stages}
-        object.__setattr__(self, "_options", options | ({"launch_pdl": True} if self.pdl else {}))
+        options |= {"launch_pdl": True} if self.pdl else {}
+        options |= {"maxnreg": self.max_registers} if self.max_registers else {}
+        object.__setattr__(self, "_options", options)
 
     def run(self) -> None:
-        """Launch it on the current stream."""
-        self.kernel[self.grid](**self.arguments, **self.constants, **self._options)
+        """Launch it on the current stream of its tensors' device."""
+        with torch.cuda.device(self._device) if self._device is not None else nullcontext():
+            self.kernel[self.grid](**self.arguments, **self.constants, **self._options)
+
+    @property
+    def _device(self) -> int | None:
+        """The GPU of the tensors, where it is not the current one, on which Triton would launch."""
+        tensor = next(value for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        is_current = not tensor.is_cuda or tensor.device.index == torch.cuda.current_device()
+        return None if is_current else tensor.device.index
 
     @property
     def signature(self) -> tuple[tuple[str, str, bool], ...]:

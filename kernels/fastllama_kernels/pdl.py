@@ -1,11 +1,12 @@
 """Programmatic dependent launch: a kernel starts while the one before it still runs.
 
 Launched with ``launch_pdl=True`` on an NVIDIA chip of compute capability 9.0 or later, a kernel may start as soon as
-every program of the kernel before has said so or ended. It loads what no kernel writes (weights) and then waits until
+every program of the kernel before has said so or ended. It fetches what no kernel writes (weights) and then waits until
 all that came before is done and visible. So the stream of weights does not pause between kernels.
 
-Rules: let the next start first of all; before the wait read nothing but weights, and write nothing; every program that
-does any work waits. Elsewhere, and in the interpreter, the constant ``PDL`` is False and both are nothing.
+Rules: let the next start first of all; before the wait read nothing but weights, and write nothing; every program
+waits, or the kernel could be done before the one before it is, and the next one would rely on both. Elsewhere, and in
+the interpreter, the constant ``PDL`` is False and all of this is nothing.
 """
 
 import functools
@@ -40,3 +41,16 @@ def wait_for_previous(PDL: tl.constexpr):
     """What earlier kernels wrote can be read, and what they read can be overwritten, from here on."""
     if PDL:
         cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(pointers, mask):
+    """Bring the lines of memory that these point into to the L2 cache; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l,r",
+        [pointers, mask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -51,13 +51,17 @@ def rotary_write_ref(
 
 
 @triton.jit
-def rotated(x_ptr, cos_ptr, sin_ptr, at_r, position_r, col_d, mask_rd, HEAD_DIM: tl.constexpr):
-    """Heads ``[r, d]`` that start at ``x_ptr + at_r``, each rotated to its position, in float32."""
+def rotated(x_ptr, cos_ptr, sin_ptr, at_r, position_r, table_rows, col_d, mask_rd, HEAD_DIM: tl.constexpr):
+    """Heads ``[r, d]`` that start at ``x_ptr + at_r``, each rotated to its position, in float32.
+
+    Positions outside the tables, whose rows are ``table_rows`` at least, are rotated like the nearest inside.
+    """
     is_first_d = col_d < HEAD_DIM // 2
     partner_d = tl.where(is_first_d, col_d + HEAD_DIM // 2, col_d - HEAD_DIM // 2)
     x_rd = tl.load(x_ptr + at_r[:, None] + col_d[None, :], mask=mask_rd, other=0.0).to(tl.float32)
     partner_rd = tl.load(x_ptr + at_r[:, None] + partner_d[None, :], mask=mask_rd, other=0.0).to(tl.float32)
-    table_rd = position_r[:, None] * HEAD_DIM + col_d[None, :]
+    inside_r = tl.maximum(tl.minimum(position_r, table_rows - 1), 0)
+    table_rd = inside_r[:, None] * HEAD_DIM + col_d[None, :]
     cos_rd = tl.load(cos_ptr + table_rd, mask=mask_rd, other=0.0)
     sin_rd = tl.load(sin_ptr + table_rd, mask=mask_rd, other=0.0)
     return x_rd * cos_rd + partner_rd * tl.where(is_first_d[None, :], -sin_rd, sin_rd)
@@ -74,6 +78,7 @@ def _rotary_kernel(
     value_ptr,
     tokens,
     slots,
+    table_rows,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -90,12 +95,14 @@ def _rotary_kernel(
     at_1 = (token * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM + one_1
     mask_1d = mask_d[None, :]
     head_1d = head + tl.zeros((1, BLOCK_D), dtype=tl.int32)  # the interpreter cannot mix masks and scalars
-    y_1d = rotated(x_ptr, cos_ptr, sin_ptr, at_1, position + one_1, col_d, mask_1d, HEAD_DIM)
+    y_1d = rotated(x_ptr, cos_ptr, sin_ptr, at_1, position + one_1, table_rows, col_d, mask_1d, HEAD_DIM)
     y_1d = y_1d.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + (token * HEADS + head) * HEAD_DIM + col_d[None, :], y_1d, mask=mask_1d & (head_1d < HEADS))
     if KV_HEADS > 0:
         kv_head = (head - HEADS) % KV_HEADS
         slot_1d = ((token // tokens * KV_HEADS + kv_head) * slots + position) * HEAD_DIM + col_d[None, :]
+        position_1d = position + tl.zeros((1, BLOCK_D), dtype=tl.int64)
+        mask_1d = mask_1d & (position_1d >= 0) & (position_1d < slots)
         is_key_1d = (head_1d >= HEADS) & (head_1d < HEADS + KV_HEADS)
         is_value_1d = head_1d >= HEADS + KV_HEADS
         tl.store(key_ptr + slot_1d, y_1d, mask=mask_1d & is_key_1d)
@@ -117,7 +124,7 @@ def launch(
     Args:
         x: packed projections ``[b, t, n]`` where there are caches, else heads ``[b, t, h, d]``.
         cos_sd, sin_sd: float32 tables, at least as long as the cache.
-        position_bt: int64 position of each token, inside tables and cache: this is not checked.
+        position_bt: int64 position of each token. One outside the cache is not written.
         k_cache_bksd, v_cache_bksd: mutated; they may have more rows than x. Or None.
         chip: compute capability to make it for; None: that of the tensors' device.
 
@@ -139,6 +146,7 @@ def launch(
     arguments = {
         "x_ptr": x, "cos_ptr": cos_sd, "sin_ptr": sin_sd, "position_ptr": position_bt, "out_ptr": out,
         "key_ptr": k_cache_bksd, "value_ptr": v_cache_bksd, "tokens": tokens, "slots": slots,
+        "table_rows": cos_sd.shape[0],
     }  # fmt: skip
     constants = {
         "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim,

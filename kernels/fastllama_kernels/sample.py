@@ -61,7 +61,8 @@ def _score(logit, token, draw_key, temperature):
 @triton.jit
 def _number(logit):
     """A logit in float32; minus infinity where it is no number."""
-    return tl.where(logit == logit, logit, float("-inf")).to(tl.float32)
+    logit = logit.to(tl.float32)
+    return tl.where(logit == logit, logit, float("-inf"))
 
 
 @triton.jit
@@ -88,8 +89,8 @@ def _race_kernel(
     PDL: tl.constexpr,
 ):
     pdl.let_next_start(PDL)
-    row = tl.program_id(1)
-    block_p = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    row = tl.program_id(0)
+    block_p = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     token_pn = block_p[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     pdl.wait_for_previous(PDL)
 
@@ -179,6 +180,17 @@ def _kth_of_chosen(logits_ptr, chosen_ptr, chosen, low, k, highest, vocab, TILE:
 
 
 @triton.jit
+def _kth_of_tile(rank_pn, low, k, highest):
+    """The same where the chosen blocks are one tile, which stays in registers."""
+    high, found = highest + 1, 0
+    while (low + 1 < high) & (found != k):
+        middle = (low & high) + ((low ^ high) >> 1)
+        found = tl.sum(tl.sum((rank_pn >= middle).to(tl.int32), axis=1), axis=0)
+        low, high = tl.where(found >= k, middle, low), tl.where(found >= k, high, middle)
+    return low
+
+
+@triton.jit
 def _settle_kernel(
     logits_ptr,
     temperature_ptr,
@@ -220,7 +232,8 @@ def _settle_kernel(
         highest, rank_p = _rank(top), tl.where(mask_p, _rank(maximum_p), LOWEST)
         least = tl.where(min_p > 0, top + temperature * tl.log(tl.maximum(min_p, 1e-30)), float("-inf"))
         floor = tl.minimum(_rank(least), highest)
-        low = floor
+        rank = _rank(tl.load(logits_ptr + token).to(tl.float32))
+        low = tl.maximum(floor, rank + 1)  # where all are kept by rank, none but the winner and those above it matter
         if by_rank:
             low = tl.full((), LOWEST, tl.int32)
             if top_k <= blocks:  # as many blocks have a token of this rank or higher
@@ -233,12 +246,15 @@ def _settle_kernel(
         weight_p = tl.load(weight_ptr + at_p, mask=mask_p, other=0.0)
         total = tl.sum(weight_p * tl.exp((maximum_p - top) / temperature), axis=0)
         if by_rank:
-            low = _kth_of_chosen(logits_ptr, chosen_ptr, chosen, low, top_k, highest, vocab, TILE, BLOCK)
+            if chosen <= TILE:
+                logit_pn, _ = _load_chosen(logits_ptr, chosen_ptr, chosen, 0, vocab, TILE, BLOCK)
+                low = _kth_of_tile(_rank(logit_pn), low, top_k, highest)
+            else:
+                low = _kth_of_chosen(logits_ptr, chosen_ptr, chosen, low, top_k, highest, vocab, TILE, BLOCK)
             total = _weigh(logits_ptr, chosen_ptr, chosen, low, top, temperature, vocab, TILE, BLOCK)
             floor = tl.maximum(floor, low)
 
         draw_key = _draw_key(seed_ptr, position_ptr, row)
-        rank = _rank(tl.load(logits_ptr + token).to(tl.float32))
         searching = tl.full((), 1, tl.int1)
         while searching:
             if rank < floor:
@@ -269,8 +285,6 @@ def launches(
     check_dtype("logits", logits_bv)
     check("logits", logits_bv, logits_bv, (None, None))
     batch, vocab = logits_bv.shape
-    if not 1 <= vocab < 2**31:
-        raise ValueError(f"logits have shape {tuple(logits_bv.shape)}, expected at least one token")
     for name, value in params._asdict().items():
         is_count = name in ("top_k", "seed")
         check(name, value, logits_bv, (batch,), torch.int64 if is_count else torch.float32)
@@ -286,7 +300,7 @@ def launches(
     race = Launch(
         "race",
         _race_kernel,
-        (cdiv(blocks, RACE_BLOCKS), batch),
+        (batch, cdiv(blocks, RACE_BLOCKS)),
         {"logits_ptr": logits_bv, "temperature_ptr": params.temperature, "seed_ptr": params.seed,
          "position_ptr": position_b, **of_blocks, **sizes},
         {"BLOCKS": RACE_BLOCKS, "BLOCK": BLOCK, "PDL": with_pdl},

@@ -32,8 +32,8 @@ def silu_mul_ref(x: torch.Tensor, activation: int = 0) -> torch.Tensor:
 @triton.jit
 def _silu_mul_kernel(x_ptr, y_ptr, features, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     pdl.let_next_start(PDL)
-    row = tl.program_id(1).to(tl.int64)
-    col_f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    col_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = col_f < features
     pdl.wait_for_previous(PDL)
     gate_f = tl.load(x_ptr + row * 2 * features + col_f, mask=mask, other=0.0).to(tl.float32)
@@ -55,7 +55,7 @@ def launch(x: torch.Tensor, activation: int = 0, chip: tuple[int, int] | None = 
     """
     check_dtype("x", x)
     check("x", x, x)
-    if x.shape[-1] % 2 or not x.numel():
+    if x.shape[-1] % 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected an even number of features: gate and up")
     if activation not in range(len(ACTIVATIONS)):
         raise ValueError(f"activation is number {activation}, expected 0 to {len(ACTIVATIONS) - 1}")
@@ -64,7 +64,7 @@ def launch(x: torch.Tensor, activation: int = 0, chip: tuple[int, int] | None = 
     with_pdl = pdl.used(x.device, chip)
     arguments = {"x_ptr": x, "y_ptr": y, "features": features}
     constants = {"ACTIVATION": activation, "BLOCK": BLOCK, "PDL": with_pdl}
-    grid = (cdiv(features, BLOCK), y.numel() // features)
+    grid = (y.numel() // features, cdiv(features, BLOCK))  # the first dimension has no limit that rows would reach
     return Launch("silu_mul", _silu_mul_kernel, grid, arguments, constants, x.nbytes, y.nbytes, pdl=with_pdl), y
 
 

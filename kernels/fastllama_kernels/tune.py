@@ -59,9 +59,9 @@ def _best_of_shape(shape: Shape, device: torch.device) -> Iterator[tuple[str, st
     matrices = {(packed, m, False), (m, shape.heads * d, False), (f, m, True), (m, f, False)}
     for (n, k, gated), rows in itertools.product(sorted(matrices | {(shape.vocab_size, m, False)}), ROWS):
         tile, seconds, moved = _best_gemv(rows, n, k, gated, device)
-        yield "gemv", configs.gemv_key(rows, n, k, gated), tile, seconds, moved
+        yield "gemv", configs.gemv_key(rows, n, k, torch.bfloat16, gated), tile, seconds, moved
     tile, seconds, moved = _best_attention(shape, device)
-    yield "decode_attention", str(d), tile, seconds, moved
+    yield "decode_attention", configs.attention_key(d, torch.bfloat16, 16), tile, seconds, moved
 
 
 def _best_gemv(rows: int, n: int, k: int, gated: bool, device: torch.device) -> tuple[configs.GemvTile, float, int]:

@@ -24,8 +24,8 @@ def assert_as_exact() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], No
     def check(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> None:
         assert ours.dtype == torchs.dtype
         assert ours.shape == torchs.shape == exact.shape
-        # Operands are of unit size: two roundings of the result, a few of the float32 sums before it.
-        unit = 2 * torch.finfo(ours.dtype).eps + 16 * torch.finfo(torch.float32).eps
+        # Operands are of unit size: the rounding of the result, a few of the float32 sums before it.
+        unit = torch.finfo(ours.dtype).eps / 2 + 16 * torch.finfo(torch.float32).eps
         rounding = unit * exact.abs().max().clamp(min=1)
         bound = (2 * (torchs.double() - exact).abs().max()).clamp(min=rounding)
         assert (ours.double() - exact).abs().max() <= bound

@@ -5,10 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from fastllama_kernels.__main__ import main
 from fastllama_kernels.audit import CHIPS, Finding, programs_per_multiprocessor, width
+
+GOOD = Finding(
+    name="x", arch=90, registers=64, spills=0, shared_bytes=1024, programs=8, widest_load=16, widest_store=16,
+    narrowest_weight_load=16, matrix_instructions=0, pdl_instructions=2, is_dependent=True, wants_pdl=True,
+    writes_early=False, reads_early=False, weights_are_late=False,
+)  # fmt: skip
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,19 +48,26 @@ def test_an_unknown_chip_is_refused_in_one_line() -> None:
         ({"spills": 3}, ["spills (3)"]),
         ({"shared_bytes": 1 << 20}, ["1048576 bytes of shared memory, the chip has fewer"]),
         ({"narrowest_weight_load": 8}, ["weights are loaded 8 bytes at a time"]),
+        ({"narrowest_weight_load": 0}, ["weights are loaded 0 bytes at a time"]),
         ({"narrowest_weight_load": None}, []),
         ({"pdl_instructions": 1}, ["no programmatic dependent launch"]),
-        ({"pdl_instructions": 0, "wants_pdl": False}, []),
+        ({"is_dependent": False}, ["no programmatic dependent launch"]),
+        ({"pdl_instructions": 0, "is_dependent": False, "wants_pdl": False}, []),
+        ({"writes_early": True}, ["memory is touched before the kernel waits for the one before it"]),
+        ({"reads_early": True}, ["memory is touched before the kernel waits for the one before it"]),
+        ({"weights_are_late": True}, ["no weights are on their way when the kernel waits"]),
     ],
     ids=str,
 )
 def test_what_must_not_be_is_a_fault(changed, said) -> None:
-    good = {
-        "name": "x", "arch": 90, "registers": 64, "spills": 0, "shared_bytes": 1024, "programs": 8, "widest_load": 16,
-        "widest_store": 16, "narrowest_weight_load": 16, "matrix_instructions": 0, "pdl_instructions": 2,
-        "wants_pdl": True,
-    }  # fmt: skip
-    assert Finding(**(good | changed)).faults == said
+    assert replace(GOOD, **changed).faults == said
+
+
+@pytest.mark.parametrize(("spills", "code"), [(0, 0), (3, 1)])
+def test_a_fault_makes_the_command_fail(monkeypatch, capsys, spills, code) -> None:
+    monkeypatch.setattr("fastllama_kernels.audit.audit", lambda archs, workers: [replace(GOOD, spills=spills)])
+    assert main(["audit", "--arch", "sm_90"]) == code
+    assert ("fault: spills (3)" in capsys.readouterr().out) == bool(code)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastllama_kernels import decode_attention as op
-from fastllama_kernels.attention import MAX_TOKENS, rotary_attention_ref
+from fastllama_kernels.attention import MAX_HEAD_DIM, MAX_TOKENS, rotary_attention_ref, rotate
 
 pytestmark = pytest.mark.triton
 SETTINGS = settings(deadline=None, max_examples=10 if torch.cuda.is_available() else 40)  # a GPU's are compiled each
@@ -51,23 +51,22 @@ def run(args: list[torch.Tensor], splits: int | None, **others) -> torch.Tensor:
 @SETTINGS
 @given(
     t=st.integers(1, MAX_TOKENS), kv_heads=st.integers(1, 2), groups=st.sampled_from([1, 2, 4, 7, 32]),
-    d=st.sampled_from([8, 24, 64, 80, 128, 256]), dtype=st.sampled_from(DTYPES),
+    d=st.integers(1, MAX_HEAD_DIM // 8).map(lambda eights: 8 * eights), dtype=st.sampled_from(DTYPES),
     starts=st.lists(st.integers(0, SLOTS - MAX_TOKENS), min_size=1, max_size=2),
-    splits=st.sampled_from([1, 2, 3, 8, None]),
+    splits=st.sampled_from([1, 2, 3, 8, None]), seed=st.integers(0, 999),
 )  # fmt: skip
 def test_rotary_attention_is_as_exact_as_torch(
-    device, assert_as_exact, t, kv_heads, groups, d, dtype, starts, splits
+    device, assert_as_exact, t, kv_heads, groups, d, dtype, starts, splits, seed
 ) -> None:
+    torch.manual_seed(seed)
     args = draw(device, len(starts), t, kv_heads, groups, d, dtype, starts)
     torchs = [x.clone() for x in args]
     for cache in torchs[4:]:
         cache.nan_to_num_()  # the masked reference reads every slot
     reference = rotary_attention_ref(*torchs)
-    arrived = torch.zeros(len(starts) * kv_heads * 8, dtype=torch.int32, device=device)
+    arrived = torch.zeros(len(starts) * kv_heads * groups, dtype=torch.int32, device=device)  # as the engine has them
     found = run(args, splits, arrived=arrived)
     assert not arrived.any()  # as the next launch expects it
-    from fastllama_kernels.attention import rotate
-
     heads = args[0].view(len(starts), t, -1, d)[:, :, : groups * kv_heads]
     q = rotate(heads, args[1][args[3]][:, :, None], args[2][args[3]][:, :, None])
     exact = attend_in_float64(q, args[3], *torchs[4:])
@@ -80,12 +79,14 @@ def test_rotary_attention_is_as_exact_as_torch(
 
 @SETTINGS
 @given(
-    t=st.sampled_from([1, 3, 8]), kv_heads=st.integers(1, 2), groups=st.sampled_from([1, 3, 32]),
-    d=st.sampled_from([8, 64, 96]), dtype=st.sampled_from(DTYPES), data=st.data(), splits=st.sampled_from([1, 4]),
+    t=st.integers(1, MAX_TOKENS), kv_heads=st.integers(1, 2), groups=st.sampled_from([1, 3, 5, 32]),
+    d=st.integers(1, MAX_HEAD_DIM // 8).map(lambda eights: 8 * eights), dtype=st.sampled_from(DTYPES), data=st.data(),
+    splits=st.sampled_from([1, 4]), seed=st.integers(0, 999),
 )  # fmt: skip
 def test_attention_between_start_and_position_is_as_exact_as_torch(
-    device, assert_as_exact, t, kv_heads, groups, d, dtype, data, splits
+    device, assert_as_exact, t, kv_heads, groups, d, dtype, data, splits, seed
 ) -> None:
+    torch.manual_seed(seed)
     q = torch.randn(2, t, kv_heads * groups, d, device=device).to(dtype)
     caches = torch.randn(2, 3, kv_heads, SLOTS, d, device=device).to(dtype)
     first = [data.draw(st.integers(0, SLOTS - t - 1)) for _ in range(2)]
@@ -117,6 +118,35 @@ def test_rows_of_the_cache_beyond_the_batch_are_left_alone(device) -> None:
     assert (args[5][1:] == 2.0).all()
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_position_beyond_the_cache_writes_nothing_and_sees_all_of_it(device, splits) -> None:
+    args = draw(device, 1, 1, 2, 2, 16, torch.float32, [SLOTS - 1])
+    for cache in args[4:]:
+        cache.nan_to_num_()
+    args[3].fill_(SLOTS + 700)
+    before = [cache.clone() for cache in args[4:]]
+    assert run(args, splits).isfinite().all()
+    assert all(torch.equal(cache, held) for cache, held in zip(args[4:], before, strict=True))
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_query_that_sees_nothing_gives_zeros(device, splits) -> None:
+    q, caches = torch.randn(1, 2, 4, 16, device=device), torch.randn(2, 1, 2, 64, 16, device=device)
+    position, start = torch.tensor([[3, 4]], device=device), torch.tensor([9], device=device)
+    made, found = op.launch(q, position, *caches, start_b=start, splits=splits)
+    made.run()
+    assert (found == 0).all()
+
+
+def test_one_launch_serves_every_length() -> None:
+    made = []
+    for live in (1, 299):
+        args = draw("cpu", 1, 1, 2, 2, 16, torch.float32, [live])
+        made.append(op.launch(args[0], args[3], *args[4:], tables=tuple(args[1:3]))[0])
+    assert made[0].signature == made[1].signature
+    assert (made[0].constants, made[0].grid) == (made[1].constants, made[1].grid)
+
+
 def test_launches_are_as_many_as_fill_the_chip_and_no_shorter_than_a_tile() -> None:
     def splits(slots: int, batch: int) -> int:
         cache = torch.empty(batch, 8, slots, 64, dtype=torch.bfloat16, device="meta")
@@ -139,7 +169,7 @@ def test_launches_are_as_many_as_fill_the_chip_and_no_shorter_than_a_tile() -> N
         ({"q": torch.randn(3, 1, 4, 16)}, "q has 3 rows, the cache holds 2"),
         ({"q": torch.randn(1, 1, 4, 16).half()}, "key_cache is torch.float32"),
         ({"start_b": torch.zeros(2, dtype=torch.long)}, "start has shape"),
-        ({"arrived": torch.zeros(1, dtype=torch.int32)}, "expected 2 int32"),
+        ({"arrived": torch.zeros(1, dtype=torch.int32)}, "arrived has 1 counters, expected at least 2"),
         ({"position_bt": torch.zeros(1, 2, dtype=torch.long)}, "positions has shape"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -205,7 +205,7 @@ def test_uniform_numbers_are_uniform_and_uncorrelated() -> None:
         ({"logits": torch.randn(40, 2).T}, "logits has strides"),
         ({"logits": torch.randn(2, 40, dtype=torch.float64)}, "float64, expected float32, bfloat16 or float16"),
         ({"logits": torch.randn(2, 3, 4)}, "logits has shape"),
-        ({"logits": torch.empty(2, 0)}, "at least one token"),
+        ({"logits": torch.empty(2, 0)}, "no empty one"),
         ({"temperature": torch.ones(3)}, "temperature has shape"),
         ({"top_k": torch.ones(2, dtype=torch.int32)}, "top_k is torch.int32, expected torch.int64"),
         ({"position": torch.ones(2)}, "positions is torch.float32"),
