@@ -24,6 +24,7 @@ MIN_CAPABILITY = (8, 0)
 LAYER_FIELDS, layers = layers_op.FIELDS, layers_op.layers  # where runs_layers_at_once
 SamplingParams = sampling_op.SamplingParams
 OPS_PER_LAYER = 5
+HEADS_TAKEN = f"the kernel takes multiples of 8 up to {attention_op.MAX_HEAD_DIM}"
 
 
 class Choice(NamedTuple):
@@ -77,8 +78,7 @@ def _attention_takes(device_type: str, head_dim: int) -> bool:
 
 @functools.cache
 def _log_head_dim(head_dim: int) -> None:
-    said = "head_dim %d is no multiple of 8 up to %d; attention runs on torch's own operators, which is slower"
-    logger.warning(said, head_dim, attention_op.MAX_HEAD_DIM)
+    logger.warning("head_dim %d: %s; attention runs on torch's own operators, which is slower", head_dim, HEADS_TAKEN)
 
 
 def _fits(x: torch.Tensor) -> bool:
@@ -156,20 +156,23 @@ def kernels_per_step(device: torch.device | str, dtype: torch.dtype, layers: int
     return 1 + 1 + 1 if device.type == "cpu" else OPS_PER_LAYER * layers + 1 + 2
 
 
-def report(device: torch.device | str, dtype: torch.dtype) -> list[Choice]:
-    """What a decode step on this device and dtype would run, op by op, and why."""
+def report(device: torch.device | str, dtype: torch.dtype, head_dim: int | None = None) -> list[Choice]:
+    """What a decode step on this device, in this dtype and with such heads, would run, op by op, and why."""
     device = torch.device(device)
     reason = _without_kernels(str(device), dtype)
     on_cpu = device.type == "cpu"
     chosen = ("C++ kernel" if on_cpu else "Triton kernel") if reason is None else "torch"
     rows, tokens = linear_op.MAX_ROWS.get(device.type, 0), attention_op.MAX_TOKENS
     beyond = "torch's flash attention above" if on_cpu else "torch's attention above, masked"
+    attention = Choice("rotary_attention", chosen, reason or f"up to {tokens} tokens a row; {beyond}")
+    if not reason and head_dim and not attention_op.takes(device.type, head_dim):
+        attention = Choice("rotary_attention", "torch", f"head_dim {head_dim}: {HEADS_TAKEN}")
     at_once = [Choice("layers", chosen, f"all in one operation, up to {rows} rows")] if on_cpu and not reason else []
     return [
         *at_once,
         Choice("linear", chosen, reason or f"up to {rows} rows; torch's GEMM above"),
         Choice("gate_up", chosen, reason or f"up to {rows} rows; torch's GEMM above"),
-        Choice("rotary_attention", chosen, reason or f"up to {tokens} tokens a row; {beyond}"),
+        attention,
         Choice("sample", chosen, reason or "without sorting the vocabulary"),
         Choice("embedding, bookkeeping", "Inductor", "fused by torch.compile"),
     ]

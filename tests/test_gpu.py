@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from fastllama import LlamaConfig, LlamaForCausalLM, graphs
+from fastllama.fused import FusedDecoder
+from fastllama_kernels import pdl
 
 pytestmark = pytest.mark.gpu
 
@@ -38,6 +40,50 @@ def test_greedy_tokens_equal_the_eager_forward(model) -> None:
     assert model.generate(ids, max_new_tokens=20).tolist() == greedy(model, ids, 20).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_16_bit_step_errs_no_more_than_twice_what_the_eager_forward_does(monkeypatch, dtype, rows) -> None:
+    torch.manual_seed(2)
+    exact = LlamaForCausalLM(SMALL).eval().cuda()
+    ours = LlamaForCausalLM(SMALL).eval().to(dtype).cuda()
+    ours.load_state_dict(exact.state_dict())
+    exact.load_state_dict(ours.state_dict())  # the same weights, rounded
+    seen, genuine = [], FusedDecoder.logits
+    monkeypatch.setattr(FusedDecoder, "logits", lambda net, x: seen.append(genuine(net, x)) or seen[-1])
+    monkeypatch.setattr("fastllama.graphs._compile", lambda step, graphs: step)  # so that every step's logits are seen
+    monkeypatch.setenv(graphs.SWITCH, graphs.INDUCTOR)
+    ids = torch.randint(0, 512, (rows, 33), device="cuda")
+    tokens = ours.generate(ids, max_new_tokens=64)
+    with torch.no_grad():
+        true, eager = exact(tokens[:, :-1]).logits[:, 32:], ours(tokens[:, :-1]).logits[:, 32:]
+    bound = 2 * (eager.double() - true).abs().max()
+    steps = torch.stack(seen[-64:], dim=1)
+    assert (steps.double() - true).abs().max() <= bound
+
+
+def test_dependent_launches_change_no_token(monkeypatch) -> None:
+    ids, texts = torch.randint(0, 512, (2, 20), device="cuda"), []
+    for switch in ("1", "0"):
+        monkeypatch.setenv(pdl.SWITCH, switch)
+        pdl.used.cache_clear()
+        torch.manual_seed(3)
+        texts.append(LlamaForCausalLM(SMALL).eval().cuda().generate(ids, max_new_tokens=900).tolist())
+    pdl.used.cache_clear()
+    assert texts[0] == texts[1]
+
+
+def test_replays_never_wait_for_the_device(model) -> None:
+    ids = torch.randint(0, 512, (1, 10), device="cuda")
+    model.generate(ids, max_new_tokens=20)
+    launched, genuine = [], torch.cuda.Event.synchronize
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lambda *args: launched.append("device"))
+        patch.setattr(torch.cuda.Event, "synchronize", lambda event: launched.append("burst") or genuine(event))
+        model.generate(ids, max_new_tokens=65)
+    assert "device" not in launched
+    assert len(launched) <= 65 // 8 + 2  # one look at each burst of eight
+
+
 def test_no_graph_is_recorded_after_warmup_and_held_outputs_stay(model, monkeypatch) -> None:
     model.warmup(max_batch_size=4, max_cache_len=512)
     recorded, genuine = [], torch.cuda.CUDAGraph.capture_begin
@@ -51,7 +97,8 @@ def test_no_graph_is_recorded_after_warmup_and_held_outputs_stay(model, monkeypa
     with torch.compiler.set_stance("fail_on_recompile"):
         for call in range(200):
             length, rows, new = (int(torch.randint(1, n, (), generator=random)) for n in (301, 5, 20))
-            settings = {"do_sample": True, "temperature": 0.7} if call % 2 else {}
+            settings = [{}, {"temperature": 0.7}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.1, "top_p": 0.95}][call % 4]
+            settings |= {"do_sample": bool(settings)}
             out = model.generate(torch.randint(0, 512, (rows, length), device="cuda"), max_new_tokens=new, **settings)
             held.append((out, out.tolist()))
     assert recorded == []

@@ -29,6 +29,13 @@ def test_triton_kernels_run_on_gpus_that_have_what_they_need(monkeypatch) -> Non
     assert ops.kernels_per_step("cuda:0", torch.bfloat16, layers=16) == 83
 
 
+def test_heads_that_the_kernel_does_not_take_are_reported(monkeypatch) -> None:
+    on_chip(monkeypatch, (9, 0))
+    choices = {choice.op: choice for choice in ops.report("cuda:0", torch.bfloat16, head_dim=20)}
+    assert choices["rotary_attention"][1:] == ("torch", "head_dim 20: the kernel takes multiples of 8 up to 256")
+    assert choices["linear"].implementation == "Triton kernel"
+
+
 def test_on_a_cpu_all_layers_are_one_operation() -> None:
     assert ops.report("cpu", torch.float32)[0] == ("layers", "C++ kernel", "all in one operation, up to 4 rows")
     assert ops.kernels_per_step("cpu", torch.float32, layers=16) == 3
@@ -39,8 +46,8 @@ def test_heads_that_the_kernel_does_not_take_are_told_once(caplog) -> None:
     with caplog.at_level(logging.WARNING):
         assert [ops._attention_takes("cuda", dim) for dim in (64, 20, 20, 264)] == [True, False, False, False]
     assert [record.message.split(";")[0] for record in caplog.records] == [
-        "head_dim 20 is no multiple of 8 up to 256",
-        "head_dim 264 is no multiple of 8 up to 256",
+        "head_dim 20: the kernel takes multiples of 8 up to 256",
+        "head_dim 264: the kernel takes multiples of 8 up to 256",
     ]
     assert ops._attention_takes("cpu", 20)
 

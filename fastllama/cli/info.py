@@ -62,7 +62,7 @@ def gather(model: str, dtype: str | None, device: str, context: int | None) -> d
     return {
         "model": {"name": model} | {field: getattr(config, field) for field in SHAPE_FIELDS},
         "decoding": _decoding(config, where, context or config.max_position_embeddings),
-        "ops": [choice._asdict() for choice in ops.report(where, getattr(torch, config.dtype))],
+        "ops": [choice._asdict() for choice in ops.report(where, getattr(torch, config.dtype), config.head_dim)],
         "machine": _machine(where),
         "versions": versions(),
     }

@@ -10,6 +10,7 @@ the interpreter, the constant ``PDL`` is False and all of this is nothing.
 """
 
 import functools
+import os
 
 import torch
 import triton
@@ -17,11 +18,17 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 MIN_CAPABILITY = (9, 0)
+SWITCH = "FASTLLAMA_PDL"
 
 
 @functools.cache
 def used(device: torch.device, chip: tuple[int, int] | None = None) -> bool:
-    """Whether a kernel is launched so: on this device, or where one is given, on a chip of this compute capability."""
+    """Whether a kernel is launched so: on this device, or where one is given, on a chip of this compute capability.
+
+    Never where the environment variable ``FASTLLAMA_PDL`` is 0: a way to tell an error of these launches from others.
+    """
+    if os.environ.get(SWITCH) == "0":
+        return False
     if chip is None:
         if device.type != "cuda" or torch.version.hip:
             return False

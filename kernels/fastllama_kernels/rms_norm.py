@@ -6,8 +6,7 @@
 over the last dimension, in float32, rounded once at the end (arXiv 1910.07467).
 
 Bytes moved: x and y once each; x, z and both results once each. One program a row, which holds the row on the chip.
-A decode step has no use for it where the norm is part of the GEMV; it is for more rows than those, and for the end of a
-prefill.
+The engine does not call it: its GEMVs contain the norm, and above their rows Inductor fuses it.
 
 Shape suffixes: leading dimensions ``...``, ``m`` model dim.
 """

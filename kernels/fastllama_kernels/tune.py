@@ -2,11 +2,14 @@
 
 Every candidate runs in a CUDA graph over as many copies of its weights (or caches) as overflow the L2 cache by far, so
 that it is timed as it runs in a step: on memory that has been left alone for a while. Results must agree with torch's,
-or the candidate is dropped.
+or the candidate is dropped. The table is written after every shape of a kernel, and what it has for this hardware is
+not measured again: a run that is cut short loses nothing, the next one goes on.
 """
 
+import functools
 import itertools
 import json
+import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.errors import TritonError
 
 from fastllama_kernels import attention, configs, decode_attention, gemv, linear
 from fastllama_kernels.launch import Launch
@@ -27,10 +31,13 @@ LIVE = 4096  # tokens in the cache
 FILE = Path(__file__).with_name("configs.json")
 
 Make = Callable[[int], Launch]  # the launch on a numbered copy of the weights
+Measure = Callable[[], tuple[Any, float, int]]  # the best tile, its seconds and the bytes it moves
+
+logger = logging.getLogger(__name__)
 
 
 def tune(names: Sequence[str], device: torch.device, file: Path = FILE) -> Iterator[str]:
-    """Tune every kernel for the named shapes of ``SHAPES``; yields a line for each, then writes the table.
+    """Tune every kernel for the named shapes of ``SHAPES``; yields a line for each that it has written to the table.
 
     Args:
         names: of shapes.
@@ -40,28 +47,31 @@ def tune(names: Sequence[str], device: torch.device, file: Path = FILE) -> Itera
     chip = configs.capability(device)
     where = f"sm_{chip[0]}{chip[1]}"
     measured_by = {"hardware": torch.cuda.get_device_name(device), "triton": triton.__version__}
-    found: dict[str, dict[str, Any]] = {"gemv": {}, "decode_attention": {}}
-    for name in names:
-        for kernel, key, tile, seconds, moved in _best_of_shape(SHAPES[name], device):
-            found[kernel][key] = tile._asdict()
-            yield f"{name}: {kernel} {key}: {tile}, {seconds * 1e6:.1f} us, {moved / seconds / 1e9:.0f} GB/s"
     table = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    for kernel, tiles in found.items():
-        before = table.setdefault(kernel, {}).get(where, {}).get("tiles", {})
-        table[kernel][where] = measured_by | {"tiles": before | tiles}
-    file.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    for name in names:
+        for kernel, key, measure in _to_measure(SHAPES[name], device):
+            entry: dict[str, Any] = table.setdefault(kernel, {}).get(where, {})
+            if {field: entry.get(field) for field in measured_by} != measured_by:
+                entry = {**measured_by, "tiles": {}}
+            if key in entry["tiles"]:
+                continue
+            tile, seconds, moved = measure()
+            entry["tiles"][key] = tile._asdict()
+            table[kernel][where] = entry
+            file.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            yield f"{name}: {kernel} {key}: {tile}, {seconds * 1e6:.1f} us, {moved / seconds / 1e9:.0f} GB/s"
 
 
-def _best_of_shape(shape: Shape, device: torch.device) -> Iterator[tuple[str, str, Any, float, int]]:
-    """Kernel, key in the table, best tile, its seconds and the bytes it moves."""
+def _to_measure(shape: Shape, device: torch.device) -> Iterator[tuple[str, str, Measure]]:
+    """Kernel, key in the table, and what finds the best tile."""
     m, f, d = shape.hidden_size, shape.intermediate_size, shape.head_dim
     packed = (shape.heads + 2 * shape.kv_heads) * d
     matrices = {(packed, m, False), (m, shape.heads * d, False), (f, m, True), (m, f, False)}
     for (n, k, gated), rows in itertools.product(sorted(matrices | {(shape.vocab_size, m, False)}), ROWS):
-        tile, seconds, moved = _best_gemv(rows, n, k, gated, device)
-        yield "gemv", configs.gemv_key(rows, n, k, torch.bfloat16, gated), tile, seconds, moved
-    tile, seconds, moved = _best_attention(shape, device)
-    yield "decode_attention", configs.attention_key(d, torch.bfloat16, 16), tile, seconds, moved
+        key = configs.gemv_key(rows, n, k, torch.bfloat16, gated)
+        yield "gemv", key, functools.partial(_best_gemv, rows, n, k, gated, device)
+    key = configs.attention_key(d, torch.bfloat16, 16)
+    yield "decode_attention", key, functools.partial(_best_attention, shape, device)
 
 
 def _best_gemv(rows: int, n: int, k: int, gated: bool, device: torch.device) -> tuple[configs.GemvTile, float, int]:
@@ -79,11 +89,11 @@ def _best_gemv(rows: int, n: int, k: int, gated: bool, device: torch.device) -> 
         made = [gemv.launch(x, weight, None, None, EPS, None, silu, tile=tile) for weight in weights]
         return lambda copy: made[copy][0], made[0][1]
 
-    tiles = (
-        configs.GemvTile(block_n, block_k, warps, 1)
-        for block_n, block_k, warps in itertools.product((2, 4, 8, 16, 32, 64), (64, 128, 256, 512, 1024), (2, 4, 8))
-        if 8 <= block_n * block_k * (1 + gated) // (32 * warps) <= 64 and (rows == 1 or block_n >= 16)
-    )
+    if rows == 1:  # a row of the tile is one load of every thread; see configs.gemv
+        sizes = [(n, 256 * warps, warps) for n, warps in itertools.product((1, 2, 4, 8), (2, 4))]
+    else:
+        sizes = list(itertools.product((16, 32, 64), (128, 256, 512), (4,)))
+    tiles = (configs.GemvTile(*size, stages) for size, stages in itertools.product(sizes, (3, 4, 5)))
     tile, seconds = _fastest(tiles, candidate, expected, copies)
     return tile, seconds, weights[0].nbytes
 
@@ -101,7 +111,7 @@ def _best_attention(shape: Shape, device: torch.device) -> tuple[configs.Attenti
         made = [decode_attention.launch(q, position, k, v, arrived=arrived, tile=tile) for k, v in caches]
         return lambda copy: made[copy][0], made[0][1]
 
-    tiles = itertools.starmap(configs.AttentionTile, itertools.product((32, 64, 128), (2, 4, 8), (1, 2, 3)))
+    tiles = itertools.starmap(configs.AttentionTile, itertools.product((32, 64, 128), (2, 4, 8), (1, 2, 3, 4)))
     tile, seconds = _fastest(tiles, candidate, out.transpose(1, 2), copies)
     return tile, seconds, caches[0].nbytes
 
@@ -118,8 +128,9 @@ def _fastest(
         make, result = candidate(tile)
         try:
             seconds = _time(make, copies)
-        except triton.runtime.errors.OutOfResources:
-            continue  # more shared memory than the chip has
+        except TritonError as error:
+            logger.info("%s does not run: %s", tile, error)  # more shared memory than the chip has, for one
+            continue
         if torch.allclose(result, expected, rtol=0.02, atol=0.05):
             times[tile] = seconds
     if not times:

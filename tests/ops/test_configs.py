@@ -38,3 +38,10 @@ def test_a_row_of_the_tile_is_one_wide_load_of_every_thread(dtype, k_in) -> None
 def test_kernels_are_dependents_from_compute_capability_9_on(chip, used) -> None:
     assert pdl.used(torch.device("meta"), chip) == used
     assert not pdl.used(torch.device("cpu"))
+
+
+def test_dependent_launches_can_be_switched_off(monkeypatch) -> None:
+    pdl.used.cache_clear()
+    monkeypatch.setenv(pdl.SWITCH, "0")
+    assert not pdl.used(torch.device("meta"), (9, 0))
+    pdl.used.cache_clear()

@@ -8,7 +8,7 @@ import torch
 from fastllama_kernels import cpu_extension
 from fastllama_kernels.attention import rotary_attention
 from fastllama_kernels.layers import layers
-from fastllama_kernels.linear import ACTIVATIONS, gate_up, linear
+from fastllama_kernels.linear import gate_up, linear
 
 LAYERS, M, F, HEADS, KV_HEADS, D, SLOTS = 3, 24, 40, 4, 2, 8, 20
 EPS = 1e-5
@@ -55,7 +55,6 @@ def one_by_one(x, cos, sin, position, weights, k_caches, v_caches, activation) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("b", "t", "bias", "activation"), [(1, 1, False, "silu"), (2, 2, True, "gelu")])
 def test_it_is_its_operations_one_after_the_other(dtype, b, t, bias, activation) -> None:
-    assert activation in ACTIVATIONS
     *args, k_caches, v_caches = draw(b, t, dtype, bias)
     copies = [[cache.clone() for cache in caches] for caches in (k_caches, v_caches)]
     expected = one_by_one(*args, *copies, activation)
@@ -74,6 +73,4 @@ def test_a_number_of_weights_that_does_not_fit_the_caches_is_refused() -> None:
 
 def test_schema_and_fake_are_right() -> None:
     args = draw(1, 1, torch.float32, False)
-    torch.library.opcheck(
-        torch.ops.fastllama.layers.default, (*args, EPS, 0), test_utils=("test_schema", "test_faketensor")
-    )
+    torch.library.opcheck(torch.ops.fastllama.layers.default, (*args, EPS, 0))

@@ -1,4 +1,4 @@
-"""RMSNorm and the gated activation in Triton against float64, next to torch's own error in the same dtype."""
+"""RMSNorm in Triton against float64, next to torch's own error in the same dtype."""
 
 from __future__ import annotations
 
