@@ -49,7 +49,7 @@ class Scale:
         models: of each shape the name, as ``from_pretrained`` takes it.
         dtype: of unquantized weights.
         batches: three of them.
-        short, long: tokens of the prompts.
+        short, long, longest: tokens of the prompts.
         new_tokens: of each decode.
         kernel_rounds: of the kernel table.
     """
@@ -59,6 +59,7 @@ class Scale:
     batches: tuple[int, int, int]
     short: int
     long: int
+    longest: int
     new_tokens: int
     kernel_rounds: int
 
@@ -74,6 +75,7 @@ FULL = Scale(
     batches=(1, 8, 32),
     short=512,
     long=8192,
+    longest=32672,  # with the new tokens 32k
     new_tokens=96,
     kernel_rounds=3,
 )
@@ -83,6 +85,7 @@ TINY = Scale(
     batches=(1, 2, 2),
     short=16,
     long=160,
+    longest=320,
     new_tokens=64,
     kernel_rounds=1,
 )
@@ -120,8 +123,30 @@ STEPS = (
     Step("1b-batches", "1B shape, larger batches, short context", 25, 90, 8, True),
     Step("8b-long", "8B shape, long context, and short context in a long cache", 55, 150, 36, True),
     Step("1b-long", "1B shape, the same, and the largest batch", 40, 120, 45, True),
+    Step("8b-32k", "8B shape, batch 1, 32k tokens", 60, 180, 60),
     Step("quantized", "int8 and int4, batch 1", 15, 120, 24),
     Step("8b-long-largest", "8B shape, largest batch, long context", 70, 150, 110),
+)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a decode in bf16 is to reach on an H200: a step in so many microseconds, or so much of the bandwidth."""
+
+    shape: str
+    batch: int
+    prompt_len: int
+    step_us: float | None = None
+    mbu: float | None = None
+
+
+GOALS_OF = "H200"
+GOALS = (
+    Goal("1b", 1, FULL.short, step_us=640),
+    Goal("8b", 1, FULL.short, step_us=3880),
+    Goal("1b", 8, FULL.short, step_us=712),
+    Goal("1b", 32, FULL.short, step_us=824),
+    Goal("8b", 1, FULL.longest, mbu=0.9),
 )
 
 
@@ -149,6 +174,7 @@ def points(step: str, scale: Scale) -> tuple[Point, ...]:
             replace(at_long, batch=some),
             replace(at_long, batch=many),
         ),
+        "8b-32k": (Point(shape, one, scale.longest, scale.slots(scale.longest), rounds=1, warmups=1),),
         "8b-long-largest": (replace(at_long, batch=many, rounds=1, warmups=1),),
         "quantized": tuple(
             Point(model, one, scale.short, short, quantize=precision, is_profiled=True)

@@ -155,13 +155,16 @@ def look_at_machine(task: Task) -> None:
 
 
 def measure_operations(task: Task) -> None:
-    """A kernel table of each shape, batch 1, at the short context."""
+    """A kernel table of each shape, batch 1, at the short context, and of attention at the longest."""
     scale = task.scale
-    for shape, model in scale.models:
-        with told_in_one_line(task, f"kernels of {shape}"):
-            live, slots = scale.short + scale.new_tokens // 2, scale.slots(scale.short)
+    everything = [(shape, model, scale.short, None) for shape, model in scale.models]
+    (longest_shape, longest_model) = scale.models[-1]
+    attention = (longest_shape, longest_model, scale.longest, ("attention",))  # whose cache no GPU's cache holds
+    for shape, model, prompt_len, only in (*everything, attention):
+        with told_in_one_line(task, f"kernels of {shape} at {prompt_len} tokens"):
+            live, slots = prompt_len + scale.new_tokens // 2, scale.slots(prompt_len)
             shapes = Shapes.of(task.name_of(model), scale.dtype, task.device, live=live, capacity=slots)
-            report = measure_kernels(shapes, scale.kernel_rounds, log)
+            report = measure_kernels(shapes, scale.kernel_rounds, log, only)
             if task.is_rehearsal:
                 continue
             if not report.parity:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .plan import GOALS, GOALS_OF
+
 MAX_LINES = 58
 MAX_WIDTH = 160
 PEER_COLUMNS = {  # of each peer its names in a record: where it ran, and where it did not
@@ -13,7 +15,7 @@ PEER_COLUMNS = {  # of each peer its names in a record: where it ran, and where 
     "gpt-fast": ("gpt-fast",),
 }
 DECODE_COLUMNS = (
-    "decode", "step us", "floor us", "MBU", "tok/s", "parity", "compiled", "recorded", "host us", "kernels",
+    "decode", "step us", "goal", "floor us", "MBU", "tok/s", "parity", "compiled", "recorded", "host us", "kernels",
     "kernel us", *PEER_COLUMNS,
 )  # fmt: skip
 KERNEL_COLUMNS = ("operation", "runs", "calls", "us", "GB/s", "MBU", "torch takes")
@@ -92,6 +94,7 @@ def _decode_row(record: Record, launches: Record) -> Row:
     return (
         _title(record),
         f"{1e3 * tpot_ms['p50']:.1f}" if tpot_ms else "",
+        _goal(record),
         f"{1e3 * record['floor_ms']:.1f}",
         f"{100 * record['mbu']:.1f}%",
         f"{record['tokens_per_second']:.1f}",
@@ -103,6 +106,19 @@ def _decode_row(record: Record, launches: Record) -> Row:
         _number(launches.get("kernel_us_per_step"), ".1f"),
         *(_ratio(record["peers"], names) for names in PEER_COLUMNS.values()),
     )
+
+
+def _goal(record: Record) -> str:
+    """What this decode is to reach, and whether it does; empty where nothing is asked."""
+    point = (record.get("shape"), record["batch"], record["prompt_len"])
+    goals = [goal for goal in GOALS if (goal.shape, goal.batch, goal.prompt_len) == point]
+    gpu = record["environment"].get("gpu")
+    if not goals or not gpu or GOALS_OF not in gpu["name"] or record.get("quantize") or not record["tpot_ms"]:
+        return ""
+    (goal,) = goals
+    if goal.step_us is not None:
+        return f"{goal.step_us:.0f} {'met' if 1e3 * record['tpot_ms']['p50'] <= goal.step_us else 'missed'}"
+    return f"{100 * (goal.mbu or 0):.0f}% {'met' if record['mbu'] >= (goal.mbu or 0) else 'missed'}"
 
 
 def _kernel_row(record: Record, kernel: Mapping[str, Any]) -> Row:

@@ -7,7 +7,7 @@ compared with float64 before anything is timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -146,13 +146,16 @@ class KernelReport:
 
 
 @torch.no_grad()
-def measure_kernels(shapes: Shapes, rounds: int, say: Say = lambda message: None) -> KernelReport:
+def measure_kernels(
+    shapes: Shapes, rounds: int, say: Say = lambda message: None, only: Collection[str] | None = None
+) -> KernelReport:
     """Check and time every operation of a decode step.
 
     Args:
         shapes: of model, batch and cache.
         rounds: timed cycles through the copies, for each operation and each of its references.
         say: told what is about to run.
+        only: names of the operations; None: all.
 
     Raises:
         ValueError: the copies of an operation's weights or cache do not fit the memory.
@@ -162,7 +165,8 @@ def measure_kernels(shapes: Shapes, rounds: int, say: Say = lambda message: None
         probe = BandwidthProbe(device)
         kernels: list[KernelFigures] = []
         for op in step_ops(shapes):
-            kernels.append(_measure(op, device, rounds, probe, say))
+            if only is None or op.info.name in only:
+                kernels.append(_measure(op, device, rounds, probe, say))
             del op  # its memory is given back before the next one is made
         return KernelReport(shapes, rounds, tuple(kernels), probe.best)
 

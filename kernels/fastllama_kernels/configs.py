@@ -66,8 +66,8 @@ def gemv(chip: tuple[int, int], rows: int, n_out: int, k_in: int, dtype: torch.d
     if rows == 1:
         # One load of every thread for a row of the tile: only then have x and the matrix one layout in registers.
         warps = max(1, min(4, next_power_of_2(k_in) // (32 * wide)))
-        stages = 3 if chip >= (10, 0) else 4  # ptxas spills with four there
-        return GemvTile(block_n=2 if gated else 4, block_k=32 * wide * warps, warps=warps, stages=stages)
+        is_small = gated or chip >= (10, 0)  # where ptxas would spill some registers of larger tiles
+        return GemvTile(block_n=2 if is_small else 4, block_k=32 * wide * warps, warps=warps, stages=4)
     block_k = max(16, min(256, next_power_of_2(k_in)) // (2 if gated else 1))
     if dtype == torch.float32:  # whose products take more registers
         return GemvTile(block_n=16, block_k=min(32, block_k), warps=4, stages=3)

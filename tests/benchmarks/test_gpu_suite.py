@@ -15,7 +15,7 @@ import torch
 
 from fastllama_benchmarks import gpu_suite
 from fastllama_benchmarks.gpu.plan import FULL, STEPS, TESTS, TINY, Step, points
-from fastllama_benchmarks.gpu.table import MAX_LINES, report
+from fastllama_benchmarks.gpu.table import MAX_LINES, _goal, report
 from fastllama_benchmarks.gpu_suite import Process, Suite, file_name, main, marked_files
 from fastllama_benchmarks.records import read
 
@@ -251,7 +251,8 @@ def test_a_decode_is_a_row_with_its_host_time_launches_and_peers() -> None:
     assert "commit abc, with changes" in lines[1]
     (row,) = [line.split() for line in lines if line.startswith("1b bf16 b1 512/640")]
     assert row[4:] == [
-        "800.0", "600.0", "75.0%", "1250.0", "passed", "0", "2", "90.0", "163", "700.2", "12.35x", "wrong", "-"
+        "800.0", "640", "missed", "600.0", "75.0%", "1250.0", "passed", "0", "2", "90.0", "163", "700.2", "12.35x",
+        "wrong", "-",
     ]  # fmt: skip
     assert "gpt-fast not run: no such folder" in lines
     assert "transformers static+compile FAILED parity at 1b bf16 b1 512/640: far off" in lines
@@ -305,3 +306,23 @@ def test_the_steps_of_a_rehearsal_measure_nothing(tmp_path) -> None:
     command += [argument for name, path in files.items() for argument in (f"--{name}", path)]
     subprocess.run(command, check=True, capture_output=True)
     assert not any(Path(path).exists() for path in files.values())
+
+
+# ---- goals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gpu", "fields", "said"),
+    [
+        ("NVIDIA H200", {"tpot_ms": {"p50": 0.64}}, "640 met"),
+        ("NVIDIA H200", {"tpot_ms": {"p50": 0.641}}, "640 missed"),
+        ("NVIDIA H200", {"shape": "8b", "prompt_len": FULL.longest, "mbu": 0.91}, "90% met"),
+        ("NVIDIA H200", {"shape": "8b", "prompt_len": FULL.longest, "mbu": 0.89}, "90% missed"),
+        ("NVIDIA H200", {"batch": 3}, ""),
+        ("NVIDIA H200", {"quantize": "int8"}, ""),
+        ("NVIDIA A100", {}, ""),
+    ],
+)
+def test_a_decode_that_has_a_goal_is_held_against_it(gpu, fields, said) -> None:
+    record = decode_record({}) | {"environment": {"gpu": {"name": gpu}}}
+    assert _goal(record | fields) == said
