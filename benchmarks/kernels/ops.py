@@ -143,7 +143,7 @@ def _attention(shapes: Shapes) -> StepOp:
     return StepOp(
         OpInfo(
             "attention",
-            "rotary, attention",
+            "rotary, KV write, attention",
             f"{live} slots",
             config.num_hidden_layers,
             2 * b * kv_heads * live * d * shapes.dtype.itemsize,

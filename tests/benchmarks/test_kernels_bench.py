@@ -22,6 +22,7 @@ from fastllama_benchmarks.kernels.measure import INDUCTOR, KERNEL, Check, check,
 from fastllama_benchmarks.kernels.ops import PLAIN, TORCH, step_ops
 from fastllama_benchmarks.kernels.step import Shapes, StepOp
 from fastllama_benchmarks.records import new_record, read
+from fastllama_kernels.step import SHAPES, parts
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
@@ -64,6 +65,11 @@ def shapes_of(batch: int = 1, live: int = 20, capacity: int = 24, **changes: Any
 
 def op_named(name: str, **arguments: Any) -> StepOp:
     return next(op for op in step_ops(shapes_of(**arguments)) if op.info.name == name)
+
+
+def test_rows_have_the_names_that_the_plan_of_a_step_has() -> None:
+    planned = {part.name for part in parts(SHAPES["llama-3.2-1b"], chip=(9, 0)) if not part.name.startswith("draw")}
+    assert planned <= {op.info.label for op in step_ops(shapes_of())}
 
 
 # ---- what the operations are ---------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def test_the_plan_is_printed_kernel_by_kernel(capsys) -> None:
     text = capsys.readouterr().out
     assert "nine tenths of the data sheet" in text
     assert text.splitlines()[-1].endswith("step")
-    for name in ("norm, q/k/v", "rotary, KV write, attention", "norm, gate/up, SiLU", "norm, head", "draw: race"):
+    for name in ("norm, q/k/v", "rotary, KV write, attention", "norm, gate/up, silu", "norm, head", "draw: race"):
         assert name in text
 
 
