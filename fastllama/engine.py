@@ -198,7 +198,7 @@ class Engine:
 
     @property
     def compiled_steps(self) -> tuple[tuple[Any, ...], ...]:
-        """What has been compiled: ("prefill", batch, tokens) and ("decode", batch)."""
+        """What has been compiled: ("prefill", batch, tokens) and ("decode", batch, 1)."""
         return self._steps.keys
 
     def serves(self, model: LlamaForCausalLM) -> bool:

@@ -148,7 +148,7 @@ def runs_layers_at_once(x_btm: torch.Tensor) -> bool:
 
 
 def kernels_per_step(device: torch.device | str, dtype: torch.dtype, layers: int) -> int | None:
-    """Our kernels in a decode step, to which Inductor adds embedding and bookkeeping. None: all are Inductor's."""
+    """Our kernels in a decode step of few rows; Inductor adds embedding and bookkeeping. None: all are Inductor's."""
     device = torch.device(device)
     if _without_kernels(str(device), dtype):
         return None

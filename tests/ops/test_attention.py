@@ -142,3 +142,13 @@ def test_schema_and_fake_are_right(t) -> None:
     if t == 1:
         args.append(torch.zeros(8, dtype=torch.int32))
     torch.library.opcheck(overload.default, args)
+
+
+def test_what_is_no_number_stays_none() -> None:
+    qkv, cos, sin, position, k_cache, v_cache = draw(1, 1, 1, 4, 16, torch.float32, [70])
+    qkv[0, 0, :16] = torch.nan  # the first query head
+    for cache in (k_cache, v_cache):
+        cache.nan_to_num_()
+    out = rotary_attention(qkv, cos, sin, position, k_cache, v_cache)
+    assert out[0, 0, :16].isnan().all()
+    assert out[0, 0, 16:].isfinite().all()

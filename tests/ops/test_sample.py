@@ -179,7 +179,8 @@ def test_the_compiled_reference_draws_the_same() -> None:
 def test_logits_that_are_no_numbers_give_some_token(sample) -> None:
     logits = torch.randn(3, 300)
     logits[0, 7], logits[1], logits[2, 9] = torch.nan, torch.nan, torch.inf
-    for choice in ((0.0, 0, 1.0, 0.0), (1.0, 5, 0.9, 0.1)):
+    logits[1, :40] = 0.0  # fewer numbers than the top-k below asks for
+    for choice in ((0.0, 0, 1.0, 0.0), (1.0, 5, 0.9, 0.1), (1.0, 299, 0.9, 0.0)):
         token = sample(logits, params_of(3, *choice), torch.arange(3))
         assert ((token >= 0) & (token < 300)).all()
 

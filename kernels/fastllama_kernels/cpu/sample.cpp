@@ -162,7 +162,7 @@ int64_t draw(const T* logits, int64_t vocab, const Settings& settings) {
     first = blocks ? kth_largest(maxima, settings.top_k) : -kInfinity;
   }
   Pool pool = gather(logits, vocab, maxima, first);
-  if (by_rank) pool.drop_below(kth_largest(pool.logit, settings.top_k));
+  if (by_rank) pool.drop_below(kth_largest(pool.logit, std::min(settings.top_k, pool.size())));  // NaNs are not in it
   weigh(pool, top, settings.temperature);
   const float total = by_mass ? weight_above(pool, -kInfinity) : 0;
   pool.drop_below(least);

@@ -52,19 +52,21 @@ inline void store16(float* p, f32x16 x) { std::memcpy(p, &x, sizeof(x)); }
 
 inline f32x16 max16(f32x16 a, f32x16 b) { return a > b ? a : b; }
 
-// e to the x, within two units in the last place (Cephes' polynomial), for -87 <= x <= 88; less gives about 1e-38.
+// e to the x, within two units in the last place (Cephes' polynomial), for -87 <= x <= 88; less gives about 1e-38, and
+// what is no number stays none.
 inline f32x16 exp16(f32x16 x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, held in the lowest bits
-  x = max16(x, f32x16{} - 87.f);
-  const f32x16 shifted = x * 1.44269504f + kRound, n = shifted - kRound;
-  const f32x16 r = x - n * 0.693359375f - n * -2.12194440e-4f;
+  const f32x16 bounded = max16(x, f32x16{} - 87.f);
+  const f32x16 shifted = bounded * 1.44269504f + kRound, n = shifted - kRound;
+  const f32x16 r = bounded - n * 0.693359375f - n * -2.12194440e-4f;
   f32x16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  return reinterpret_cast<f32x16>(reinterpret_cast<u32x16>(p) + (reinterpret_cast<u32x16>(shifted) << 23));
+  const auto result = reinterpret_cast<f32x16>(reinterpret_cast<u32x16>(p) + (reinterpret_cast<u32x16>(shifted) << 23));
+  return x == x ? result : x;
 }
 
 inline float sum16(f32x16 x) {
