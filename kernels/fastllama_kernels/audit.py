@@ -107,7 +107,14 @@ def launches(arch: int) -> dict[str, Launch]:
     chip = divmod(arch, 10)
     found: dict[Any, tuple[str, Launch]] = {}
     for name, made in _all_launches(chip):
-        key = (made.kernel, tuple(sorted(made.constants.items())), made.signature, made.warps, made.stages)
+        key = (
+            made.kernel,
+            tuple(sorted(made.constants.items())),
+            made.signature,
+            made.warps,
+            made.stages,
+            made.max_registers,
+        )
         found.setdefault(key, (name, made))
     return dict(found.values())
 

@@ -24,11 +24,11 @@ import triton
 import triton.language as tl
 
 from fastllama_kernels import configs, pdl
-from fastllama_kernels.attention import MAX_HEAD_DIM, MAX_TOKENS, masked_attention
+from fastllama_kernels.attention import MAX_TOKENS, masked_attention
 from fastllama_kernels.checks import check, check_dtype
 from fastllama_kernels.launch import Launch, cdiv, next_power_of_2
 from fastllama_kernels.products import dot
-from fastllama_kernels.rotary import check_packed, check_tables, rotated
+from fastllama_kernels.rotary import Sizes, check_head_dim, check_packed, check_tables, rotated
 
 MAX_SPLITS = 64
 PROGRAMS = 2  # that a multiprocessor is to run at once: enough to fill it, and few enough for long splits
@@ -104,16 +104,7 @@ def _decode_attention_kernel(
 
     position_t = tl.load(position_ptr + row * TOKENS + token_t, mask=token_t < TOKENS, other=-1)
     position_m = tl.load(position_ptr + row * TOKENS + token_m, mask=mask_m, other=-1)
-    live = tl.max(position_t + 1, axis=0).to(tl.int32)  # pyright: ignore[reportAttributeAccessIssue]
-    live = tl.minimum(live, slots)  # so that nothing outside the cache is read or written
-    start = 0
-    if start_ptr is not None:
-        start = tl.load(start_ptr + row).to(tl.int32)
-    seen = tl.maximum(live - start, 0)
-    length = tl.cdiv(tl.cdiv(seen, splits), BLOCK_S) * BLOCK_S
-    used = tl.maximum(tl.cdiv(seen, tl.maximum(length, 1)), 1)  # where nothing is seen, one program writes zeros
-    first = start + split * length
-    last = tl.minimum(first + length, live)
+    first, last, used = _slots_of(split, splits, position_t, start_ptr, row, slots, BLOCK_S)
 
     if split < used:
         at_m = (row * TOKENS + token_m).to(tl.int64) * stride_t + head_m * HEAD_DIM
@@ -128,32 +119,23 @@ def _decode_attention_kernel(
             v_td = tl.load(q_ptr + at_t[:, None] + kv_heads * HEAD_DIM + col_d[None, :], mask=mask_td, other=0.0)
             tl.store(key_ptr + slot_td, k_td.to(key_ptr.dtype.element_ty), mask=mask_td)
             tl.store(value_ptr + slot_td, v_td, mask=mask_td)
-            tl.debug_barrier()
+            tl.debug_barrier()  # every thread sees the new slots
         else:
             q_md = tl.load(q_ptr + at_m[:, None] + col_d[None, :], mask=mask_md, other=0.0)
 
-        top_m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-        sum_m = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        acc_md = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-        for begin in range(first, last, BLOCK_S):
-            slot_s = begin + tl.arange(0, BLOCK_S)
-            mask_s = slot_s < last
-            at_sd = cache + slot_s.to(tl.int64)[:, None] * HEAD_DIM + col_d[None, :]
-            mask_sd = mask_s[:, None] & mask_d[None, :]
-            k_sd = tl.load(key_ptr + at_sd, mask=mask_sd, other=0.0)
-            score_ms = dot(q_md, tl.trans(k_sd), tl.zeros((BLOCK_M, BLOCK_S), dtype=tl.float32))
-            score_ms *= scale * 1.4426950408889634  # powers of 2 from here on
-            visible_ms = mask_s[None, :] & (slot_s[None, :] <= position_m[:, None])
-            score_ms = tl.where(visible_ms, score_ms, float("-inf"))
-            new_m = tl.maximum(top_m, tl.max(score_ms, axis=1))
-            base_m = tl.where(new_m == float("-inf"), 0.0, new_m)  # nothing is visible yet
-            p_ms = tl.exp2(score_ms - base_m[:, None])
-            decay_m = tl.exp2(top_m - base_m)
-            v_sd = tl.load(value_ptr + at_sd, mask=mask_sd, other=0.0)
-            acc_md = dot(p_ms.to(v_sd.dtype), v_sd, acc_md * decay_m[:, None])
-            sum_m = sum_m * decay_m + tl.sum(p_ms, axis=1)
-            top_m = new_m
-
+        top_m, sum_m, acc_md = _attend(
+            q_md,
+            key_ptr + cache,
+            value_ptr + cache,
+            first,
+            last,
+            position_m,
+            scale,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_S,
+            BLOCK_D,
+        )
         if used == 1:
             out_m = (row * TOKENS + token_m).to(tl.int64) * (heads * HEAD_DIM) + head_m * HEAD_DIM
             out_md = acc_md / tl.where(sum_m > 0, sum_m, 1.0)[:, None]
@@ -174,6 +156,60 @@ def _decode_attention_kernel(
                         heads, GROUPS, HEAD_DIM, QUERIES, JOIN_M, JOIN_P, BLOCK_D,
                     )  # fmt: skip
                 tl.store(counter, 0)  # as the next launch expects it
+
+
+@triton.jit
+def _slots_of(split, splits, position_t, start_ptr, row, slots, BLOCK_S: tl.constexpr):
+    """A split's first slot and the one after its last, and how many splits have any (one, where none is seen)."""
+    live = tl.max(position_t + 1, axis=0).to(tl.int32)  # pyright: ignore[reportAttributeAccessIssue]
+    live = tl.minimum(live, slots)  # so that nothing outside the cache is read or written
+    start = 0
+    if start_ptr is not None:
+        start = tl.maximum(tl.load(start_ptr + row).to(tl.int32), 0)
+    seen = tl.maximum(live - start, 0)
+    length = tl.cdiv(tl.cdiv(seen, splits), BLOCK_S) * BLOCK_S
+    first = start + split * length
+    return first, tl.minimum(first + length, live), tl.maximum(tl.cdiv(seen, tl.maximum(length, 1)), 1)
+
+
+@triton.jit
+def _attend(
+    q_md,
+    key_ptr,
+    value_ptr,
+    first,
+    last,
+    position_m,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Of some slots the highest scores (as powers of 2), the sums of weights, and the weighted sums of values."""
+    col_d = tl.arange(0, BLOCK_D)
+    top_m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    sum_m = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    acc_md = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    for begin in range(first, last, BLOCK_S):
+        slot_s = begin + tl.arange(0, BLOCK_S)
+        mask_s = slot_s < last
+        at_sd = slot_s.to(tl.int64)[:, None] * HEAD_DIM + col_d[None, :]
+        mask_sd = mask_s[:, None] & (col_d < HEAD_DIM)[None, :]
+        k_sd = tl.load(key_ptr + at_sd, mask=mask_sd, other=0.0)
+        score_ms = dot(q_md, tl.trans(k_sd), tl.zeros((BLOCK_M, BLOCK_S), dtype=tl.float32))
+        score_ms *= scale * 1.4426950408889634
+        visible_ms = mask_s[None, :] & (slot_s[None, :] <= position_m[:, None])
+        score_ms = tl.where(visible_ms, score_ms, float("-inf"))
+        new_m = tl.maximum(top_m, tl.max(score_ms, axis=1))
+        base_m = tl.where(new_m == float("-inf"), 0.0, new_m)  # nothing is visible yet
+        p_ms = tl.exp2(score_ms - base_m[:, None])
+        decay_m = tl.exp2(top_m - base_m)
+        v_sd = tl.load(value_ptr + at_sd, mask=mask_sd, other=0.0)
+        acc_md = dot(p_ms.to(v_sd.dtype), v_sd, acc_md * decay_m[:, None])
+        sum_m = sum_m * decay_m + tl.sum(p_ms, axis=1)
+        top_m = new_m
+    return top_m, sum_m, acc_md
 
 
 @triton.jit
@@ -254,24 +290,10 @@ def launch(
     Raises:
         ValueError: arguments that the kernel would misread.
     """
-    check_dtype("q", q)
-    check("q", q, q)
-    if tables is None:
-        batch, tokens, heads, kv_heads, slots, head_dim = _check_plain(q, k_cache_bksd, v_cache_bksd)
-        tables_or_none = (None, None)
-        check("positions", position_bt, q, (batch, tokens), torch.int64)
-        out = torch.empty_like(q)
-    else:
-        batch, tokens, heads, kv_heads, slots, head_dim = check_packed(q, k_cache_bksd, v_cache_bksd)
-        tables_or_none = tables
-        check_tables(q, *tables, position_bt, (batch, tokens), slots, head_dim)
-        out = q.new_empty((batch, tokens, heads * head_dim))
-    if not 1 <= tokens <= MAX_TOKENS:
-        raise ValueError(f"there are {tokens} query tokens a row, the kernel takes 1 to {MAX_TOKENS}")
-    if tokens > slots:
-        raise ValueError(f"there are {tokens} query tokens a row, the cache has {slots} slots")
-    if start_b is not None:
-        check("start", start_b, q, (batch,), torch.int64)
+    sizes = _check_arguments(q, position_bt, k_cache_bksd, v_cache_bksd, start_b, tables)
+    batch, tokens, heads, kv_heads, slots, head_dim = sizes
+    out = q.new_empty((batch, tokens, heads, head_dim) if tables is None else (batch, tokens, heads * head_dim))
+    cos_sd, sin_sd = tables or (None, None)
     target = chip or configs.capability(q.device)
     groups = heads // kv_heads
     queries = tokens * groups
@@ -295,7 +317,7 @@ def launch(
     join_p = max(1, min(MAX_SPLITS, JOINED // (join_m * block_d)))
     with_pdl = pdl.used(q.device, chip)
     arguments = {
-        "q_ptr": q, "cos_ptr": tables_or_none[0], "sin_ptr": tables_or_none[1], "position_ptr": position_bt,
+        "q_ptr": q, "cos_ptr": cos_sd, "sin_ptr": sin_sd, "position_ptr": position_bt,
         "start_ptr": start_b, "key_ptr": k_cache_bksd, "value_ptr": v_cache_bksd, "out_ptr": out, "top_ptr": top,
         "sum_ptr": total, "acc_ptr": acc, "arrived_ptr": arrived, "slots": slots, "kv_heads": kv_heads,
         "splits": splits, "scale": head_dim**-0.5,
@@ -322,10 +344,34 @@ def launch(
     return made, out
 
 
-def _check_plain(
-    q_bthd: torch.Tensor, k_cache_bksd: torch.Tensor, v_cache_bksd: torch.Tensor
-) -> tuple[int, int, int, int, int, int]:
-    """Batch, tokens, heads, KV heads, slots and head dim; raises ValueError where they do not fit each other."""
+def _check_arguments(
+    q: torch.Tensor,
+    position_bt: torch.Tensor,
+    k_cache_bksd: torch.Tensor,
+    v_cache_bksd: torch.Tensor,
+    start_b: torch.Tensor | None,
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
+) -> Sizes:
+    """The sizes; raises ValueError for what the kernel would misread."""
+    check_dtype("q", q)
+    check("q", q, q)
+    if tables is None:
+        sizes = _check_plain(q, k_cache_bksd, v_cache_bksd)
+        check("positions", position_bt, q, (sizes.batch, sizes.tokens), torch.int64)
+    else:
+        sizes = check_packed(q, k_cache_bksd, v_cache_bksd)
+        check_tables(q, *tables, position_bt, sizes)
+    if not 1 <= sizes.tokens <= MAX_TOKENS:
+        raise ValueError(f"there are {sizes.tokens} query tokens a row, the kernel takes 1 to {MAX_TOKENS}")
+    if sizes.tokens > sizes.slots:
+        raise ValueError(f"there are {sizes.tokens} query tokens a row, the cache has {sizes.slots} slots")
+    if start_b is not None:
+        check("start", start_b, q, (sizes.batch,), torch.int64)
+    return sizes
+
+
+def _check_plain(q_bthd: torch.Tensor, k_cache_bksd: torch.Tensor, v_cache_bksd: torch.Tensor) -> Sizes:
+    """The sizes; raises ValueError where they do not fit each other."""
     check("key_cache", k_cache_bksd, q_bthd, (None, None, None, None))
     check("value_cache", v_cache_bksd, q_bthd, k_cache_bksd.shape)
     rows, kv_heads, slots, head_dim = k_cache_bksd.shape
@@ -333,12 +379,11 @@ def _check_plain(
         raise ValueError(
             f"q has shape {tuple(q_bthd.shape)}, expected (batch, tokens, a multiple of {kv_heads} heads, {head_dim})"
         )
-    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim is {head_dim}, the kernel takes multiples of 8 up to {MAX_HEAD_DIM}")
+    check_head_dim(head_dim)
     batch, tokens, heads, _ = q_bthd.shape
     if batch > rows:
         raise ValueError(f"q has {batch} rows, the cache holds {rows}")
-    return batch, tokens, heads, kv_heads, slots, head_dim
+    return Sizes(batch, tokens, heads, kv_heads, slots, head_dim)
 
 
 def decode_attention(

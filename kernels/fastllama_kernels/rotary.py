@@ -14,6 +14,8 @@ Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``h`` query 
 ``n`` = (h + 2k)·d packed features.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -137,10 +139,11 @@ def launch(
         if x.dim() != 4:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, tokens, heads, head_dim)")
         batch, tokens, heads, head_dim = x.shape
-        kv_heads, slots = 0, 0
+        sizes = Sizes(batch, tokens, heads, 0, 0, head_dim)
     else:
-        batch, tokens, heads, kv_heads, slots, head_dim = check_packed(x, k_cache_bksd, v_cache_bksd)
-    check_tables(x, cos_sd, sin_sd, position_bt, (batch, tokens), slots, head_dim)
+        sizes = check_packed(x, k_cache_bksd, v_cache_bksd)
+    check_tables(x, cos_sd, sin_sd, position_bt, sizes)
+    batch, tokens, heads, kv_heads, slots, head_dim = sizes
     out = x.new_empty((batch, tokens, heads, head_dim))
     with_pdl = pdl.used(x.device, chip)
     arguments = {
@@ -157,10 +160,19 @@ def launch(
     return Launch(name, _rotary_kernel, grid, arguments, constants, x.nbytes, x.nbytes, warps=1, pdl=with_pdl), out
 
 
-def check_packed(
-    qkv_btn: torch.Tensor, k_cache_bksd: torch.Tensor, v_cache_bksd: torch.Tensor
-) -> tuple[int, int, int, int, int, int]:
-    """Batch, tokens, heads, KV heads, slots and head dim; raises ValueError where they do not fit each other."""
+class Sizes(NamedTuple):
+    """Of an op's arguments, once they are known to fit each other; 0 KV heads and slots where there is no cache."""
+
+    batch: int
+    tokens: int
+    heads: int
+    kv_heads: int
+    slots: int
+    head_dim: int
+
+
+def check_packed(qkv_btn: torch.Tensor, k_cache_bksd: torch.Tensor, v_cache_bksd: torch.Tensor) -> Sizes:
+    """The sizes; raises ValueError where they do not fit each other."""
     if qkv_btn.dim() != 3:
         raise ValueError(
             f"qkv has shape {tuple(qkv_btn.shape)}, expected (batch, tokens, (heads + 2 kv_heads) head_dim)"
@@ -175,26 +187,25 @@ def check_packed(
         )
     if batch > rows:
         raise ValueError(f"qkv has {batch} rows, the cache holds {rows}")
-    return batch, tokens, heads, kv_heads, slots, head_dim
+    return Sizes(batch, tokens, heads, kv_heads, slots, head_dim)
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Raise ValueError for heads of a size that the kernels do not take."""
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim is {head_dim}, the kernel takes multiples of 8 up to {MAX_HEAD_DIM}")
 
 
 def check_tables(
-    x: torch.Tensor,
-    cos_sd: torch.Tensor,
-    sin_sd: torch.Tensor,
-    position_bt: torch.Tensor,
-    tokens: tuple[int, int],
-    slots: int,
-    head_dim: int,
+    x: torch.Tensor, cos_sd: torch.Tensor, sin_sd: torch.Tensor, position_bt: torch.Tensor, sizes: Sizes
 ) -> None:
     """Raise ValueError for rotary tables or positions that the kernel would misread."""
-    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim is {head_dim}, the kernel takes multiples of 8 up to {MAX_HEAD_DIM}")
-    check("cos", cos_sd, x, (None, head_dim), torch.float32)
+    check_head_dim(sizes.head_dim)
+    check("cos", cos_sd, x, (None, sizes.head_dim), torch.float32)
     check("sin", sin_sd, x, cos_sd.shape, torch.float32)
-    if cos_sd.shape[0] < slots:
-        raise ValueError(f"cos has {cos_sd.shape[0]} rows, the cache {slots} slots; there must be a row for each")
-    check("positions", position_bt, x, tokens, torch.int64)
+    if cos_sd.shape[0] < sizes.slots:
+        raise ValueError(f"cos has {cos_sd.shape[0]} rows, the cache {sizes.slots} slots; there must be a row for each")
+    check("positions", position_bt, x, (sizes.batch, sizes.tokens), torch.int64)
 
 
 def rotary(x_bthd: torch.Tensor, cos_sd: torch.Tensor, sin_sd: torch.Tensor, position_bt: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,8 @@ def tune(names: Sequence[str], device: torch.device, file: Path = FILE) -> Itera
     Args:
         names: of shapes.
         device: a CUDA device.
-        file: the table, which keeps what it holds for other chips and shapes.
+        file: the table, which keeps what it holds for other chips and shapes. What another model of GPU of the same
+            compute capability, or another Triton, has measured is replaced.
     """
     chip = configs.capability(device)
     where = f"sm_{chip[0]}{chip[1]}"
@@ -58,7 +59,9 @@ def tune(names: Sequence[str], device: torch.device, file: Path = FILE) -> Itera
             tile, seconds, moved = measure()
             entry["tiles"][key] = tile._asdict()
             table[kernel][where] = entry
-            file.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            written = file.with_suffix(".new")
+            written.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            written.replace(file)  # at once, so that there is never half a table
             yield f"{name}: {kernel} {key}: {tile}, {seconds * 1e6:.1f} us, {moved / seconds / 1e9:.0f} GB/s"
 
 

@@ -138,6 +138,14 @@ def test_a_query_that_sees_nothing_gives_zeros(device, splits) -> None:
     assert (found == 0).all()
 
 
+def test_a_start_before_the_cache_is_its_beginning(device) -> None:
+    q, caches = torch.randn(1, 1, 4, 16, device=device), torch.randn(2, 1, 2, 64, 16, device=device)
+    position, start = torch.tensor([[40]], device=device), torch.tensor([-900], device=device)
+    torch.testing.assert_close(
+        op.decode_attention(q, position, *caches, start), op.decode_attention(q, position, *caches)
+    )
+
+
 def test_one_launch_serves_every_length() -> None:
     made = []
     for live in (1, 299):
