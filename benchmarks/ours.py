@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from fastllama import GenerationConfig, LlamaForCausalLM
-from fastllama.generate import engine_of, make_request
+from fastllama.causal_lm import engine_of
+from fastllama.generation.generate import make_request
 
 from .costs import Compilations, counting
 from .harness import CUDA_CHUNK, Marks, Run, Workload

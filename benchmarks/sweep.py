@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from fastllama import LlamaConfig, LlamaForCausalLM
-from fastllama.engine import batch_bucket
-from fastllama.generate import engine_of
+from fastllama.causal_lm import engine_of
+from fastllama.engine.runner import batch_bucket
 from fastllama.measure import free_memory, kv_cache_bytes
 
 from .compare import Comparison, compare

@@ -22,9 +22,9 @@ import pytest
 import torch
 
 from fastllama import LlamaConfig, LlamaForCausalLM, StaticCache, load_tokenizer
-from fastllama.generate import engine_of
+from fastllama.causal_lm import engine_of
 from fastllama.sampling import SamplingParams, row_seeds, sample
-from fastllama_kernels.sampling import sample_ref
+from fastllama_kernels.sampling.op import sample_ref
 
 from .environment import commit
 from .harness import Workload

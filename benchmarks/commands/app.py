@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import typer
+from rich.console import RenderableType
 from typer.core import TyperGroup
 
+from fastllama import LlamaForCausalLM
 from fastllama.cli import options
 from fastllama.cli.console import errors_in_one_line, progress
 
@@ -29,6 +32,8 @@ from .shared import (
 )
 from .startup import startup
 from .sweep import sweep
+
+TABLE_TOKENS, TABLE_ROUNDS = 64, 2  # of each timed decode of generate_table
 
 
 class _DecodeByDefault(TyperGroup):
@@ -124,3 +129,16 @@ def prefill(
 
 for command in (startup, kernels, sweep):
     app.command()(command)
+
+
+def generate_table(
+    model: LlamaForCausalLM, prompt_ids: list[int], new_tokens: int, say: Callable[[str], None]
+) -> tuple[RenderableType, dict[str, Any]]:
+    """What ``fastllama generate --table`` shows: the prompt decoded again, compared with the eager forward."""
+    from ..compare import compare
+    from ..harness import Workload
+    from ..table import decode_table
+
+    workload = Workload((tuple(prompt_ids),), max(2, min(TABLE_TOKENS, new_tokens)))
+    comparison = compare(model, workload, rounds=TABLE_ROUNDS, peers=("eager",), say=say)
+    return decode_table(comparison), comparison.to_dict()

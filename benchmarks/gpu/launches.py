@@ -19,8 +19,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastllama import GenerationConfig, LlamaForCausalLM
-from fastllama.engine import Snapshot
-from fastllama.generate import engine_of, make_request
+from fastllama.causal_lm import engine_of
+from fastllama.engine.runner import Snapshot
+from fastllama.generation.generate import make_request
 
 from ..harness import CUDA_CHUNK, Workload
 

@@ -15,12 +15,12 @@ import torch
 from torch.nn import functional as F
 
 from fastllama import ops
-from fastllama.fused import ACTIVATION_OPS
-from fastllama.rope import rotary_cos_sin
+from fastllama.engine.decoder import ACTIVATION_OPS
+from fastllama.model.rope import rotary_cos_sin
 from fastllama.sampling import SamplingParams, row_seeds, sample
-from fastllama_kernels.attention import rotary_attention_ref
-from fastllama_kernels.linear import ACTIVATIONS, gate_up_ref, linear_ref
-from fastllama_kernels.sampling import sample_ref, uniform
+from fastllama_kernels.attention.op import rotary_attention_ref
+from fastllama_kernels.linear.op import ACTIVATIONS, gate_up_ref, linear_ref
+from fastllama_kernels.sampling.op import sample_ref, uniform
 
 from .step import Arguments, Function, OpInfo, Shapes, StepOp, nbytes
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastllama import LlamaConfig
-from fastllama.checkpoint import resolve
+from fastllama.loading.names import resolve
 
 POOL = 1_000_003  # random numbers that tensors are tiled from; prime, so that rows differ
 
@@ -111,7 +111,7 @@ class Shapes:
         """The shapes of a model by name; reads its config and not its weights.
 
         Args:
-            model: as for :func:`fastllama.checkpoint.resolve`.
+            model: as for :func:`fastllama.loading.names.resolve`.
             dtype: in place of the checkpoint's.
             device: where to put everything.
             batch, live: see Shapes.

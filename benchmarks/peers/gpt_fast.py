@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fastllama import LlamaConfig, LlamaForCausalLM
-from fastllama.checkpoint import save_model
+from fastllama.loading.save import save_model
 
 from ..harness import Unavailable, Workload
 from ..remote import Remote, worker_environment

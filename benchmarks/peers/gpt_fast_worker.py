@@ -24,10 +24,10 @@ import torch
 from safetensors import safe_open
 
 from fastllama import LlamaConfig
+from fastllama.loading.gguf import interleaved
 
 from ..harness import CUDA_CHUNK, Marks, Run, Unavailable, Workload
 from ..remote import serve
-from .rotary_layout import interleaved
 
 FILES = ("model.py", "generate.py")
 GREEDY = {"temperature": 1.0, "top_k": 1}  # ties are drawn by lot

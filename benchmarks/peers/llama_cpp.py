@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from fastllama import LlamaForCausalLM
+from fastllama.loading.gguf import check_expressible, import_gguf, write_gguf
 
 from ..harness import Run, Unavailable, Workload
-from .gguf_file import check_expressible, import_gguf, write_gguf
 
 NAME = "llama.cpp"
 PROGRAM = "llama-bench"
@@ -36,8 +36,11 @@ def open_llama_bench(model: LlamaForCausalLM, program: str | os.PathLike[str] | 
         Unavailable: a program or package is missing, or llama.cpp cannot compute this network.
     """
     found = find_llama_bench(program)
-    check_expressible(model.config, model.dtype)
-    import_gguf()
+    try:
+        check_expressible(model.config, model.dtype)
+        import_gguf()
+    except NotImplementedError as error:
+        raise Unavailable(str(error)) from error
     return LlamaBench(found, workspace / "model.gguf", model.device, partial(write_gguf, model))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllama import LlamaForCausalLM
-from fastllama.checkpoint import is_random, resolve, resolve_folder
+from fastllama.loading.names import is_random, resolve, resolve_folder
 
 from ..harness import CUDA_CHUNK, Unavailable, Workload, reason
 from ..ours import EAGER as EAGER_TITLE
@@ -218,7 +218,8 @@ def _gpt_fast(
 def _llama_bench(
     model: LlamaForCausalLM, program: Path | None, device: str, workload: Workload, workspace: Path
 ) -> Starter:
-    from ..peers.gguf_file import write_gguf
+    from fastllama.loading.gguf import write_gguf
+
     from ..peers.llama_cpp import find_llama_bench
 
     found = find_llama_bench(program)
