@@ -61,12 +61,12 @@ def _prefill_and_draw(
     net: FusedDecoder, ids_bt: torch.Tensor, position_bt: torch.Tensor, memory: Memory, rows: Rows
 ) -> None:
     """Write the last tokens of the rows' prompts to the cache and draw the first new ones."""
-    _draw(net, net(ids_bt, position_bt, *memory), rows)
+    _draw(net, net(ids_bt, position_bt, *memory)[:, -1], rows)
 
 
 def _decode_step(net: FusedDecoder, rows: Rows, memory: Memory) -> None:
     """From the rows' tokens to their next tokens, updating every buffer in place."""
-    _draw(net, net(rows.ids_b1, rows.position_b1, *memory), rows)
+    _draw(net, net(rows.ids_b1, rows.position_b1, *memory)[:, -1], rows)
 
 
 def _draw(net: FusedDecoder, x_bm: torch.Tensor, rows: Rows) -> None:

@@ -26,8 +26,7 @@ Tensor layers(Tensor x, Tensor cos, Tensor sin, Tensor positions, std::vector<Te
   for (size_t i = 0; i < count; ++i) {
     const Tensor* w = weights.data() + i * kTensors;
     const Tensor qkv = linear(x, w[1], unless_empty(w[2]), w[0], eps, std::nullopt);
-    const Tensor heads =
-        rotary_attention(qkv, cos, sin, positions, key_caches[i], value_caches[i], /*arrived=*/positions);
+    const Tensor heads = rotary_attention(qkv, cos, sin, positions, key_caches[i], value_caches[i]);
     x = linear(heads, w[3], unless_empty(w[4]), std::nullopt, 0.0, x);
     const Tensor ffn = gate_up(x, w[6], unless_empty(w[7]), w[5], eps, activation);
     x = linear(ffn, w[8], unless_empty(w[9]), std::nullopt, 0.0, x);

@@ -46,7 +46,7 @@ def one_by_one(x, cos, sin, position, weights, k_caches, v_caches, activation) -
             w if w.numel() else None for w in own
         )
         packed = linear(x, qkv, qkv_bias, norm, EPS)
-        heads = rotary_attention(packed, cos, sin, position, k_cache, v_cache, torch.zeros(0, dtype=torch.int32))
+        heads = rotary_attention(packed, cos, sin, position, k_cache, v_cache)
         x = linear(heads, o, o_bias, residual=x)
         x = linear(gate_up(x, up, up_bias, post_norm, EPS, activation), down, down_bias, residual=x)
     return x
