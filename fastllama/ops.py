@@ -21,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
-LAYER_FIELDS, layers = layers_op.FIELDS, layers_op.layers  # where runs_layers_at_once
+layers = layers_op.layers  # where runs_layers_at_once
+Layer = layers_op.Layer
+Weights = layers_op.Weights
+DENSE, DENSE_BIAS, TENSORS = layers_op.DENSE, layers_op.DENSE_BIAS, layers_op.TENSORS
 SamplingParams = sampling_op.SamplingParams
 row_seed = sampling_op.row_seed
 OPS_PER_LAYER = 5
