@@ -11,7 +11,8 @@ import torch
 
 from fastllama import GenerationConfig, LlamaForCausalLM
 from fastllama.causal_lm import engine_of
-from fastllama.generation.generate import make_request
+from fastllama.generation.loop import decode
+from fastllama.generation.request import requests_of
 
 from .costs import Compilations, counting
 from .harness import CUDA_CHUNK, Marks, Run, Workload
@@ -36,7 +37,9 @@ class Engine:
     def run(self, workload: Workload) -> Run:
         """Decode once; on CUDA the time to the first token comes from a run of its own."""
         if workload.capacity:
-            engine_of(self._model).reserve(workload.batch, workload.capacity)
+            runner = engine_of(self._model)
+            with runner.session():
+                runner.reserve(workload.batch, workload.capacity)
         with counting() as cost:
             if self._model.device.type == "cuda":
                 run = self._timed_by_events(workload)
@@ -61,9 +64,9 @@ class Engine:
         if workload.new_tokens == 1:
             return Run(_rows([next(_tokens(self._model, ids_bt, 1))]), ttft, ())
         config = GenerationConfig(max_new_tokens=workload.new_tokens, eos_token_id=())
-        request = make_request(ids_bt, torch.ones_like(ids_bt), config)
+        requests = requests_of(ids_bt, torch.ones_like(ids_bt), config, self._model.config.vocab_size)
         marks, groups = Marks(ids_bt.device), []
-        with closing(engine_of(self._model).decode(request, poll_every=CUDA_CHUNK)) as decoding:
+        with closing(decode(engine_of(self._model), requests, poll_every=CUDA_CHUNK)) as decoding:
             for tokens_bn in decoding:
                 marks.mark()
                 groups.append(tokens_bn)

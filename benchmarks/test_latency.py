@@ -60,7 +60,9 @@ def grouped(group: str) -> pytest.MarkDecorator:
 def model() -> Iterator[LlamaForCausalLM]:
     """The demo checkpoint, with memory for every decode here, so that the cache never grows."""
     loaded = LlamaForCausalLM.from_pretrained("demo", device=DEVICE, progress=False)
-    engine_of(loaded).reserve(LARGEST_BATCH, SLOTS)
+    runner = engine_of(loaded)
+    with runner.session():
+        runner.reserve(LARGEST_BATCH, SLOTS)
     yield loaded
     loaded.release()
 

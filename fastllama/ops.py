@@ -23,6 +23,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
 LAYER_FIELDS, layers = layers_op.FIELDS, layers_op.layers  # where runs_layers_at_once
 SamplingParams = sampling_op.SamplingParams
+row_seed = sampling_op.row_seed
 OPS_PER_LAYER = 5
 HEADS_TAKEN = f"the kernel takes multiples of 8 up to {attention_op.MAX_HEAD_DIM}"
 

@@ -20,8 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastllama import GenerationConfig, LlamaForCausalLM
 from fastllama.causal_lm import engine_of
-from fastllama.engine.runner import Snapshot
-from fastllama.generation.generate import make_request
+from fastllama.engine.buffers import Snapshot
+from fastllama.generation.loop import decode
+from fastllama.generation.request import requests_of
 
 from ..harness import CUDA_CHUNK, Workload
 
@@ -145,7 +146,8 @@ def _is_outermost_operator(event: Any) -> bool:
 def _decoding(model: LlamaForCausalLM, workload: Workload, poll_every: int) -> Generator[torch.Tensor, None, None]:
     ids_bt = workload.input_ids(model.device)
     config = GenerationConfig(max_new_tokens=workload.new_tokens, eos_token_id=())
-    return engine_of(model).decode(make_request(ids_bt, torch.ones_like(ids_bt), config), poll_every)
+    requests = requests_of(ids_bt, torch.ones_like(ids_bt), config, model.config.vocab_size)
+    return decode(engine_of(model), requests, poll_every)
 
 
 @contextmanager

@@ -126,16 +126,16 @@ class FusedDecoder(nn.Module):
         v_caches: Sequence[torch.Tensor],
         arrived_p: torch.Tensor,
     ) -> torch.Tensor:
-        """Write t tokens a row into the caches (in place) and return the hidden state ``[b, m]`` of the last."""
+        """Write t tokens a row into the caches (in place) and return their hidden states ``[b, t, m]``."""
         x_btm = nn.functional.embedding(ids_bt, self.embedding)
         if ops.runs_layers_at_once(x_btm):
             weights = [weight for layer in self.layers for weight in cast(FusedLayer, layer).weights(self.no_bias)]
             args = (x_btm, cos_sd, sin_sd, position_bt, weights, k_caches, v_caches)
-            return ops.layers(*args, self.eps, self.activation)[:, -1]
+            return ops.layers(*args, self.eps, self.activation)
         for layer, k_cache_bksd, v_cache_bksd in zip(self.layers, k_caches, v_caches, strict=True):
             x_btm = layer(x_btm, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd, arrived_p)
-        return x_btm[:, -1]
+        return x_btm
 
-    def logits(self, x_bm: torch.Tensor) -> torch.Tensor:
-        """Logits ``[b, v]`` of hidden states, in their dtype."""
-        return ops.linear(x_bm.contiguous(), self.head, None, self.norm, self.eps)
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits ``[..., v]`` of hidden states ``[..., m]``, in their dtype."""
+        return ops.linear(x.contiguous(), self.head, None, self.norm, self.eps)

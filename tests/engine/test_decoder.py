@@ -25,7 +25,7 @@ def stepwise_logits(model: LlamaForCausalLM, ids_bt: torch.Tensor, prefix: int) 
     for position in range(prefix, ids_bt.shape[1]):
         position_b1 = torch.full((b, 1), position)
         steps.append(net.logits(net(ids_bt[:, position : position + 1].contiguous(), position_b1, *memory)))
-    return torch.stack(steps, dim=1)
+    return torch.cat(steps, dim=1)
 
 
 @pytest.mark.parametrize("rows", [1, 5])

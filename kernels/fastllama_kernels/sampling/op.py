@@ -55,6 +55,12 @@ class SamplingParams(NamedTuple):
     seed: torch.Tensor
 
 
+def row_seed(seed: int, row: int) -> int:
+    """A seed for one row of a call, a signed int64: rows draw independently, row 0 the same whatever the batch."""
+    bits = (seed & (2**63 - 1)) ^ (row * _MIX1 & (2**64 - 1))
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
 def sample_ref(logits_bv: torch.Tensor, params: SamplingParams, position_b: torch.Tensor) -> torch.Tensor:
     """``sample`` in torch operators, for logits of any dtype; sorts the vocabulary."""
     scaled_bv = _scaled(logits_bv, params)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastllama.sampling import SamplingParams, row_seeds, sample
+from fastllama.ops import SamplingParams, row_seed, sample
 
 
 def params(rows: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) -> SamplingParams:
@@ -14,7 +14,7 @@ def params(rows: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) ->
         torch.full((rows,), top_k),
         torch.full((rows,), float(top_p)),
         torch.full((rows,), float(min_p)),
-        row_seeds(seed, rows),
+        torch.tensor([row_seed(seed, row) for row in range(rows)]),
     )
 
 
@@ -43,6 +43,7 @@ def test_a_draw_depends_on_seed_and_position_not_on_the_batch(top_p) -> None:
 
 
 def test_rows_have_seeds_of_their_own_the_first_one_whatever_the_batch() -> None:
-    assert len(set(row_seeds(7, 64).tolist())) == 64
-    assert torch.equal(row_seeds(7, 64)[:3], row_seeds(7, 3))
-    assert not torch.equal(row_seeds(-1, 4), row_seeds(1, 4))
+    assert len({row_seed(7, row) for row in range(64)}) == 64
+    assert row_seed(7, 0) == 7
+    assert row_seed(-1, 3) != row_seed(1, 3)
+    assert all(-(2**63) <= row_seed(2**70 + 5, row) < 2**63 for row in range(64))
