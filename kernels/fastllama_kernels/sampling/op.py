@@ -55,12 +55,6 @@ class SamplingParams(NamedTuple):
     seed: torch.Tensor
 
 
-def row_seed(seed: int, row: int) -> int:
-    """A seed for one row of a call, a signed int64: rows draw independently, row 0 the same whatever the batch."""
-    bits = (seed & (2**63 - 1)) ^ (row * _MIX1 & (2**64 - 1))
-    return bits - 2**64 if bits >= 2**63 else bits
-
-
 def sample_ref(logits_bv: torch.Tensor, params: SamplingParams, position_b: torch.Tensor) -> torch.Tensor:
     """``sample`` in torch operators, for logits of any dtype; sorts the vocabulary."""
     scaled_bv = _scaled(logits_bv, params)
@@ -110,6 +104,17 @@ def _mix(z: torch.Tensor) -> torch.Tensor:
 def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical right shift of int64, whose own shift would copy the sign bit."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def row_seed(seed: int, row: int) -> int:
+    """The seed of a row of a call, a signed 64-bit integer: rows sample independently, row 0 whatever the batch.
+
+    Args:
+        seed: of the call, any integer.
+        row: its number in the batch, from 0.
+    """
+    mixed = (seed & (2**63 - 1)) ^ (row * _MIX1)
+    return (mixed + 2**63) % 2**64 - 2**63
 
 
 @torch.library.register_fake("fastllama::sample")

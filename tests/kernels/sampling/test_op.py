@@ -1,4 +1,4 @@
-"""The seeds of a batch's rows, and what a draw depends on: its row's settings, seed and position, nothing else."""
+"""The seeds of a batch's rows, and what a sample depends on: its row's settings, seed and position, nothing else."""
 
 from __future__ import annotations
 
@@ -46,4 +46,16 @@ def test_rows_have_seeds_of_their_own_the_first_one_whatever_the_batch() -> None
     assert len({row_seed(7, row) for row in range(64)}) == 64
     assert row_seed(7, 0) == 7
     assert row_seed(-1, 3) != row_seed(1, 3)
-    assert all(-(2**63) <= row_seed(2**70 + 5, row) < 2**63 for row in range(64))
+
+
+@pytest.mark.parametrize(
+    ("seed", "seeds"),
+    [
+        (7, [7, -4658895280553007682, 9128953512603536245, 4470058232050528556]),
+        (-1, [2**63 - 1, -4564476756301768122]),
+        (2**70 + 3, [3, -4658895280553007686]),
+    ],
+)
+def test_a_rows_seed_never_changes_and_is_a_signed_64_bit_integer(seed, seeds) -> None:
+    assert [row_seed(seed, row) for row in range(len(seeds))] == seeds
+    assert torch.tensor([row_seed(seed, row) for row in range(1000)]).dtype == torch.int64
