@@ -15,11 +15,10 @@ import torch
 from torch.nn import functional as F
 
 from fastllama import ops
-from fastllama.engine.decoder import ACTIVATION_OPS
 from fastllama.model.rope import rotary_cos_sin
 from fastllama.sampling import SamplingParams, row_seeds, sample
 from fastllama_kernels.attention.op import rotary_attention_ref
-from fastllama_kernels.linear.op import ACTIVATIONS, gate_up_ref, linear_ref
+from fastllama_kernels.linear.op import gate_up_ref, linear_ref
 from fastllama_kernels.sampling.op import sample_ref, uniform
 
 from .step import Arguments, Function, OpInfo, Shapes, StepOp, nbytes
@@ -81,20 +80,20 @@ def _linear(
 def _gate_up(shapes: Shapes) -> StepOp:
     config = shapes.config
     eps, m, f = config.rms_norm_eps, config.hidden_size, config.intermediate_size
-    activation, label = ACTIVATION_OPS[config.hidden_act], f"norm, gate/up, {config.hidden_act}"
+    activation, label = ops.ACTIVATIONS[config.hidden_act], f"norm, gate/up, {config.hidden_act}"
     own = _weights(shapes, m, 2 * f, True, config.mlp_bias)
 
     def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: torch.Tensor) -> torch.Tensor:
         gate, up = _exact_linear(x, None, weight, bias, norm, eps).chunk(2, dim=-1)
-        return ACTIVATIONS[activation](gate) * up
+        return activation.function(gate) * up
 
     return StepOp(
         OpInfo("gate_up", label, f"{2 * f} x {m}", config.num_hidden_layers, nbytes(own)),
         shared=(shapes.normal(shapes.batch, m),),
         own=own,
-        run=lambda x, weight, bias, norm: ops.gate_up(x, weight, bias, norm, eps, activation),
+        run=lambda x, weight, bias, norm: ops.gate_up(x, weight, bias, norm, eps, config.hidden_act),
         references={
-            TORCH: lambda x, weight, bias, norm: gate_up_ref(x, weight, bias, norm, eps, activation),
+            TORCH: lambda x, weight, bias, norm: gate_up_ref(x, weight, bias, norm, eps, activation.number),
             PLAIN: lambda x, weight, bias, norm: F.linear(x, weight, bias),
         },
         exact=exact,

@@ -12,24 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastllama import ops
 from fastllama.config import LlamaConfig
 from fastllama.model.cache import CacheOverflowError, DynamicCache, StaticCache
 from fastllama.model.inputs import prepare_inputs_for_generation
 from fastllama.model.masks import causal_mask
 from fastllama.model.outputs import CausalLMOutput, DecoderOutput
 from fastllama.model.rope import rotary_cos_sin
-
-ACTIVATIONS = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "gelu_python": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-}
 
 
 class LlamaRMSNorm(nn.Module):
@@ -125,7 +114,7 @@ class LlamaMLP(nn.Module):
         self.gate_proj = nn.Linear(m, f, bias=bias)
         self.up_proj = nn.Linear(m, f, bias=bias)
         self.down_proj = nn.Linear(f, m, bias=bias)
-        self.act = ACTIVATIONS[config.hidden_act]
+        self.act = ops.ACTIVATIONS[config.hidden_act].function
 
     def forward(self, x_btm: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act(self.gate_proj(x_btm)) * self.up_proj(x_btm))
