@@ -1,9 +1,9 @@
 """fastllama: decode Llama models as fast as the memory of the machine allows."""
 
-from fastllama.cache import CacheOverflowError, StaticCache
-from fastllama.checkpoint import CheckpointError
+from fastllama.causal_lm import LlamaForCausalLM
 from fastllama.config import GenerationConfig, LlamaConfig
-from fastllama.model import LlamaForCausalLM
+from fastllama.loading.names import CheckpointError
+from fastllama.model.cache import CacheOverflowError, StaticCache
 from fastllama.tokenizer import load_tokenizer
 
 __version__ = "0.1.0"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastllama.config import LlamaConfig
-from fastllama.model import LlamaForCausalLM
+from fastllama.model.llama import Llama
 
 GIB = 1 << 30
 READ_BYTES = GIB  # large beside any processor cache
@@ -94,12 +94,12 @@ def free_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def parameter_count(model: LlamaForCausalLM) -> int:
+def parameter_count(model: Llama) -> int:
     """Number of weights; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def weight_bytes_per_step(model: LlamaForCausalLM, batch: int = 1, itemsize: int | None = None) -> int:
+def weight_bytes_per_step(model: Llama, batch: int = 1, itemsize: int | None = None) -> int:
     """Bytes of weights that one decode step reads.
 
     All of them but the embedding, of which a step reads one row for each sequence, unless the head is tied to

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-from fastllama_kernels import attention as attention_op
-from fastllama_kernels import cpu_extension
-from fastllama_kernels import layers as layers_op
-from fastllama_kernels import linear as linear_op
-from fastllama_kernels import sampling as sampling_op
+from fastllama_kernels.attention import op as attention_op
+from fastllama_kernels.common import build
+from fastllama_kernels.layers import op as layers_op
+from fastllama_kernels.linear import op as linear_op
+from fastllama_kernels.sampling import op as sampling_op
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def _without_kernels(device: str, dtype: torch.dtype) -> str | None:
         return f"the kernels take float32, bfloat16 and float16, not {dtype}"
     device_type = torch.device(device).type
     if device_type == "cpu":
-        return cpu_extension.load()
+        return build.load()
     if device_type == "cuda":
         return _without_triton(device)
     return f"there is no kernel for {device_type}"
@@ -59,7 +59,9 @@ def _without_triton(device: str) -> str | None:
         reason = f"compute capability {found[0]}.{found[1]} is below {wanted[0]}.{wanted[1]}"
     else:
         try:
-            from fastllama_kernels import decode_attention, gemv, sample  # noqa: F401  they register themselves
+            from fastllama_kernels.attention import triton as decode_attention  # noqa: F401  they register themselves
+            from fastllama_kernels.linear import triton as gemv  # noqa: F401  they register themselves
+            from fastllama_kernels.sampling import triton as sample  # noqa: F401  they register themselves
         except ImportError as error:
             reason = f"Triton cannot be imported: {error}"
     if reason:
@@ -94,7 +96,7 @@ def linear(
     eps: float = 0.0,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``norm(x) @ weightᵀ + bias + residual``; see :mod:`fastllama_kernels.linear`."""
+    """``norm(x) @ weightᵀ + bias + residual``; see :mod:`fastllama_kernels.linear.op`."""
     if _fits(x) and _without_kernels(str(x.device), x.dtype) is None:
         return linear_op.linear(x, weight, bias, norm_weight, eps, residual)
     return linear_op.linear_ref(x, weight, bias, norm_weight, eps, residual)
@@ -108,7 +110,7 @@ def gate_up(
     eps: float = 0.0,
     activation: str = "silu",
 ) -> torch.Tensor:
-    """``act(gate) · up`` of one fused matrix; see :mod:`fastllama_kernels.linear`."""
+    """``act(gate) · up`` of one fused matrix; see :mod:`fastllama_kernels.linear.op`."""
     if _fits(x) and _without_kernels(str(x.device), x.dtype) is None:
         return linear_op.gate_up(x, weight, bias, norm_weight, eps, activation)
     return linear_op.gate_up_ref(x, weight, bias, norm_weight, eps, activation)
@@ -123,7 +125,7 @@ def rotary_attention(
     v_cache_bksd: torch.Tensor,
     arrived_p: torch.Tensor,
 ) -> torch.Tensor:
-    """Rotary, KV write and attention; see :mod:`fastllama_kernels.attention`."""
+    """Rotary, KV write and attention; see :mod:`fastllama_kernels.attention.op`."""
     args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
     if _without_kernels(str(qkv_btn.device), qkv_btn.dtype) is None:
         few = qkv_btn.shape[1] <= attention_op.MAX_TOKENS
@@ -135,7 +137,7 @@ def rotary_attention(
 
 
 def sample(logits_bv: torch.Tensor, params: SamplingParams, position_b: torch.Tensor) -> torch.Tensor:
-    """A token of each row; see :mod:`fastllama_kernels.sampling`."""
+    """A token of each row; see :mod:`fastllama_kernels.sampling.op`."""
     if _without_kernels(str(logits_bv.device), logits_bv.dtype) is None:
         return sampling_op.sample(logits_bv, params, position_b)
     return sampling_op.sample_ref(logits_bv, params, position_b)

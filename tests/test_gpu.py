@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastllama import LlamaConfig, LlamaForCausalLM, graphs
-from fastllama.engine import Request
-from fastllama.fused import FusedDecoder
-from fastllama.generate import engine_of
-from fastllama_kernels import pdl
+from fastllama import LlamaConfig, LlamaForCausalLM
+from fastllama.causal_lm import engine_of
+from fastllama.engine import graphs
+from fastllama.engine.decoder import FusedDecoder
+from fastllama.engine.runner import Request
+from fastllama_kernels.common import pdl
 
 pytestmark = pytest.mark.gpu
 
@@ -52,7 +53,9 @@ def test_a_16_bit_step_errs_no_more_than_twice_what_the_eager_forward_does(monke
     exact.load_state_dict(ours.state_dict())  # the same weights, rounded
     seen, genuine = [], FusedDecoder.logits
     monkeypatch.setattr(FusedDecoder, "logits", lambda net, x: seen.append(genuine(net, x)) or seen[-1])
-    monkeypatch.setattr("fastllama.graphs._compile", lambda step, graphs: step)  # so that every step's logits are seen
+    monkeypatch.setattr(
+        "fastllama.engine.graphs._compile", lambda step, graphs: step
+    )  # so that every step's logits are seen
     monkeypatch.setenv(graphs.SWITCH, graphs.INDUCTOR)
     ids = torch.randint(0, 512, (rows, 33), device="cuda")
     tokens = ours.generate(ids, max_new_tokens=64)

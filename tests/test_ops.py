@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-import fastllama_kernels
+import fastllama_kernels.attention
 from fastllama import ops
 
 
@@ -65,8 +65,8 @@ def test_an_older_gpu_runs_torch_and_says_so_once(monkeypatch, caplog) -> None:
 
 def test_without_triton_torch_runs(monkeypatch) -> None:
     on_chip(monkeypatch, (9, 0))
-    monkeypatch.setitem(sys.modules, "fastllama_kernels.decode_attention", None)
-    monkeypatch.delattr(fastllama_kernels, "decode_attention", raising=False)
+    monkeypatch.setitem(sys.modules, "fastllama_kernels.attention.triton", None)
+    monkeypatch.delattr(fastllama_kernels.attention, "triton", raising=False)
     reason = ops.report("cuda:0", torch.bfloat16)[0].reason
     assert reason.startswith("Triton cannot be imported")
 

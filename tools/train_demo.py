@@ -36,8 +36,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastllama.causal_lm import LlamaForCausalLM
 from fastllama.config import LlamaConfig
-from fastllama.model import LlamaForCausalLM
 
 logger = logging.getLogger("train_demo")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import Annotated
 
 import typer
@@ -10,7 +11,8 @@ from fastllama.cli.chat import chat
 from fastllama.cli.console import installed_version, write
 from fastllama.cli.generate import generate
 from fastllama.cli.info import info
-from fastllama_benchmarks.commands.app import app as bench  # pyright: ignore[reportMissingImports] (benchmarks/, see pyproject)
+
+COMMANDS = "fastllama.commands"  # the entry points by which other packages add commands of their own
 
 app = typer.Typer(
     help="Decode Llama checkpoints as fast as the memory of the machine allows.",
@@ -20,7 +22,8 @@ app = typer.Typer(
 )
 for command in (generate, chat, info):
     app.command()(command)
-app.add_typer(bench, name="bench")
+for entry_point in entry_points(group=COMMANDS):
+    app.add_typer(entry_point.load(), name=entry_point.name)
 
 
 @app.callback(invoke_without_command=True)

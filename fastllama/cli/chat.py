@@ -98,7 +98,7 @@ def _answer(
     sampling: dict[str, Any],
 ) -> None:
     """One turn of the user and the answer to it."""
-    from fastllama.cache import CacheOverflowError
+    from fastllama.model.cache import CacheOverflowError
 
     conversation.say("user", line)
     prompt_ids = conversation.prompt_ids()

@@ -98,7 +98,7 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
 @contextmanager
 def engine_messages(say: Callable[[str], None]) -> Iterator[None]:
     """Pass the engine's log records of level INFO on to ``say``."""
-    logger = logging.getLogger("fastllama.engine")
+    logger = logging.getLogger("fastllama.engine")  # and every module of that folder
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: say(record.getMessage())
     level = logger.level

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from importlib.metadata import entry_points
+from typing import Annotated, Any
 
 import typer
 
@@ -13,10 +14,7 @@ from fastllama.cli import options
 from fastllama.cli.console import errors_in_one_line, progress, stderr, stdout, write
 from fastllama.cli.reply import Reply, stream_reply
 
-if TYPE_CHECKING:
-    from fastllama_benchmarks.compare import Comparison  # pyright: ignore[reportMissingImports] (as in cli)
-
-TABLE_TOKENS, TABLE_ROUNDS = 64, 2  # of each timed decode of --table
+TABLES = "fastllama.tables"  # the entry points of what --table shows; benchmarks bring the one named decode
 
 
 def generate(
@@ -50,13 +48,11 @@ def generate(
             write("\n")
         if not quiet:
             stderr().print(reply.speed(), style="dim")
-        comparison = _compare(loaded, prompt_ids, budget, quiet) if table else None
+        shown, comparison = _table(loaded, prompt_ids, budget, quiet) if table else (None, None)
         if as_json:
             write(json.dumps(_record(loaded, text, reply, comparison), ensure_ascii=False) + "\n")
-        elif comparison:
-            from fastllama_benchmarks.table import decode_table  # pyright: ignore[reportMissingImports]
-
-            stdout().print(decode_table(comparison))
+        elif shown:
+            stdout().print(shown)
 
 
 def _discard(_: str) -> None:
@@ -77,16 +73,19 @@ def _echo_after(prompt: str) -> Callable[[str], None]:
     return echo
 
 
-def _compare(loaded: options.Loaded, prompt_ids: list[int], budget: int, quiet: bool) -> Comparison:
-    from fastllama_benchmarks.compare import compare  # pyright: ignore[reportMissingImports]
-    from fastllama_benchmarks.harness import Workload  # pyright: ignore[reportMissingImports]
-
-    workload = Workload((tuple(prompt_ids),), max(2, min(TABLE_TOKENS, budget)))
+def _table(loaded: options.Loaded, prompt_ids: list[int], budget: int, quiet: bool) -> tuple[Any, dict[str, Any]]:
+    """What to print for ``--table``, and the same as a record."""
+    found = entry_points(group=TABLES, name="decode")
+    if not found:
+        raise ImportError(
+            "--table needs fastllama's benchmarks, which are not installed: pip install 'fastllama[bench]'"
+        )
+    (entry_point,) = found
     with progress(quiet) as say:
-        return compare(loaded.model, workload, rounds=TABLE_ROUNDS, peers=("eager",), say=say)
+        return entry_point.load()(loaded.model, prompt_ids, budget, say)
 
 
-def _record(loaded: options.Loaded, prompt: str, reply: Reply, comparison: Comparison | None) -> dict[str, Any]:
+def _record(loaded: options.Loaded, prompt: str, reply: Reply, comparison: dict[str, Any] | None) -> dict[str, Any]:
     record = loaded.describe() | {
         "prompt": prompt,
         "text": reply.text,
@@ -94,4 +93,4 @@ def _record(loaded: options.Loaded, prompt: str, reply: Reply, comparison: Compa
         "ids": list(reply.decode.tokens),
         "timing": reply.timing(),
     }
-    return record | ({"comparison": comparison.to_dict()} if comparison else {})
+    return record | ({"comparison": comparison} if comparison else {})

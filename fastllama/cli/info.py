@@ -53,7 +53,7 @@ def gather(model: str, dtype: str | None, device: str, context: int | None) -> d
     import torch
 
     from fastllama import ops
-    from fastllama.checkpoint import resolve
+    from fastllama.loading.names import resolve
 
     config = resolve(model).config
     if dtype is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help and wrong usage answer without it
-    from fastllama.model import LlamaForCausalLM
+    from fastllama.causal_lm import LlamaForCausalLM
 
 DEFAULT_NEW_TOKENS = 128
 

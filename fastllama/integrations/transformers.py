@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from fastllama.causal_lm import LlamaForCausalLM
 from fastllama.config import GenerationConfig, LlamaConfig
-from fastllama.model import LlamaForCausalLM
 
 logger = logging.getLogger(__name__)
 

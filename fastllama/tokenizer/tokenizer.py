@@ -43,7 +43,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         TokenizerError: the folder has no tokenizer, or one that cannot be read.
     """
-    from fastllama.checkpoint import DEMO, is_random, resolve_folder  # not at import: they bring torch
+    from fastllama.loading.names import DEMO, is_random, resolve_folder  # not at import: they bring torch
 
     folder = resolve_folder(DEMO if is_random(name) else name)
     settings = read_settings(folder)

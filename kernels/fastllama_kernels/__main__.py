@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from fastllama_kernels import audit, gemv, plan, step, tune
+from fastllama_kernels.linear import triton as gemv
+from fastllama_kernels.tools import audit, plan, step, tune
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

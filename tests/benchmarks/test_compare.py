@@ -126,7 +126,7 @@ def test_wrong_tokens_of_the_engine_fail_the_gate(model: LlamaForCausalLM, monke
 
 def test_a_capacity_is_made_room_for(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr("fastllama.engine.Engine.reserve", lambda self, rows, slots: asked.append((rows, slots)))
+    monkeypatch.setattr("fastllama.engine.runner.Engine.reserve", lambda self, rows, slots: asked.append((rows, slots)))
     compare(model, Workload.random(64, 2, 5, 3, capacity=99), rounds=1)
     assert set(asked) == {(2, 99)}
 

@@ -11,8 +11,9 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from fastllama import LlamaConfig, LlamaForCausalLM, checkpoint, ops
+from fastllama import LlamaConfig, LlamaForCausalLM, ops
 from fastllama.cli import options  # noqa: F401 (fastllama.cli comes before the benchmarks' own commands)
+from fastllama.loading import load as checkpoint
 from fastllama.measure import Bandwidth, kv_cache_bytes, weight_bytes_per_step
 from fastllama_benchmarks.commands.kernels import kernels as kernels_command
 from fastllama_benchmarks.kernels import cycles as cycles
@@ -22,7 +23,7 @@ from fastllama_benchmarks.kernels.measure import INDUCTOR, KERNEL, Check, check,
 from fastllama_benchmarks.kernels.ops import PLAIN, TORCH, step_ops
 from fastllama_benchmarks.kernels.step import Shapes, StepOp
 from fastllama_benchmarks.records import new_record, read
-from fastllama_kernels.step import SHAPES, parts
+from fastllama_kernels.tools.step import SHAPES, parts
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
@@ -101,7 +102,7 @@ def test_torch_and_what_a_step_runs_are_near_float64(dtype, batch, has_bias) -> 
 
 def test_the_formulas_are_those_of_the_network() -> None:
     """The operations of one layer, put together with its weights, give its output."""
-    from fastllama.fused import FusedDecoder
+    from fastllama.engine.decoder import FusedDecoder
 
     config = LlamaConfig(**SHAPE | {"num_hidden_layers": 1, "initializer_range": 0.3})
     model = LlamaForCausalLM(config).eval()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastllama import LlamaConfig, LlamaForCausalLM
-from fastllama.engine import Snapshot
+from fastllama.engine.runner import Snapshot
 from fastllama_benchmarks.gpu import launches as launches
 from fastllama_benchmarks.gpu.launches import PROFILED_STEPS, host_seconds_per_step, profile_launches
 from fastllama_benchmarks.harness import CUDA_CHUNK, Workload

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from fastllama import LlamaConfig, LlamaForCausalLM
-from fastllama.checkpoint import save_model
 from fastllama.config import RopeParameters
+from fastllama.loading.save import save_model
 from fastllama_benchmarks.harness import Unavailable, Workload, reason
 from fastllama_benchmarks.ours import Eager
 from fastllama_benchmarks.peers import gpt_fast_worker as worker

@@ -1,0 +1,129 @@
+"""LlamaForCausalLM: the network with everything that users call on it, on top of what does it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastllama.config import GenerationConfig, LlamaConfig
+from fastllama.engine.runner import Engine
+from fastllama.generation.generate import Streamer, generate, stream
+from fastllama.loading.load import load_model
+from fastllama.loading.save import save_model
+from fastllama.model.llama import Llama
+
+_making_an_engine = threading.Lock()  # or threads that share a new model would each make one
+
+
+class LlamaForCausalLM(Llama):
+    """A Llama decoder with its language-model head, under Hugging Face's parameter names.
+
+    ``forward`` is the eager reference. ``generate`` and ``stream`` decode through the compiled engine, which shares
+    these weights.
+
+    Args:
+        config: the architecture.
+
+    Source: arXiv 2302.13971, 2307.09288 and 2407.21783; parameter names and layouts of the checkpoints on the
+    Hugging Face hub.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        self.generation_config = GenerationConfig(**ids)
+        self.engine: Engine | None = None  # made by the first call that decodes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"engine": None}  # copies and pickles make an engine of their own
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        quantize: str | None = None,
+        progress: bool = True,
+    ) -> LlamaForCausalLM:
+        """Load a checkpoint: see :func:`fastllama.loading.load.load_model`."""
+        return load_model(cls, name, dtype=dtype, device=device, quantize=quantize, progress=progress)
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
+        """Write a checkpoint that transformers loads: see :func:`fastllama.loading.save.save_model`."""
+        save_model(self, folder, max_shard_size=max_shard_size)
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        generation_config: GenerationConfig | None = None,
+        streamer: Streamer | None = None,
+        **settings: Any,
+    ) -> torch.Tensor:
+        """Decode through the compiled engine.
+
+        Args:
+            input_ids: prompts, integers ``[b, t]``, padded on either side.
+            attention_mask: ``[b, t]``, 0 where a prompt is padded. Without one, pad ids are taken as padding where the
+                pad id is not an EOS id too.
+            generation_config: in place of the model's own.
+            streamer: an object with ``put`` and ``end``, as in transformers; gets the prompt, then each token.
+            settings: over the generation config: ``max_new_tokens``, ``max_length`` (prompt included), ``do_sample``,
+                ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``seed``, ``eos_token_id`` (one or several),
+                ``pad_token_id``.
+
+        Returns:
+            int64 ``[b, t + n]`` on ``input_ids``' device: the prompts as given, then the new tokens; a row that
+            finished early is filled up with the pad id.
+
+        Raises:
+            TypeError: an unknown setting, by name.
+            ValueError: a setting out of range, ids outside the vocabulary, a prompt without tokens.
+        """
+        config = generation_config or self.generation_config
+        return generate(engine_of(self), input_ids, attention_mask, config, streamer, **settings)
+
+    def stream(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        generation_config: GenerationConfig | None = None,
+        **settings: Any,
+    ) -> Generator[torch.Tensor, None, None]:
+        """Like :meth:`generate`, but an iterator over the new tokens: int64 ``[b]`` on the CPU for each step.
+
+        The engine is held until the iterator is exhausted or its ``close()`` is called.
+        """
+        config = generation_config or self.generation_config
+        return stream(engine_of(self), input_ids, attention_mask, config, **settings)
+
+    def warmup(self, max_batch_size: int = 1, max_cache_len: int | None = None) -> None:
+        """Allocate the engine's memory and compile its steps, so that no later call within these sizes has to.
+
+        Args:
+            max_batch_size: rows of the largest batch.
+            max_cache_len: tokens of the longest row, prompt and new together; the smaller of 4096 and
+                ``max_position_embeddings`` when None.
+        """
+        engine_of(self).warmup(max_batch_size, max_cache_len)
+
+    def release(self) -> None:
+        """Give back the engine's memory: cache, buffers and compiled steps. The next call makes them anew."""
+        if self.engine is not None:
+            self.engine.release()
+            self.engine = None
+
+
+def engine_of(model: LlamaForCausalLM) -> Engine:
+    """The model's engine, made on first use and again when the model's weights were replaced or moved."""
+    with _making_an_engine:
+        if model.engine is None or not model.engine.serves(model):
+            model.engine = Engine(model)
+        return model.engine

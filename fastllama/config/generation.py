@@ -1,0 +1,169 @@
+"""GenerationConfig: a frozen dataclass read from ``generation_config.json``.
+
+Every key of a file is accounted for: it is a field here, or it is on a list of keys that cannot change which tokens
+come out, or it is an error that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastllama.config.fields import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    bad,
+    check_bool,
+    check_int,
+    check_number,
+    plain_eos,
+    plain_pad,
+    read_json,
+    write_json,
+)
+
+# fmt: off
+# Generation settings fastllama does not do, each with the value (besides null) that asks for nothing. Older
+# checkpoints carry them in config.json too: they do not concern the network, GenerationConfig reads them.
+UNSUPPORTED_GENERATION: dict[str, Any] = {
+    "min_length": 0, "min_new_tokens": 0, "max_time": None, "stop_strings": None, "num_beams": 1,
+    "num_beam_groups": 1, "num_return_sequences": 1, "diversity_penalty": 0.0, "penalty_alpha": 0.0,
+    "dola_layers": None, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "bad_words_ids": [], "force_words_ids": [], "constraints": [],
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "remove_invalid_values": False,
+    "exponential_decay_length_penalty": None, "suppress_tokens": [], "begin_suppress_tokens": [],
+    "sequence_bias": {}, "token_healing": False, "guidance_scale": 1.0, "watermarking_config": None,
+    "return_dict_in_generate": False,
+}
+
+# Generation settings that do not change which tokens come out: how caches and compilation are organised,
+# what is recorded on the side, and details of beam search and assisted decoding, which are off without a
+# setting above or a second model.
+INERT_GENERATION = frozenset({
+    "transformers_version", "_from_model_config", "_commit_hash", "generation_kwargs", "use_cache",
+    "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory",
+    "compile_config", "disable_compile", "continuous_batching_config", "renormalize_logits",
+    "early_stopping", "length_penalty", "output_attentions", "output_hidden_states", "output_scores",
+    "output_logits", "decoder_start_token_id", "is_assistant", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_early_exit",
+    "assistant_lookbehind", "assistant_ensemble_weight", "target_lookbehind", "prompt_lookup_num_tokens",
+    "max_matching_ngram_size", "speculation_type", "use_mtp",
+})
+# fmt: on
+# fmt: on
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """How ``generate()`` picks tokens and when it stops; fields and defaults are transformers'.
+
+    ``max_length`` counts prompt and new tokens, ``max_new_tokens`` (which wins where both are set) the new
+    ones alone. ``top_k=0`` and ``top_p=1.0`` switch these filters off. ``eos_token_id`` may be given as None,
+    an int or a list of ints too; it is held as a tuple, empty for None. ``seed`` fixes the sampled tokens;
+    transformers has no such field.
+
+    Raises:
+        ValueError: naming the field, what it held and what was expected.
+    """
+
+    max_length: int = 20
+    max_new_tokens: int | None = None
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        eos = plain_eos(self.eos_token_id)
+        eos = () if eos is None else (eos,) if isinstance(eos, int) else eos
+        object.__setattr__(self, "eos_token_id", eos)
+        object.__setattr__(self, "pad_token_id", plain_pad(self.pad_token_id))
+        check_bool("do_sample", self.do_sample)
+        check_int("max_length", self.max_length, at_least=1)
+        check_int("top_k", self.top_k, at_least=0)
+        check_number("top_p", self.top_p, at_least=0, at_most=1)
+        if self.max_new_tokens is not None:
+            check_int("max_new_tokens", self.max_new_tokens, at_least=1)
+        if self.min_p is not None:
+            check_number("min_p", self.min_p, at_least=0, at_most=1)
+        for name in ("pad_token_id", "bos_token_id", "seed"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), at_least=0)
+        check_number("temperature", self.temperature, at_least=0)
+        if self.do_sample and self.temperature == 0:
+            expected = "above 0 when sampling; do_sample=False takes the most likely token"
+            raise bad("temperature", self.temperature, expected)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> GenerationConfig:
+        """Read the object of a ``generation_config.json``; a null stands for the default of any field.
+
+        Raises:
+            NotImplementedError: naming each setting that fastllama does not do and that changes the output.
+            ValueError: for an unknown key or a value out of range.
+        """
+        values = {key: value for key, value in config.items() if value is not None}
+        unsupported = [
+            f"{key}={values[key]!r}"
+            for key, neutral in UNSUPPORTED_GENERATION.items()
+            if values.get(key, neutral) != neutral
+        ]
+        if unsupported:
+            raise NotImplementedError(
+                f"generation settings not available: {', '.join(unsupported)}; remove them from the generation config"
+            )
+        names = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - names - set(UNSUPPORTED_GENERATION) - INERT_GENERATION):
+            expected = ", ".join(sorted(names))
+            raise ValueError(f"unknown generation settings {', '.join(unknown)}; expected {expected}")
+        return cls(**{key: value for key, value in values.items() if key in names})
+
+    @classmethod
+    def from_hf(cls, config: Any) -> GenerationConfig:
+        """Read a transformers generation config object, through its ``to_dict()``."""
+        return cls.from_dict(config.to_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> GenerationConfig:
+        """Read ``generation_config.json`` of a checkpoint folder.
+
+        Without one, the generation settings in ``config.json`` hold, as in transformers: special token ids,
+        and whatever else older checkpoints put there. Without both, the defaults.
+
+        Raises:
+            NotImplementedError, ValueError: as :meth:`from_dict`, with the file's name before the message.
+        """
+        file, values = Path(folder) / GENERATION_CONFIG_NAME, {}
+        if file.is_file():
+            values = read_json(file)
+        elif (file := Path(folder) / CONFIG_NAME).is_file():
+            known = {field.name for field in dataclasses.fields(cls)} | set(UNSUPPORTED_GENERATION)
+            values = {key: value for key, value in read_json(file).items() if key in known}
+        try:
+            return cls.from_dict(values)
+        except (ValueError, NotImplementedError) as error:
+            raise type(error)(f"{file}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object of a ``generation_config.json``: the fields that are set, in transformers' spelling."""
+        config = dataclasses.asdict(self)
+        eos = list(self.eos_token_id)
+        config["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
+        return {key: value for key, value in config.items() if value is not None}
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``generation_config.json`` into ``folder``, which is created if needed."""
+        write_json(Path(folder) / GENERATION_CONFIG_NAME, self.to_dict())
+
+    def replace(self, **changes: Any) -> GenerationConfig:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)

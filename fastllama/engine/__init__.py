@@ -1,0 +1,1 @@
+"""Fixed memory and compiled steps: knows rows, knows no policy."""

@@ -1,0 +1,1 @@
+"""Policies over the engine: who decodes, with what, until when."""

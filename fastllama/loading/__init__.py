@@ -1,0 +1,1 @@
+"""A name to a model, and a model to files."""

@@ -1,0 +1,161 @@
+"""What a name stands for: a folder, a repository on the hub, the demo checkpoint, or random weights of a shape."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastllama.config import GenerationConfig, LlamaConfig, RopeParameters
+from fastllama.config.fields import CONFIG_NAME
+
+DEMO = "demo"
+RANDOM_PREFIX = "random:"
+
+#: What of a repository on the hub makes up a checkpoint; its folders hold other formats.
+HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
+HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded; ``problems`` lists everything found wrong with it."""
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n  ".join([message, *self.problems]))
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """A name that stands for no checkpoint within reach."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a name stands for: the configs, and the folder with the weights (None: random weights)."""
+
+    name: str
+    folder: Path | None
+    config: LlamaConfig
+    generation_config: GenerationConfig
+
+
+def _llama3(factor: float, **shape: Any) -> LlamaConfig:
+    rope = RopeParameters(
+        rope_type="llama3",
+        rope_theta=500000.0,
+        factor=factor,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
+    return LlamaConfig(
+        vocab_size=128256,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        bos_token_id=128000,
+        eos_token_id=128001,
+        dtype="bfloat16",
+        rope=rope,
+        **shape,
+    )
+
+
+#: The configs of published models, by the name that follows ``random:``.
+RANDOM_SHAPES: dict[str, LlamaConfig] = {
+    "llama-2-7b": LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5, dtype="float16"),
+    "llama-3.2-1b": _llama3(
+        32.0, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, tie_word_embeddings=True
+    ),
+    "llama-3.2-3b": _llama3(
+        32.0,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        tie_word_embeddings=True,
+    ),
+    "llama-3.1-8b": _llama3(8.0, hidden_size=4096, intermediate_size=14336),
+    "llama-3.1-70b": _llama3(
+        8.0, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
+    ),
+}
+
+
+def resolve(name: str | os.PathLike[str]) -> Source:
+    """The configs of a checkpoint and where its weights are, fetched from the hub if need be.
+
+    Args:
+        name: a folder, the id of a repository on the Hugging Face hub, ``"demo"`` for the checkpoint shipped
+            with the package (``"./demo"`` for a folder of that name), or ``"random:SHAPE"`` with a shape of
+            ``RANDOM_SHAPES``.
+
+    Raises:
+        CheckpointNotFoundError: if there is no such checkpoint, or the hub cannot be reached.
+        ValueError, NotImplementedError: if its configs ask for what fastllama does not do.
+    """
+    if is_random(name):
+        config = random_config(str(name))
+        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        return Source(str(name), None, config, GenerationConfig.from_dict(ids))
+    folder = resolve_folder(name)
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointNotFoundError(f"{folder} is not a checkpoint: it has no {CONFIG_NAME}")
+    config, generation = LlamaConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+    return Source(str(name), folder, config, generation)
+
+
+def is_random(name: str | os.PathLike[str]) -> bool:
+    """Whether the name asks for random weights of a published shape."""
+    return isinstance(name, str) and name.startswith(RANDOM_PREFIX)
+
+
+def random_config(name: str) -> LlamaConfig:
+    """The config of a ``random:SHAPE`` name; a CheckpointNotFoundError lists them if there is no such one."""
+    shape = name.removeprefix(RANDOM_PREFIX)
+    if shape not in RANDOM_SHAPES:
+        expected = ", ".join(RANDOM_PREFIX + known for known in RANDOM_SHAPES)
+        raise CheckpointNotFoundError(f"no shape {shape!r}; expected one of {expected}")
+    return RANDOM_SHAPES[shape]
+
+
+def resolve_folder(name: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint that has one: a folder, a hub id or ``"demo"`` (see :func:`resolve`).
+
+    Raises:
+        CheckpointNotFoundError: if there is no such folder and the hub does not give one.
+    """
+    if is_random(name):
+        raise CheckpointNotFoundError(f"{name} has random weights and no folder")
+    if name == DEMO:
+        return Path(str(importlib.resources.files("fastllama") / "data" / DEMO))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointNotFoundError(f"{folder} is a file; expected the folder of a checkpoint")
+    if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
+        return _fetch(name)
+    expected = f"a folder, a Hugging Face id, {DEMO!r} or '{RANDOM_PREFIX}SHAPE'"
+    raise CheckpointNotFoundError(f"there is no folder {folder}; expected {expected}")
+
+
+def _fetch(repo_id: str) -> Path:
+    """Download a repository into the hub's cache, or find it there; the cache's folder."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    try:
+        folder = huggingface_hub.snapshot_download(repo_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
+    except Exception as error:  # the client's HTTP library, its cache and its checks each raise their own
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        if constants.HF_HUB_OFFLINE:
+            reason = "it is not complete in the cache, and HF_HUB_OFFLINE forbids to download it"
+        raise CheckpointNotFoundError(
+            f"there is no folder {repo_id!r}, and as a Hugging Face id it cannot be had: {reason}"
+        ) from error
+    return Path(folder)

@@ -1,0 +1,1 @@
+"""The network, eager and complete: what everything else is checked against."""

@@ -1,0 +1,94 @@
+"""The arguments of each ``forward`` of a decoding loop of Hugging Face's kind.
+
+Shape suffixes: ``b`` batch, ``t`` query tokens, ``n`` tokens so far, ``m`` model dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from fastllama.model.cache import StaticCache
+from fastllama.model.masks import causal_mask, positions_from_mask
+
+
+class HasDtype(Protocol):
+    """A model, as far as it is asked here."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        ...
+
+
+def prepare_inputs_for_generation(
+    model: HasDtype,
+    input_ids: torch.Tensor,
+    past_key_values: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    cache_position: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    use_cache: bool = True,
+    num_logits_to_keep: int | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """The arguments of the next ``forward`` call of a decoding loop, as in transformers 4.46.
+
+    Ids and positions come back as contiguous clones: a view of the right shape with another stride would make a
+    compiled forward record a new CUDA graph. With a StaticCache and a 2D mask, the mask becomes 4D over the
+    cache's whole length, so that its shape does not change from step to step.
+
+    Args:
+        model: gives the mask's dtype.
+        input_ids: all ids so far ``[b, n]``, or already only the unprocessed ones ``[b, t]``.
+        past_key_values: the cache, or None.
+        attention_mask: padding mask ``[b, n]``; positions are derived from it when ``position_ids`` is None.
+        inputs_embeds: ``[b, n, m]``, used in the first step only.
+        cache_position: slots of the unprocessed tokens, int64 ``[t]``; needed with a cache.
+        position_ids: rotary positions ``[b, n]``.
+        use_cache, num_logits_to_keep: passed on to ``forward``.
+
+    Raises:
+        ValueError: a cache without ``cache_position``.
+    """
+    if past_key_values is not None:
+        input_ids = _unprocessed(input_ids, inputs_embeds, cache_position)
+    if attention_mask is not None and attention_mask.dim() == 2 and position_ids is None:
+        position_ids = positions_from_mask(attention_mask)
+    if position_ids is not None:
+        if past_key_values is not None:
+            position_ids = position_ids[:, -input_ids.shape[1] :]
+        position_ids = position_ids.clone(memory_format=torch.contiguous_format)
+    inputs: dict[str, Any] = {"input_ids": None, "inputs_embeds": None}
+    if inputs_embeds is not None and (cache_position is None or int(cache_position[0]) == 0):
+        inputs["inputs_embeds"] = current = inputs_embeds
+    else:
+        inputs["input_ids"] = current = input_ids.clone(memory_format=torch.contiguous_format)
+    if isinstance(past_key_values, StaticCache) and attention_mask is not None and attention_mask.dim() == 2:
+        assert cache_position is not None
+        capacity = past_key_values.get_max_length()
+        attention_mask = causal_mask(cache_position, capacity, model.dtype, attention_mask, current.shape[0])
+    if num_logits_to_keep is not None:
+        inputs["num_logits_to_keep"] = num_logits_to_keep
+    return inputs | {
+        "position_ids": position_ids,
+        "cache_position": cache_position,
+        "past_key_values": past_key_values,
+        "use_cache": use_cache,
+        "attention_mask": attention_mask,
+    }
+
+
+def _unprocessed(
+    input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None, cache_position: torch.Tensor | None
+) -> torch.Tensor:
+    """The ids whose keys are not in the cache yet."""
+    if cache_position is None:
+        raise ValueError("prepare_inputs_for_generation needs cache_position when past_key_values is given")
+    if inputs_embeds is not None:
+        return input_ids[:, -cache_position.shape[0] :]
+    if input_ids.shape[1] != cache_position.shape[0]:
+        return input_ids[:, cache_position]
+    return input_ids

@@ -1,0 +1,1 @@
+"""Rotary positions, KV write and attention over the live slots."""

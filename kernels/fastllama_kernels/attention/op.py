@@ -1,0 +1,158 @@
+"""Rotary positions, KV write and attention over the live slots of a static cache.
+
+    q, k, v = split(qkv)                         one token's heads side by side: h query, k key, k value heads
+    cache[r, :, p] = rotary(k, p), v             for each new token of row r, at its position p
+    out = softmax(rotary(q, p) · K[r, :, ≤ p] / sqrt(d)) · V[r, :, ≤ p]
+
+A query at position p sees the slots 0 .. p of its row, so no mask is needed. Tokens of one row may share a position:
+then they are copies of one token, written twice.
+
+Bytes moved per layer: the live keys and values once, 2 · Σ_r (p_r + 1) · k · d · itemsize. The cost follows the live
+length, never the capacity. The decode kernels (``cpu.cpp``; :mod:`fastllama_kernels.attention.triton`, which
+registers itself for CUDA when imported) take a few query tokens a row; for long prefills on a CPU ``prefill_attention``
+runs torch's flash attention on the live part of the cache.
+
+Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``h`` query heads, ``k`` KV heads, ``d`` head dim,
+``n`` = (h + 2k)·d packed features, ``p`` counters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+MAX_TOKENS = 8  # query tokens a row up to which the decode kernel beats flash attention
+MAX_HEAD_DIM = 256  # of the kernel on a GPU
+
+_ARGS = "Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) key_cache, Tensor(b!) value_cache"
+torch.library.define("fastllama::rotary_attention", f"({_ARGS}, Tensor(c!) arrived) -> Tensor")
+torch.library.define("fastllama::prefill_attention", f"({_ARGS}) -> Tensor")
+
+
+def rotate_and_write(
+    qkv_btn: torch.Tensor,
+    cos_sd: torch.Tensor,
+    sin_sd: torch.Tensor,
+    position_bt: torch.Tensor,
+    k_cache_bksd: torch.Tensor,
+    v_cache_bksd: torch.Tensor,
+) -> torch.Tensor:
+    """Write the tokens' rotated keys and their values to the cache; return the rotated queries ``[b, h, t, d]``."""
+    b, t, n = qkv_btn.shape
+    kv_heads, d = k_cache_bksd.shape[1], k_cache_bksd.shape[3]
+    heads = n // d - 2 * kv_heads
+    q_bthd, k_btkd, v_btkd = qkv_btn.view(b, t, -1, d).split((heads, kv_heads, kv_heads), dim=2)
+    cos_bt1d, sin_bt1d = cos_sd[position_bt][:, :, None], sin_sd[position_bt][:, :, None]
+    row_b1 = torch.arange(b, device=qkv_btn.device)[:, None]
+    k_cache_bksd.transpose(1, 2).index_put_((row_b1, position_bt), rotate(k_btkd, cos_bt1d, sin_bt1d))
+    v_cache_bksd.transpose(1, 2).index_put_((row_b1, position_bt), v_btkd)
+    return rotate(q_bthd, cos_bt1d, sin_bt1d).transpose(1, 2)
+
+
+def rotate(x_bthd: torch.Tensor, cos_bt1d: torch.Tensor, sin_bt1d: torch.Tensor) -> torch.Tensor:
+    """Heads rotated by the angles of these tables, in float32, rounded once."""
+    x1, x2 = x_bthd.float().chunk(2, dim=-1)
+    return (x_bthd * cos_bt1d + torch.cat((-x2, x1), dim=-1) * sin_bt1d).to(x_bthd.dtype)
+
+
+def rotary_attention_ref(
+    qkv_btn: torch.Tensor,
+    cos_sd: torch.Tensor,
+    sin_sd: torch.Tensor,
+    position_bt: torch.Tensor,
+    k_cache_bksd: torch.Tensor,
+    v_cache_bksd: torch.Tensor,
+) -> torch.Tensor:
+    """The op in torch operators, over the cache's whole capacity under a mask. Any device, dtype, t."""
+    q_bhtd = rotate_and_write(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
+    return masked_attention(q_bhtd, position_bt, k_cache_bksd, v_cache_bksd).transpose(1, 2).flatten(2)
+
+
+def masked_attention(
+    q_bhtd: torch.Tensor,
+    position_bt: torch.Tensor,
+    k_cache_bksd: torch.Tensor,
+    v_cache_bksd: torch.Tensor,
+    start_b: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention ``[b, h, t, d]`` over the cache's whole capacity, masked to the slots ``start ≤ s ≤ position``."""
+    b, slot_s = len(q_bhtd), torch.arange(k_cache_bksd.shape[2], device=q_bhtd.device)
+    visible_bts = slot_s <= position_bt[..., None]
+    if start_b is not None:
+        visible_bts &= slot_s >= start_b[:, None, None]
+    return F.scaled_dot_product_attention(
+        q_bhtd, k_cache_bksd[:b], v_cache_bksd[:b], visible_bts[:, None], enable_gqa=True
+    )
+
+
+@torch.library.impl("fastllama::prefill_attention", "CPU")
+def _prefill_attention(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd):
+    b, t, _ = qkv_btn.shape
+    low, high = position_bt.aminmax()
+    if low < 0 or high >= k_cache_bksd.shape[2]:
+        bad, slots = int(low if low < 0 else high), k_cache_bksd.shape[2]
+        raise IndexError(f"fastllama: position {bad} lies outside the KV cache of {slots} slots")
+    q_bhtd = rotate_and_write(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
+    groups = q_bhtd.shape[1] // k_cache_bksd.shape[1]
+    out_bthd = q_bhtd.new_empty((b, t, *q_bhtd.shape[1::2]))
+    for row in range(b):
+        live = int(position_bt[row].max()) + 1
+        k_1hsd, v_1hsd = (
+            cache[row : row + 1, :, :live].repeat_interleave(groups, dim=1) for cache in (k_cache_bksd, v_cache_bksd)
+        )
+        visible_ts = torch.arange(live) <= position_bt[row, :, None]
+        out_1htd = F.scaled_dot_product_attention(q_bhtd[row : row + 1], k_1hsd, v_1hsd, visible_ts)
+        out_bthd[row] = out_1htd[0].transpose(0, 1)
+    return out_bthd.flatten(2)
+
+
+@torch.library.register_fake("fastllama::rotary_attention")
+def _attention_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd, arrived_p):
+    return _prefill_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
+
+
+@torch.library.register_fake("fastllama::prefill_attention")
+def _prefill_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd):
+    b, t, n = qkv_btn.shape
+    return qkv_btn.new_empty((b, t, n - 2 * k_cache_bksd.shape[1] * k_cache_bksd.shape[3]))
+
+
+def takes(device_type: str, head_dim: int) -> bool:
+    """Whether the decode kernel of this kind of device takes heads of this size."""
+    return device_type == "cpu" or (head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM)
+
+
+def rotary_attention(
+    qkv_btn: torch.Tensor,
+    cos_sd: torch.Tensor,
+    sin_sd: torch.Tensor,
+    position_bt: torch.Tensor,
+    k_cache_bksd: torch.Tensor,
+    v_cache_bksd: torch.Tensor,
+    arrived_p: torch.Tensor,
+) -> torch.Tensor:
+    """The decode kernels, for at most MAX_TOKENS tokens a row: ``[b, t, h·d]``, in qkv's dtype.
+
+    Args:
+        qkv_btn: packed projections, contiguous.
+        cos_sd, sin_sd: float32 rotary tables, contiguous, at least as long as the cache.
+        position_bt: int64 slot of each token, contiguous.
+        k_cache_bksd, v_cache_bksd: the caches, contiguous, mutated; they may have more rows than ``qkv_btn``.
+        arrived_p: int32 zeros, one for each query head of each row. They count the programs of a kernel that have done
+            their part and are zeros again afterwards; the CPU kernel leaves them alone.
+    """
+    args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd, arrived_p)
+    return torch.ops.fastllama.rotary_attention(*args)
+
+
+def prefill_attention(
+    qkv_btn: torch.Tensor,
+    cos_sd: torch.Tensor,
+    sin_sd: torch.Tensor,
+    position_bt: torch.Tensor,
+    k_cache_bksd: torch.Tensor,
+    v_cache_bksd: torch.Tensor,
+) -> torch.Tensor:
+    """The CPU's op for many tokens a row: ``[b, t, h·d]``; arguments as those of :func:`rotary_attention`."""
+    args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
+    return torch.ops.fastllama.prefill_attention(*args)

@@ -1,0 +1,1 @@
+"""What every kernel is launched, checked and built with."""

@@ -1,0 +1,1 @@
+"""All decoder layers in one operation, for a CPU."""

@@ -1,0 +1,1 @@
+"""Matrix times a few vectors, and what stands around it."""

@@ -1,0 +1,188 @@
+// Matrix times a few vectors, limited by reading the matrix once: see op.py for the formulas and the schema.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "dispatch.h"
+#include "ops.h"
+#include "vec.h"
+
+namespace fastllama {
+namespace {
+
+constexpr int kWeightRows = 4;  // matrix rows streamed side by side: enough to keep the load queues full
+constexpr int kTile = 4;        // activation rows per pass over a weight tile (16 accumulators)
+
+float activate(float x, int64_t kind) {  // numbered as ACTIVATIONS of op.py
+  switch (kind) {
+    case 0: return x / (1.f + std::exp(-x));
+    case 1: return 0.5f * x * (1.f + std::erf(x * 0.70710678f));
+    case 2: return 0.5f * x * (1.f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
+    case 3: return x / (1.f + std::exp(-1.702f * x));
+    default: return std::max(x, 0.f);
+  }
+}
+
+// The activations [rows, n] as the products take them, normalised (RMS, weighted) when a norm weight is given.
+template <typename T>
+std::vector<typename Activations<T>::type> prologue(const T* x, const T* norm_weight, double eps, int64_t rows,
+                                                    int64_t n) {
+  using X = typename Activations<T>::type;
+  std::vector<X> out(rows * n);
+  std::vector<float> row(n);
+  for (int64_t r = 0; r < rows; ++r) {
+    X* y = out.data() + r * n;
+    if (norm_weight == nullptr) {
+      for (int64_t i = 0; i < n; ++i) y[i] = static_cast<X>(x[r * n + i]);
+      continue;
+    }
+    for (int64_t i = 0; i < n; ++i) row[i] = static_cast<float>(x[r * n + i]);
+    f32x16 squares = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) squares += load16(row.data() + i) * load16(row.data() + i);
+    float sum = sum16(squares);
+    for (; i < n; ++i) sum += row[i] * row[i];
+    const float scale = 1.f / std::sqrt(sum / n + static_cast<float>(eps));
+    for (i = 0; i < n; ++i) y[i] = static_cast<X>(row[i] * scale * static_cast<float>(norm_weight[i]));
+  }
+  return out;
+}
+
+// Calls emit(row of x, index in w, values) with the dot products of w's kWeightRows matrix rows and every row of x.
+template <typename T, typename X, typename Emit>
+void for_each_row(const T* const (&w)[kWeightRows], const X* x, int64_t rows, int64_t n, const Emit& emit) {
+  const auto tile = [&](auto count, int64_t first) {
+    constexpr int M = decltype(count)::value;
+    float out[kWeightRows][M];
+    dot_tile(w, x + first * n, n, out);
+    for (int m = 0; m < M; ++m) {
+      float values[kWeightRows];
+      for (int r = 0; r < kWeightRows; ++r) values[r] = out[r][m];
+      emit(first + m, values);
+    }
+  };
+  int64_t first = 0;
+  for (; first + kTile <= rows; first += kTile) tile(std::integral_constant<int, kTile>{}, first);
+  for (; first < rows; ++first) tile(std::integral_constant<int, 1>{}, first);
+}
+
+template <typename T>
+T* maybe(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
+}
+
+// Threads get contiguous ranges of groups of matrix rows, of 128 KiB at least: less is read before another one wakes.
+template <typename F>
+void parallel_groups(int64_t groups, int64_t bytes_per_group, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, (128 << 10) / std::max<int64_t>(1, bytes_per_group));
+  torch::stable::parallel_for(0, groups, grain, f);
+}
+
+template <typename T>
+void linear_kernel(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& norm_weight, double eps, const std::optional<Tensor>& residual,
+                   Tensor& out) {
+  const int64_t out_features = weight.size(0), n = weight.size(1), rows = x.numel() / n;
+  const T *xp = data<T>(x), *wp = data<T>(weight), *np = maybe<T>(norm_weight);
+  const T *bp = maybe<T>(bias), *rp = maybe<T>(residual);
+  T* op = static_cast<T*>(out.mutable_data_ptr());
+  const int64_t groups = (out_features + kWeightRows - 1) / kWeightRows;
+  parallel_groups(groups, kWeightRows * n * sizeof(T), [&](int64_t begin, int64_t end) {
+    const auto activations = prologue(xp, np, eps, rows, n);
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t first = g * kWeightRows, count = std::min<int64_t>(kWeightRows, out_features - first);
+      const T* w[kWeightRows];
+      for (int i = 0; i < kWeightRows; ++i) w[i] = wp + std::min<int64_t>(first + i, out_features - 1) * n;
+      for_each_row(w, activations.data(), rows, n, [&](int64_t r, const float(&values)[kWeightRows]) {
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t at = r * out_features + first + i;
+          float y = values[i];
+          if (bp) y += static_cast<float>(bp[first + i]);
+          if (rp) y += static_cast<float>(rp[at]);
+          op[at] = static_cast<T>(y);
+        }
+      });
+    }
+  });
+}
+
+template <typename T>
+void gate_up_kernel(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                    const std::optional<Tensor>& norm_weight, double eps, int64_t activation, Tensor& out) {
+  constexpr int kPairs = kWeightRows / 2;
+  const int64_t features = weight.size(0) / 2, n = weight.size(1), rows = x.numel() / n;
+  const T *xp = data<T>(x), *wp = data<T>(weight), *np = maybe<T>(norm_weight), *bp = maybe<T>(bias);
+  T* op = static_cast<T*>(out.mutable_data_ptr());
+  const int64_t groups = (features + kPairs - 1) / kPairs;
+  parallel_groups(groups, kWeightRows * n * sizeof(T), [&](int64_t begin, int64_t end) {
+    const auto activations = prologue(xp, np, eps, rows, n);
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t first = g * kPairs, count = std::min<int64_t>(kPairs, features - first);
+      const T* w[kWeightRows];
+      for (int i = 0; i < kPairs; ++i) {
+        w[i] = wp + std::min<int64_t>(first + i, features - 1) * n;
+        w[kPairs + i] = w[i] + features * n;
+      }
+      for_each_row(w, activations.data(), rows, n, [&](int64_t r, const float(&values)[kWeightRows]) {
+        for (int64_t i = 0; i < count; ++i) {
+          float gate = values[i], up = values[kPairs + i];
+          if (bp) {
+            gate += static_cast<float>(bp[first + i]);
+            up += static_cast<float>(bp[features + first + i]);
+          }
+          op[r * features + first + i] = static_cast<T>(activate(gate, activation) * up);
+        }
+      });
+    }
+  });
+}
+
+void check_arguments(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& norm_weight) {
+  const auto dtype = x.scalar_type();
+  STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous(), "fastllama: x is strided, expected a contiguous tensor");
+  const int64_t n = x.size(x.dim() - 1), out_features = weight.size(0);
+  check(weight, "weight", dtype, {out_features, n});
+  if (bias.has_value()) check(*bias, "bias", dtype, {out_features});
+  if (norm_weight.has_value()) check(*norm_weight, "norm_weight", dtype, {n});
+}
+
+}  // namespace
+
+Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> norm_weight, double eps,
+              std::optional<Tensor> residual) {
+  check_arguments(x, weight, bias, norm_weight);
+  Tensor out = empty_with_last(x, weight.size(0));
+  if (residual.has_value())
+    STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type() && residual->is_contiguous() &&
+                        std::equal(residual->sizes().begin(), residual->sizes().end(), out.sizes().begin(),
+                                   out.sizes().end()),
+                    "fastllama: expected a contiguous residual of the result's shape and dtype");
+  dispatch(x, [&](auto zero) {
+    linear_kernel<decltype(zero)>(x, weight, bias, norm_weight, eps, residual, out);
+  });
+  return out;
+}
+
+Tensor gate_up(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> norm_weight, double eps,
+               int64_t activation) {
+  check_arguments(x, weight, bias, norm_weight);
+  STD_TORCH_CHECK(weight.size(0) % 2 == 0, "fastllama: weight has ", weight.size(0), " rows, expected gate and up");
+  Tensor out = empty_with_last(x, weight.size(0) / 2);
+  dispatch(x, [&](auto zero) {
+    gate_up_kernel<decltype(zero)>(x, weight, bias, norm_weight, eps, activation, out);
+  });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastllama, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("gate_up", TORCH_BOX(&gate_up));
+}
+
+}  // namespace fastllama

@@ -1,0 +1,211 @@
+// A token of each row drawn from its logits, without sorting them: see op.py for the definition.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "dispatch.h"
+#include "vec.h"
+
+namespace fastllama {
+namespace {
+
+constexpr int64_t kBlock = 64;  // tokens whose maximum is kept, to pass over them when none of them matters
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr uint64_t kGolden = 0x9e3779b97f4a7c15;
+
+struct Settings {
+  float temperature, top_p, min_p;
+  int64_t top_k;
+  uint64_t key;  // of the draw
+};
+
+// Tokens that may still be drawn.
+struct Pool {
+  std::vector<float> logit, weight;
+  std::vector<int32_t> token;
+  int64_t size() const { return static_cast<int64_t>(logit.size()); }
+
+  // Forgets the tokens below a logit.
+  void drop_below(float least) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < size(); ++i) {
+      if (logit[i] < least) continue;
+      logit[kept] = logit[i], token[kept] = token[i];
+      if (!weight.empty()) weight[kept] = weight[i];
+      ++kept;
+    }
+    logit.resize(kept), token.resize(kept);
+    if (!weight.empty()) weight.resize(kept);
+  }
+};
+
+uint64_t mix(uint64_t z) {  // splitmix64
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+  return z ^ (z >> 31);
+}
+
+float uniform(uint64_t key, int64_t token) {
+  const auto high = static_cast<uint32_t>(mix((key + static_cast<uint64_t>(token)) * kGolden) >> 32);
+  return std::min((static_cast<float>(high) + 0.5f) * 0x1p-32f, 1.f - 0x1p-24f);
+}
+
+template <typename T>
+std::vector<float> block_maxima(const T* logits, int64_t vocab) {
+  std::vector<float> maxima((vocab + kBlock - 1) / kBlock, -kInfinity);
+  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+    float top = -kInfinity;
+    int64_t i = begin;
+    const int64_t end = std::min(begin + kBlock, vocab);
+    if (end - begin == kBlock) {
+      f32x16 top16 = load16(logits + i);
+      for (i += kLanes; i < end; i += kLanes) top16 = max16(top16, load16(logits + i));
+      for (int64_t lane = 0; lane < kLanes; ++lane) top = std::max(top, top16[lane]);
+    }
+    for (; i < end; ++i) top = std::max(top, static_cast<float>(logits[i]));
+    maxima[begin / kBlock] = top;
+  }
+  return maxima;
+}
+
+float kth_largest(std::vector<float> values, int64_t k) {
+  std::nth_element(values.begin(), values.begin() + (k - 1), values.end(), std::greater<float>());
+  return values[k - 1];
+}
+
+// The tokens of at least this logit; blocks that have none are not looked at.
+template <typename T>
+Pool gather(const T* logits, int64_t vocab, const std::vector<float>& maxima, float least) {
+  const auto holds_some = [&](float maximum) { return maximum >= least; };
+  const int64_t most = kBlock * std::count_if(maxima.begin(), maxima.end(), holds_some);
+  Pool pool;
+  pool.logit.resize(most), pool.token.resize(most);
+  int64_t size = 0;
+  for (int64_t block = 0; block < static_cast<int64_t>(maxima.size()); ++block) {
+    if (!holds_some(maxima[block])) continue;
+    for (int64_t token = block * kBlock; token < std::min((block + 1) * kBlock, vocab); ++token) {
+      const float logit = static_cast<float>(logits[token]);
+      pool.logit[size] = logit, pool.token[size] = static_cast<int32_t>(token);  // overwritten unless it counts
+      size += logit >= least;
+    }
+  }
+  pool.logit.resize(size), pool.token.resize(size);
+  return pool;
+}
+
+// Where in the pool the token of the highest score is. A score takes two logarithms; that -log(1 - u) >= u tells
+// of nearly all tokens that they cannot have it.
+int64_t highest_score(const Pool& pool, const Settings& settings) {
+  int64_t best = 0;
+  float best_score = -kInfinity, limit = kInfinity;
+  for (int64_t begin = 0; begin < pool.size(); begin += kLanes) {
+    const int64_t count = std::min(kLanes, pool.size() - begin);
+    float u[kLanes];
+    bool any = false;
+    for (int64_t i = 0; i < count; ++i) {
+      u[i] = uniform(settings.key, pool.token[begin + i]);
+      any |= !(u[i] > limit * pool.weight[begin + i]);
+    }
+    if (!any) continue;
+    for (int64_t i = 0; i < count; ++i) {
+      const float race = -std::log1p(-u[i]);
+      const float score = pool.logit[begin + i] / settings.temperature - std::log(race);
+      if (!(score > best_score)) continue;
+      best = begin + i, best_score = score;
+      limit = 1.001f * race / pool.weight[best];  // a little more, for weights are rounded
+    }
+  }
+  return best;
+}
+
+float weight_above(const Pool& pool, float logit) {
+  f32x16 sums = {};
+  int64_t i = 0;
+  for (; i + kLanes <= pool.size(); i += kLanes)
+    sums += load16(pool.logit.data() + i) > logit ? load16(pool.weight.data() + i) : f32x16{};
+  float sum = sum16(sums);
+  for (; i < pool.size(); ++i) sum += pool.logit[i] > logit ? pool.weight[i] : 0.f;
+  return sum;
+}
+
+void weigh(Pool& pool, float top, float temperature) {
+  pool.weight.resize(pool.size());
+  int64_t i = 0;
+  for (; i + kLanes <= pool.size(); i += kLanes)
+    store16(pool.weight.data() + i, exp16((load16(pool.logit.data() + i) - top) / temperature));
+  for (; i < pool.size(); ++i) pool.weight[i] = std::exp((pool.logit[i] - top) / temperature);
+}
+
+template <typename T>
+int64_t draw(const T* logits, int64_t vocab, const Settings& settings) {
+  const std::vector<float> maxima = block_maxima(logits, vocab);
+  const auto top_block = std::max_element(maxima.begin(), maxima.end());
+  const float top = *top_block;
+  if (!(settings.temperature > 0) || !(std::abs(top) < kInfinity)) {  // the first of the most likely tokens
+    const int64_t begin = (top_block - maxima.begin()) * kBlock;
+    const auto is_top = [&](int64_t i) { return static_cast<float>(logits[i]) == top; };
+    for (int64_t i = begin; i < std::min(begin + kBlock, vocab); ++i)
+      if (is_top(i)) return i;
+    return begin;
+  }
+  const bool by_rank = settings.top_k > 0 && settings.top_k < vocab, by_mass = settings.top_p < 1;
+  const float least = std::min(top, top + settings.temperature * std::log(settings.min_p));
+  float first = by_mass ? -kInfinity : least;
+  if (by_rank) {  // as many blocks hold at least one token of this logit
+    const bool blocks = settings.top_k <= static_cast<int64_t>(maxima.size());
+    first = blocks ? kth_largest(maxima, settings.top_k) : -kInfinity;
+  }
+  Pool pool = gather(logits, vocab, maxima, first);
+  if (by_rank) pool.drop_below(kth_largest(pool.logit, std::min(settings.top_k, pool.size())));  // NaNs are not in it
+  weigh(pool, top, settings.temperature);
+  const float total = by_mass ? weight_above(pool, -kInfinity) : 0;
+  pool.drop_below(least);
+  while (true) {
+    const int64_t drawn = highest_score(pool, settings);
+    const float logit = pool.logit[drawn];
+    if (!by_mass || logit == top || weight_above(pool, logit) < settings.top_p * total) return pool.token[drawn];
+    pool.drop_below(std::nextafter(logit, kInfinity));
+  }
+}
+
+}  // namespace
+
+Tensor sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,
+              Tensor positions) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "fastllama: logits have ", logits.dim(),
+                  " dimensions, expected rows of a vocabulary");
+  const int64_t batch = logits.size(0), vocab = logits.size(1);
+  check(logits, "logits", logits.scalar_type(), {batch, vocab});
+  check(temperature, "temperature", ScalarType::Float, {batch});
+  check(top_k, "top_k", ScalarType::Long, {batch});
+  check(top_p, "top_p", ScalarType::Float, {batch});
+  check(min_p, "min_p", ScalarType::Float, {batch});
+  check(seed, "seed", ScalarType::Long, {batch});
+  check(positions, "positions", ScalarType::Long, {batch});
+  Tensor out = torch::stable::empty_like(positions);
+  auto* tokens = static_cast<int64_t*>(out.mutable_data_ptr());
+  dispatch(logits, [&](auto zero) {
+    using T = decltype(zero);
+    torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const uint64_t key = mix(static_cast<uint64_t>(data<int64_t>(seed)[b]) +
+                                 static_cast<uint64_t>(data<int64_t>(positions)[b]) * kGolden);
+        const Settings settings{data<float>(temperature)[b], data<float>(top_p)[b], data<float>(min_p)[b],
+                                data<int64_t>(top_k)[b], key};
+        tokens[b] = draw(data<T>(logits) + b * vocab, vocab, settings);
+      }
+    });
+  });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastllama, CPU, m) { m.impl("sample", TORCH_BOX(&sample)); }
+
+}  // namespace fastllama

@@ -1,0 +1,1 @@
+"""The kernels seen without running a model: machine code, a model of the step, tile sizes."""

@@ -1,0 +1,436 @@
+"""LlamaConfig and GenerationConfig: both spellings of the JSON files, as transformers reads them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+import transformers
+
+from fastllama.config import GenerationConfig, LlamaConfig, RopeParameters
+from fastllama.config.llama import ACTIVATIONS
+from fastllama.model import llama as model
+
+SHAPE = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 64,
+    "factor": 4.0,
+}
+SHARED_FIELDS = sorted({field.name for field in dataclasses.fields(LlamaConfig)} - {"rope", "dtype"})
+
+
+def same_values(ours: LlamaConfig, hf: transformers.LlamaConfig) -> None:
+    """Every field equals that of transformers' config."""
+    for name in SHARED_FIELDS:
+        mine = getattr(ours, name)
+        assert (list(mine) if isinstance(mine, tuple) else mine) == getattr(hf, name), name
+    for name, value in hf.rope_parameters.items():
+        mine = getattr(ours.rope, name) if name != "type" else ours.rope.rope_type
+        assert (list(mine) if isinstance(mine, tuple) else mine) == value, name
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_key_value_heads": 2},
+        {"num_key_value_heads": 1},
+        {"num_key_value_heads": 4},
+        {"head_dim": 32},
+        {"head_dim": 8, "num_key_value_heads": 2},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"pretraining_tp": 4},
+        {"tie_word_embeddings": True},
+        {"eos_token_id": [2, 5, 7], "pad_token_id": 0},
+        {"bos_token_id": None, "eos_token_id": None},
+        {"rms_norm_eps": 1e-5, "initializer_range": 0.01, "attention_dropout": 0.1, "use_cache": False},
+        {"output_hidden_states": True, "return_dict": False},
+        {"rope_theta": 500000.0},
+        {"rope_theta": 500000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        {"rope_theta": 1e6, "rope_scaling": YARN},
+        {"rope_scaling": LLAMA3},
+        {"rope_scaling": LONGROPE},
+        {"rope_scaling": {"rope_type": "llama3", "type": "llama3", **LLAMA3}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "rope_theta": 5e5},
+        {"rope_parameters": None, "rope_scaling": None, "head_dim": None, "num_key_value_heads": None},
+        *({"hidden_act": name} for name in ACTIVATIONS),
+    ],
+    ids=str,
+)
+def test_a_config_reads_as_in_transformers(fields):
+    ours = LlamaConfig.from_dict(SHAPE | fields)
+    same_values(ours, transformers.LlamaConfig(**copy.deepcopy(SHAPE | fields)))
+
+
+def test_every_activation_a_config_may_name_is_one_the_network_has():
+    assert set(ACTIVATIONS) == set(model.ACTIVATIONS)
+
+
+def test_the_defaults_are_those_of_transformers():
+    same_values(LlamaConfig(), transformers.LlamaConfig())
+    assert LlamaConfig.from_dict({}) == LlamaConfig()
+
+
+def test_both_spellings_of_one_rope_are_one_config():
+    v4 = LlamaConfig.from_dict(SHAPE | {"rope_theta": 500000.0, "rope_scaling": LLAMA3})
+    v5 = LlamaConfig.from_dict(SHAPE | {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}})
+    spellings = {"rope_theta": 500000.0, "rope_scaling": LLAMA3, "rope_parameters": LLAMA3}
+    both = LlamaConfig.from_dict(SHAPE | spellings)
+    assert v4 == v5 == both
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [
+        ({}, "float32"),
+        ({"torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "float16"}, "float16"),
+        ({"dtype": "bfloat16", "torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": torch.bfloat16}, "bfloat16"),
+        ({"dtype": None, "torch_dtype": "torch.float16"}, "float16"),
+    ],
+)
+def test_the_dtype_is_read_under_both_names(fields, dtype):
+    assert LlamaConfig.from_dict(SHAPE | fields).dtype == dtype
+
+
+@pytest.mark.parametrize("fields", [{}, {"rope_scaling": LLAMA3}, {"rope_scaling": LONGROPE}, {"eos_token_id": [2, 3]}])
+def test_a_transformers_config_object_reads_as_its_file(fields, tmp_path):
+    hf = transformers.LlamaConfig(**copy.deepcopy(SHAPE | fields), dtype="bfloat16")
+    hf.save_pretrained(tmp_path)
+    ours = LlamaConfig.from_hf(hf)
+    assert ours == LlamaConfig.from_pretrained(tmp_path) == LlamaConfig.from_pretrained(tmp_path / "config.json")
+    assert ours.dtype == "bfloat16"
+    same_values(ours, hf)
+
+
+def test_the_original_length_beside_the_rope_parameters_wins_as_in_transformers():
+    fields = SHAPE | {"rope_scaling": LONGROPE, "original_max_position_embeddings": 128}
+    hf = transformers.LlamaConfig(**copy.deepcopy(fields))
+    hf.standardize_rope_params()
+    ours = LlamaConfig.from_dict(fields)
+    assert ours.rope.original_max_position_embeddings == 128
+    same_values(ours, hf)
+
+
+def test_minus_one_as_padding_token_means_none():
+    assert LlamaConfig.from_dict(SHAPE | {"pad_token_id": -1}).pad_token_id is None
+
+
+def test_keys_without_effect_are_accepted():
+    inert = {
+        "transformers_version": "4.31.0",
+        "_name_or_path": "somewhere",
+        "auto_map": {"AutoModel": "modeling.Model"},
+        "id2label": {"0": "LABEL_0"},
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "quantization_config": None,
+        "partial_rotary_factor": 1.0,
+        "layer_types": ["full_attention", "full_attention"],
+        "pruned_heads": {},
+        "rope_interleaved": False,
+        "max_length": 20,
+        "do_sample": False,
+        "num_beams": 1,
+        "some_future_option": None,
+    }
+    assert LlamaConfig.from_dict(SHAPE | inert) == LlamaConfig.from_dict(SHAPE)
+
+
+def test_every_key_that_transformers_writes_is_accounted_for():
+    assert LlamaConfig.from_dict(transformers.LlamaConfig().to_dict()) == LlamaConfig()
+    generation = GenerationConfig.from_dict(transformers.GenerationConfig().to_dict())
+    assert generation == GenerationConfig()
+
+
+# ---- refusing ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "mistral"}, "model_type is 'mistral'"),
+        ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
+        ({"sliding_window": 4096}, "sliding_window is 4096"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+        ({"per_layer_config": {"0": {"intermediate_size": 8}}}, "per_layer_config"),
+        ({"logit_scale": 0.5, "qk_norm": True}, "unknown config keys logit_scale, qk_norm"),
+        ({"hidden_act": "laplace"}, "hidden_act is 'laplace'"),
+        ({"hidden_size": 66}, "hidden_size is 66"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3; expected a divisor of num_attention_heads=4"),
+        ({"head_dim": 15}, "head_dim is 15; expected an even number"),
+        ({"vocab_size": "many"}, "vocab_size is 'many'; expected an integer"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_attention_heads": 4.0}, "num_attention_heads is 4.0"),
+        ({"pretraining_tp": 3}, "pretraining_tp is 3; expected a divisor of vocab_size=320"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"attention_dropout": 1.5}, "attention_dropout is 1.5"),
+        ({"use_cache": "yes"}, "use_cache is 'yes'; expected true or false"),
+        ({"pad_token_id": 320}, "pad_token_id is 320; expected less than vocab_size=320"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"dtype": "float16", "torch_dtype": "bfloat16"}, "dtype and torch_dtype differ"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type is 'su'; expected one of default"),
+        ({"rope_scaling": {"type": ["linear"]}}, "rope_type is"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}}, "the same as type"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is None; expected a value"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0"),
+        ({"rope_scaling": 2.0}, "rope_scaling is 2.0"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "low_freq_factor is None"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor is 1.0"),
+        ({"rope_scaling": {**LONGROPE, "long_factor": [1.0] * 7}}, "length of long_factor is 7"),
+        ({"rope_scaling": {**LONGROPE, "short_factor": "1.0"}}, "short_factor is '1.0'"),
+        ({"rope_scaling": {**LLAMA3, "ramp": 1}}, "unknown rope parameters ramp"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "unknown rope parameters full_att",
+        ),
+        (
+            {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}},
+            "rope_parameters and rope_scaling differ",
+        ),
+    ],
+    ids=str,
+)
+def test_what_fastllama_does_not_compute_is_an_error_that_names_it(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LlamaConfig.from_dict(SHAPE | fields)
+
+
+def test_a_rope_parameter_of_another_type_is_left_out_with_a_warning(caplog):
+    ours = LlamaConfig.from_dict(SHAPE | {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}})
+    assert ours.rope == RopeParameters(rope_type="linear", factor=2.0)
+    assert "'linear' does not read beta_fast" in caplog.text
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[1]", "holds a JSON list")])
+def test_a_file_that_is_no_json_object_is_an_error_that_names_it(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        LlamaConfig.from_pretrained(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_a_bad_field_is_reported_with_its_file(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ValueError, match=r"config\.json: model_type is 'gpt2'"):
+        LlamaConfig.from_pretrained(tmp_path)
+
+
+def test_an_absent_file_is_a_file_not_found(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        LlamaConfig.from_pretrained(tmp_path)
+
+
+# ---- writing and changing ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rope_scaling": LLAMA3, "rope_theta": 5e5, "eos_token_id": [2, 3]},
+        {"rope_scaling": LONGROPE},
+        {"rope_scaling": YARN},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"head_dim": 32, "num_key_value_heads": 2, "tie_word_embeddings": True, "dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_a_saved_config_reads_the_same_here_and_in_transformers(fields, tmp_path):
+    ours = LlamaConfig.from_dict(SHAPE | fields)
+    ours.save_pretrained(tmp_path / "new")
+    assert LlamaConfig.from_pretrained(tmp_path / "new") == ours
+    hf = transformers.AutoConfig.from_pretrained(tmp_path / "new")
+    same_values(ours, hf)
+    assert str(hf.dtype) == f"torch.{ours.dtype}"
+    assert LlamaConfig.from_hf(hf) == ours
+
+
+def test_a_saved_config_holds_the_v4_and_the_v5_spelling(tmp_path):
+    LlamaConfig.from_dict(SHAPE | {"rope_scaling": LLAMA3, "rope_theta": 5e5, "dtype": "bfloat16"}).save_pretrained(
+        tmp_path
+    )
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["rope_scaling"] == LLAMA3
+    assert written["rope_theta"] == 5e5
+    assert written["rope_parameters"] == {**LLAMA3, "rope_theta": 5e5}
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
+    assert written["model_type"] == "llama"
+    assert written["architectures"] == ["LlamaForCausalLM"]
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_default_rope_is_written_without_rope_scaling():
+    assert LlamaConfig().to_dict()["rope_scaling"] is None
+
+
+def test_replacing_a_field_keeps_derived_fields_in_step():
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4)
+    assert config.replace(num_attention_heads=8).head_dim == 8
+    assert config.replace(num_attention_heads=8).num_key_value_heads == 8
+    chosen = config.replace(head_dim=32, num_key_value_heads=2)
+    assert chosen.replace(num_attention_heads=8).head_dim == 32
+    assert chosen.replace(num_attention_heads=8).num_key_value_heads == 2
+
+
+def test_configs_are_frozen_and_hashable():
+    config = LlamaConfig.from_dict(SHAPE | {"rope_scaling": LONGROPE, "eos_token_id": [1, 2]})
+    assert hash(config) == hash(config.replace())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.vocab_size = 1  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GenerationConfig().top_k = 1  # type: ignore[misc]
+
+
+# ---- GenerationConfig --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("eos", "held"), [(None, ()), (2, (2,)), ([2, 3], (2, 3)), ((5,), (5,)), ([], ())])
+def test_eos_ids_are_held_as_a_tuple(eos, held):
+    assert GenerationConfig(eos_token_id=eos).eos_token_id == held
+    assert GenerationConfig.from_dict({"eos_token_id": eos}).eos_token_id == held
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"num_beams": 4},
+        {"repetition_penalty": 1.1},
+        {"no_repeat_ngram_size": 3},
+        {"bad_words_ids": [[1]]},
+        {"suppress_tokens": [7]},
+        {"num_return_sequences": 2},
+        {"typical_p": 0.9},
+        {"guidance_scale": 1.5},
+        {"min_new_tokens": 5},
+        {"stop_strings": ["\n"]},
+        {"penalty_alpha": 0.6},
+        {"return_dict_in_generate": True},
+    ],
+    ids=str,
+)
+def test_a_generation_setting_fastllama_does_not_do_is_an_error_that_names_it(setting):
+    [(name, value)] = setting.items()
+    with pytest.raises(NotImplementedError, match=re.escape(f"{name}={value!r}")):
+        GenerationConfig.from_dict({"temperature": 0.7, **setting})
+
+
+def test_generation_settings_that_ask_for_nothing_are_accepted():
+    neutral = {
+        "_from_model_config": True,
+        "transformers_version": "4.40.0",
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "use_cache": False,
+        "cache_implementation": "static",
+        "length_penalty": 2.0,
+        "bad_words_ids": None,
+        "suppress_tokens": [],
+        "temperature": None,
+        "max_length": None,
+    }
+    assert GenerationConfig.from_dict(neutral) == GenerationConfig()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"temprature": 0.5}, "unknown generation settings temprature"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": 0, "do_sample": True}, "temperature is 0; expected above 0 when sampling"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 2.5}, "top_k is 2.5"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"min_p": -0.5}, "min_p is -0.5"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"do_sample": 1}, "do_sample is 1"),
+        ({"seed": -3}, "seed is -3"),
+        ({"eos_token_id": [2, -1]}, "eos_token_id is -1"),
+    ],
+    ids=str,
+)
+def test_a_generation_setting_out_of_range_is_an_error_that_names_it(setting, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GenerationConfig.from_dict(setting)
+
+
+def test_a_saved_generation_config_reads_the_same_here_and_in_transformers(tmp_path):
+    ours = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, eos_token_id=[5, 6], pad_token_id=0)
+    ours.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path) == ours
+    hf = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert (hf.do_sample, hf.temperature, hf.top_p, hf.eos_token_id, hf.pad_token_id) == (
+        True,
+        0.6,
+        0.9,
+        [5, 6],
+        0,
+    )
+    assert GenerationConfig.from_hf(hf) == ours
+
+
+def test_without_a_generation_config_the_settings_of_config_json_hold(tmp_path):
+    settings = {"eos_token_id": [2, 3], "bos_token_id": 1, "pad_token_id": None, "temperature": 0.7}
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | settings | {"rope_theta": 1e4}))
+    ours = GenerationConfig.from_pretrained(tmp_path)
+    assert ours == GenerationConfig(eos_token_id=(2, 3), bos_token_id=1, temperature=0.7)
+    GenerationConfig(max_new_tokens=5).save_pretrained(tmp_path)  # with one, they do not
+    assert GenerationConfig.from_pretrained(tmp_path) == GenerationConfig(max_new_tokens=5)
+
+
+def test_a_beam_search_in_config_json_is_an_error_with_the_file_in_it(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"num_beams": 4}))
+    with pytest.raises(NotImplementedError, match=r"config\.json: .*num_beams=4"):
+        GenerationConfig.from_pretrained(tmp_path)
+
+
+def test_without_any_file_the_generation_defaults_hold(tmp_path):
+    assert GenerationConfig.from_pretrained(tmp_path) == GenerationConfig()
+
+
+def test_replace_changes_generation_fields_and_checks_them():
+    assert GenerationConfig().replace(top_k=0, eos_token_id=7).eos_token_id == (7,)
+    with pytest.raises(ValueError, match="top_k"):
+        GenerationConfig().replace(top_k=-5)

@@ -1,0 +1,154 @@
+"""Rotary, KV write and attention: the CPU kernels against float64, next to torch's own error in the same dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastllama_kernels.attention import op
+from fastllama_kernels.attention.op import MAX_TOKENS, rotary_attention_ref
+from fastllama_kernels.common import build
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SLOTS = 80
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    assert build.load() is None
+
+
+def draw(b, t, kv_heads, groups, d, dtype, starts, cache_rows=None) -> list[torch.Tensor]:
+    """Arguments of the op; the slots from each row's start on are poisoned with NaN."""
+    angle = torch.rand(SLOTS, d // 2) * 6
+    cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+    qkv = torch.randn(b, t, (groups + 2) * kv_heads * d).to(dtype)
+    position = torch.tensor(starts)[:, None] + torch.arange(t)
+    caches = torch.randn(2, cache_rows or b, kv_heads, SLOTS, d).to(dtype)
+    for row, start in enumerate(starts):
+        caches[:, row, :, start:] = float("nan")
+    return [qkv, cos, sin, position, *caches]
+
+
+def rotary_attention(qkv, *others) -> torch.Tensor:
+    """The decode kernel or the prefill's op, by the number of tokens, as :mod:`fastllama.ops` chooses."""
+    if qkv.shape[1] > MAX_TOKENS:
+        return op.prefill_attention(qkv, *others)
+    return op.rotary_attention(qkv, *others, torch.zeros(0, dtype=torch.int32))
+
+
+def in_float64(qkv, cos, sin, position, k_cache, v_cache) -> torch.Tensor:
+    """The definition, one query at a time."""
+    b, t, _ = qkv.shape
+    kv_heads, d = k_cache.shape[1], k_cache.shape[3]
+    q, k, v = qkv.double().view(b, t, -1, d).split((qkv.shape[2] // d - 2 * kv_heads, kv_heads, kv_heads), 2)
+    k_cache, v_cache = k_cache.double(), v_cache.double()
+    rotate = lambda x, p: x * cos[p] + torch.cat((-x[..., d // 2 :], x[..., : d // 2]), -1) * sin[p]  # noqa: E731
+    out = torch.empty(b, t, q.shape[2], d, dtype=torch.double)
+    for row in range(b):
+        for i, p in enumerate(position[row].tolist()):
+            k_cache[row, :, p], v_cache[row, :, p] = rotate(k[row, i], p), v[row, i]
+        for i, p in enumerate(position[row].tolist()):
+            for head in range(q.shape[2]):
+                kv = head // (q.shape[2] // kv_heads)
+                scores = k_cache[row, kv, : p + 1] @ rotate(q[row, i, head], p) / d**0.5
+                out[row, i, head] = scores.softmax(-1) @ v_cache[row, kv, : p + 1]
+    return out.flatten(2)
+
+
+def assert_as_exact_as_torch(args: list[torch.Tensor]) -> None:
+    ours_args = [x.clone() for x in args]
+    ours, exact = rotary_attention(*ours_args), in_float64(*args)
+    torch_args = [x.clone() for x in args]
+    for cache in torch_args[4:]:
+        cache.nan_to_num_()  # the masked reference reads every slot
+    torchs = rotary_attention_ref(*torch_args)
+    # Operands are of unit size: two roundings of the result, a few of the float32 sums before it.
+    unit = 2 * torch.finfo(ours.dtype).eps + 16 * torch.finfo(torch.float32).eps
+    rounding = unit * exact.abs().max().clamp(min=1)
+    bound = (2 * (torchs.double() - exact).abs().max()).clamp(min=rounding)
+    assert ours.dtype == args[0].dtype
+    assert (ours.double() - exact).abs().max() <= bound
+    assert_caches_equal(ours_args, torch_args, args[3])
+
+
+def assert_caches_equal(ours: list[torch.Tensor], torchs: list[torch.Tensor], position: torch.Tensor) -> None:
+    """Same keys and values up to each row's last position; beyond it nothing was written."""
+    for mine, reference in zip(ours[4:], torchs[4:], strict=True):
+        for row, last in enumerate(position[:, -1].tolist()):
+            live = slice(0, last + 1)
+            torch.testing.assert_close(mine[row, :, live], reference[row, :, live], rtol=0.01, atol=1e-5)
+            assert mine[row, :, last + 1 :].isnan().all()
+        assert torch.equal(mine[len(position) :], reference[len(position) :])
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    t=st.integers(1, MAX_TOKENS + 4), kv_heads=st.integers(1, 3), groups=st.sampled_from([1, 2, 4, 7, 32]),
+    d=st.sampled_from([2, 8, 24, 64, 80, 128]), dtype=st.sampled_from(DTYPES),
+    starts=st.lists(st.integers(0, SLOTS - MAX_TOKENS - 4), min_size=1, max_size=3),
+)  # fmt: skip
+def test_attention_is_as_exact_as_torch(t, kv_heads, groups, d, dtype, starts) -> None:
+    assert_as_exact_as_torch(draw(len(starts), t, kv_heads, groups, d, dtype, starts))
+
+
+def test_rows_of_the_cache_beyond_the_batch_are_left_alone() -> None:
+    args = draw(1, 1, 2, 2, 16, torch.float32, [5], cache_rows=3)
+    args[4][1:], args[5][1:] = 1.0, 2.0
+    assert_as_exact_as_torch(args)
+
+
+@pytest.mark.parametrize("t", [4, MAX_TOKENS + 4])
+def test_copies_of_the_last_token_change_nothing(t) -> None:
+    qkv, cos, sin, position, k_cache, v_cache = draw(1, t, 2, 2, 16, torch.float32, [5])
+    short = [qkv[:, :3].contiguous(), cos, sin, position[:, :3].contiguous(), k_cache.clone(), v_cache.clone()]
+    qkv[:, 3:], position[:, 3:] = qkv[:, 2:3], position[:, 2:3]
+    padded = [qkv, cos, sin, position, k_cache, v_cache]
+    torch.testing.assert_close(rotary_attention(*padded)[:, :3], rotary_attention(*short))
+    torch.testing.assert_close(k_cache, short[4], equal_nan=True)
+
+
+@pytest.mark.parametrize("t", [1, MAX_TOKENS + 1])
+@pytest.mark.parametrize("start", [-1, SLOTS])
+def test_a_position_outside_the_cache_is_refused_before_anything_is_written(t, start) -> None:
+    args = draw(1, t, 2, 2, 16, torch.float32, [5])
+    args[3] = args[3] - 5 + start if start > 0 else args[3] - 6
+    before = args[4].clone()
+    with pytest.raises((RuntimeError, IndexError), match="position"):
+        rotary_attention(*args)
+    torch.testing.assert_close(args[4], before, equal_nan=True)
+
+
+def test_wrong_layouts_are_refused() -> None:
+    args = draw(1, 1, 2, 2, 16, torch.float32, [5])
+    for index, bad in (
+        (0, args[0].bfloat16()),
+        (1, args[1].double()),
+        (3, args[3].int()),
+        (4, args[4].transpose(2, 3)),
+    ):
+        with pytest.raises(RuntimeError, match="expected"):
+            rotary_attention(*args[:index], bad, *args[index + 1 :])
+
+
+@pytest.mark.parametrize("t", [1, MAX_TOKENS + 1])
+def test_schema_and_fake_are_right(t) -> None:
+    overload = torch.ops.fastllama.rotary_attention if t == 1 else torch.ops.fastllama.prefill_attention
+    args = draw(2, t, 2, 2, 16, torch.float32, [5, 7])
+    for cache in args[4:]:
+        cache.nan_to_num_()
+    if t == 1:
+        args.append(torch.zeros(8, dtype=torch.int32))
+    torch.library.opcheck(overload.default, args)
+
+
+def test_what_is_no_number_stays_none() -> None:
+    qkv, cos, sin, position, k_cache, v_cache = draw(1, 1, 1, 4, 16, torch.float32, [70])
+    qkv[0, 0, :16] = torch.nan  # the first query head
+    for cache in (k_cache, v_cache):
+        cache.nan_to_num_()
+    out = rotary_attention(qkv, cos, sin, position, k_cache, v_cache)
+    assert out[0, 0, :16].isnan().all()
+    assert out[0, 0, 16:].isfinite().all()

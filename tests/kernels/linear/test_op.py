@@ -1,0 +1,123 @@
+"""linear and gate_up: the CPU kernels against float64, next to torch's own error in the same dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastllama_kernels.common import build
+from fastllama_kernels.linear.op import ACTIVATIONS, gate_up, gate_up_ref, linear, linear_ref
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    assert build.load() is None
+
+
+def assert_as_exact_as_torch(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> None:
+    """Error against float64 at most twice torch's, or a few roundings where torch happens to have none."""
+    assert ours.dtype == torchs.dtype
+    assert ours.shape == torchs.shape == exact.shape
+    # Operands are of unit size: two roundings of the result, a few of the float32 sums before it.
+    unit = 2 * torch.finfo(ours.dtype).eps + 16 * torch.finfo(torch.float32).eps
+    rounding = unit * exact.abs().max().clamp(min=1)
+    bound = (2 * (torchs.double() - exact).abs().max()).clamp(min=rounding)
+    assert (ours.double() - exact).abs().max() <= bound
+
+
+def draw(rows, k, n, dtype, bias, norm, residual) -> tuple:
+    x, weight = torch.randn(rows, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype)
+    return (
+        x,
+        weight,
+        torch.randn(n).to(dtype) if bias else None,
+        torch.rand(k).to(dtype) if norm else None,
+        1e-5,
+        torch.randn(rows, n).to(dtype) if residual else None,
+    )
+
+
+def exact(args: tuple) -> tuple:
+    return tuple(x.double() if isinstance(x, torch.Tensor) else x for x in args)
+
+
+def norm_in_float64(x, weight, eps) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def linear_in_float64(x, weight, bias, norm_weight, eps, residual) -> torch.Tensor:
+    x = x if norm_weight is None else norm_in_float64(x, norm_weight, eps)
+    y = x @ weight.T
+    y = y if bias is None else y + bias
+    return y if residual is None else y + residual
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 16), k=st.sampled_from([1, 5, 16, 31, 32, 64, 123, 700]), n=st.sampled_from([1, 3, 4, 37, 123]),
+    dtype=st.sampled_from(DTYPES), bias=st.booleans(), norm=st.booleans(), residual=st.booleans(),
+)  # fmt: skip
+def test_linear_is_as_exact_as_torch(rows, k, n, dtype, bias, norm, residual) -> None:
+    args = draw(rows, k, n, dtype, bias, norm, residual)
+    assert_as_exact_as_torch(linear(*args), linear_ref(*args), linear_in_float64(*exact(args)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 9), k=st.sampled_from([5, 32, 123]), f=st.sampled_from([1, 3, 64, 123]),
+    dtype=st.sampled_from(DTYPES), bias=st.booleans(), norm=st.booleans(),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+)  # fmt: skip
+def test_gate_up_is_as_exact_as_torch(rows, k, f, dtype, bias, norm, activation) -> None:
+    args = draw(rows, k, 2 * f, dtype, bias, norm, False)[:5]
+    gate, up = linear_in_float64(*exact(args), None).chunk(2, dim=-1)
+    expected = ACTIVATIONS[activation](gate) * up
+    assert_as_exact_as_torch(gate_up(*args, activation), gate_up_ref(*args, activation), expected)
+
+
+def test_leading_dimensions_are_kept() -> None:
+    assert linear(torch.randn(2, 3, 8), torch.randn(5, 8)).shape == (2, 3, 5)
+    assert gate_up(torch.randn(2, 3, 8), torch.randn(10, 8)).shape == (2, 3, 5)
+
+
+@pytest.mark.parametrize("op", [linear, gate_up])
+def test_infinities_and_nans_are_not_swallowed(op) -> None:
+    x = torch.ones(1, 64)
+    x[0, 40] = float("nan")
+    assert op(x, torch.ones(4, 64)).isnan().all()
+
+
+@pytest.mark.parametrize("op", [linear, gate_up])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"x": torch.randn(8, 2).T},
+        {"weight": torch.randn(8, 4).T},
+        {"weight": torch.randn(4, 7)},
+        {"weight": torch.randn(4, 8).bfloat16()},
+        {"x": torch.randn(2, 8).double(), "weight": torch.randn(4, 8).double()},
+        {"bias": torch.randn(5)},
+        {"norm_weight": torch.randn(7)},
+        {"norm_weight": torch.randn(8).bfloat16()},
+    ],
+    ids=["x strided", "weight strided", "k differs", "dtype differs", "float64", "bias", "norm", "norm dtype"],
+)
+def test_bad_input_is_refused_before_anything_runs(op, bad) -> None:
+    with pytest.raises(RuntimeError, match="expected"):
+        op(**({"x": torch.randn(2, 8), "weight": torch.randn(4, 8)} | bad))
+
+
+def test_a_residual_of_another_shape_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="residual"):
+        linear(torch.randn(2, 8), torch.randn(4, 8), residual=torch.randn(1, 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_schema_and_fake_are_right(dtype) -> None:
+    args = draw(3, 32, 8, dtype, True, True, True)
+    torch.library.opcheck(torch.ops.fastllama.linear.default, args)
+    torch.library.opcheck(torch.ops.fastllama.gate_up.default, (*args[:5], 0))
