@@ -39,8 +39,8 @@ class BandwidthProbe:
     """Measures the memory bandwidth of a device, now and again, over the same buffers.
 
     On the CPU a streaming read of 1 GiB, or of a quarter of the free memory where that is less, with all of torch's
-    threads: by a kernel that only reads, or by torch's sum where the C++ kernels cannot be built. On CUDA a copy within the
-    device of 1 GiB, or of an eighth of the free memory; it counts twice, being read and written.
+    threads: by a kernel that only reads, or by torch's sum where the C++ kernels cannot be built. On CUDA a copy within
+    the device of 1 GiB, or of an eighth of the free memory; it counts twice, being read and written.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -72,7 +72,7 @@ class BandwidthProbe:
 
     @property
     def readings(self) -> tuple[float, ...]:
-        """Bytes per second of the fastest pass of each sample: how much they differ shows whether a run was disturbed."""
+        """Bytes per second of the fastest pass of each sample; where they differ much, the run was disturbed."""
         moved = self._source.nbytes * (2 if self._is_cuda else 1)
         return tuple(moved / min(seconds) for seconds in self._seconds)
 
