@@ -1,4 +1,4 @@
-"""``bench decode``: fastllama, its peers and the bound interleaved in one run, outputs checked, over a grid of sizes."""
+"""``bench decode``: fastllama, its peers and the bound interleaved in one run, outputs checked, over a grid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that is worth measuring on a GPU, in one go: a list of command lines with limits, and one table at the end.
+"""Everything worth measuring on a GPU, in one go: a list of command lines with limits, and one table at the end.
 
     fastllama bench gpu                        # or, in a checkout: python -m benchmarks.gpu_suite
     fastllama bench gpu --only 1b --only 8b    # parts of it; --list shows all

@@ -23,7 +23,10 @@ Record = Mapping[str, Any]
 
 BOUND = "bound"
 SIZES = ("kind", "time", "model", "dtype", "device", "batch", "prompt_len", "new_tokens", "capacity")
-PHASES = ("import", "load", "compile", "first_token", "to_first_token", "to_last_token")
+PHASES = dict(
+    zip(("import", "load", "compile", "1st token"), ("import", "load", "compile", "first_token"), strict=True)
+)
+PHASES |= {"to 1st": "to_first_token", "to last": "to_last_token"}
 REFERENCES = ("torch", "F.linear")
 OUTPUTS = {"--json", "--record", "--plot", "--out"}  # options, and their values, that do not decide what is measured
 PLACES = {"--gpt-fast": "DIR", "--llama-bench": "PATH"}
@@ -56,7 +59,9 @@ def _contender_rows(record: Record) -> Iterator[dict[str, Any]]:
             "name": name,
             **{field: entry.get(field) for field in kept},
             "prompt_rate": 1e3 * record["batch"] * record["prompt_len"] / entry["ttft_ms"],
-            **{"tpot_ms": tpot_ms.get("p50"), "tpot_ms_p20": tpot_ms.get("p20"), "tpot_ms_p80": tpot_ms.get("p80")},
+            "tpot_ms": tpot_ms.get("p50"),
+            "tpot_ms_p20": tpot_ms.get("p20"),
+            "tpot_ms_p80": tpot_ms.get("p80"),
         }
 
 
@@ -80,8 +85,8 @@ def number(value: Any) -> str:
 
 
 def percent(fraction: Any) -> str:
-    """A fraction as a percentage with one decimal."""
-    return number(fraction) and f"{100 * fraction:.1f} %"
+    """A fraction as a whole percentage."""
+    return number(fraction) and f"{100 * fraction:.0f} %"
 
 
 def times(ratio: Any) -> str:
@@ -109,10 +114,10 @@ DECODE: Columns = {
     "TPOT ms (p20-p80)": _spread("tpot_ms"),
     "tok/s": _cell("tokens_per_second"),
     "MBU": _cell("mbu", percent),
-    "start s": _cell("first_run_s"),
+    "start": _cell("first_run_s"),
     "speed-up": _cell("ratio", times),
 }
-STARTUP = {"": _cell("name", str), **{name.replace("_", " ").replace("token", "tok"): _cell(name) for name in PHASES}}
+STARTUP = {"": _cell("name", str), **{title: _cell(name) for title, name in PHASES.items()}}
 COLUMNS: dict[str, Columns] = {
     "decode": DECODE,
     "prefill": DECODE,
@@ -180,7 +185,7 @@ def _decode_remarks(record: Record) -> Iterator[str]:
         f"{record['memory_bandwidth_gb_s']:.1f} GB/s, measured in this run ({record.get('memory_bandwidth_method')}); "
         "MBU: memory-bandwidth utilisation, percent of it"
     )
-    yield "start: the first run of the process; speed-up: fastllama's tokens/s over the contender's"
+    yield "start: seconds of the first run of the process; speed-up: fastllama's tokens/s over the contender's"
     if parity := record.get("parity_detail"):
         outcome = "passed" if parity["passed"] else f"FAILED: {parity['note']}"
         yield (
@@ -195,12 +200,11 @@ def _decode_remarks(record: Record) -> Iterator[str]:
 
 
 def _startup_remarks(record: Record) -> Iterator[str]:
+    processes = f"{record['cold_rounds']} processes on empty and {record['rounds']} on warm compile caches"
+    tokens = f"prompt of {record['prompt_len']} tokens, {record['new_tokens']} new tokens"
+    yield f"seconds, medians of {processes}; {tokens}"
     yield (
-        f"seconds, medians of {record['cold_rounds']} processes on empty and {record['rounds']} on warm compile caches; "
-        f"prompt of {record['prompt_len']} tokens, {record['new_tokens']} new tokens"
-    )
-    yield (
-        "compile: what the first call takes longer than a settled one; first tok: of a settled call; to first, to last: "
+        "compile: what the first call takes longer than a settled one; 1st token: of a settled call; to 1st, to last: "
         "from the start of the process; speed-up: the contender's time to the first token over fastllama's"
     )
     yield f"parity {'passed' if record['parity'] else 'FAILED'}"

@@ -1,4 +1,4 @@
-"""Ways to decode the same weights, opened by name behind one interface: ``load(task)``, ``run(workload)``, ``close()``."""
+"""Ways to decode the same weights by name, behind one interface: ``load(task)``, ``run(workload)``, ``close()``."""
 
 from __future__ import annotations
 

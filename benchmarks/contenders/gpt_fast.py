@@ -1,9 +1,9 @@
 """gpt-fast from a checkout that the user names, on the same weights, in a process of its own.
 
 What is timed is gpt-fast's code: its ``Transformer``, its ``prefill``, and its ``decode_n_tokens`` around the
-``decode_one_token`` that its ``main`` compiles. Here is what ``main`` would take from files: the network's constants and
-its weights, which :func:`prepare` writes in gpt-fast's layout, as its users do once. gpt-fast of after 32971d3 (September
-2024) attends through flex attention, which torch 2.13 does not compile for float32 on a CPU.
+``decode_one_token`` that its ``main`` compiles. Here is what ``main`` would take from files: the network's constants
+and its weights, which :func:`prepare` writes in gpt-fast's layout, as its users do once. gpt-fast of after 32971d3
+(September 2024) attends through flex attention, which torch 2.13 does not compile for float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -145,7 +146,7 @@ class GptFast:
         if task.device.startswith("cuda"):
             return timed_by_difference(lambda n: self._decode(workload, n, [])[0], workload.new_tokens)
         tokens_bn, marks = self._decode(workload, workload.new_tokens, [time.perf_counter()])
-        gaps = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        gaps = [after - before for before, after in pairwise(marks)]
         return Decode(rows_of(tokens_bn), gaps[0], tuple(gaps[1:]))
 
     def close(self) -> None:

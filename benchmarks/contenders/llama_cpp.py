@@ -52,8 +52,8 @@ class LlamaCpp:
 
     Weights have the model's dtype; the KV cache is float16, llama-bench's default, for it has no float32. What it
     measures is a little less than what others do: it feeds random tokens in place of the prompt's and of those it
-    decodes, never picks one, and reports none. Its first token's time is that of the prompt, ``-p``; its steps start after
-    the prompt, ``-d``, and are as many as others take after their first token. It sizes its cache itself.
+    decodes, never picks one, and reports none. Its first token's time is that of the prompt, ``-p``; its steps start
+    after the prompt, ``-d``, and are as many as others take after their first token. It sizes its cache itself.
     """
 
     name = LLAMA_CPP

@@ -3,10 +3,10 @@
     python worker.py    # by path
 
 It talks in JSON, one object a line. The first line on stdin is the job; the answer is ``{"ready": info}``. Each
-``{"prompts": [[...]], "new_tokens": n, "capacity": null}`` is answered with ``{"tokens": [[...]], "ttft": s, "tpot": [s,
-...]}`` or ``{"error": "..."}``. What libraries print goes to stderr. A worktree that is measured has a ``benchmarks`` of its own, so
-this file loads the package it lies in under a name that nothing else has; it imports no more of it than its contender
-needs, so its start takes as long as a user's own script.
+``{"prompts": [[...]], "new_tokens": n, "capacity": null}`` is answered with ``{"tokens": [[...]], "ttft": s,
+"tpot": [s, ...]}`` or ``{"error": "..."}``. What libraries print goes to stderr. A worktree that is measured has a
+``benchmarks`` of its own, so this file loads the package it lies in under a name that nothing else has; it imports no
+more of it than its contender needs, so its start takes as long as a user's own script.
 """
 
 from __future__ import annotations
