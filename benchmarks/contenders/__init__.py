@@ -12,9 +12,8 @@ from ..workload import Contender, Unavailable, reason
 if TYPE_CHECKING:  # a worker imports its own contender's library and no other
     from fastllama import LlamaForCausalLM
 
-FASTLLAMA, EAGER, TRANSFORMERS, STATIC, GPT_FAST, LLAMA_CPP = (
-    "fastllama", "eager", "transformers", "static", "gpt-fast", "llama.cpp",
-)  # fmt: skip
+FASTLLAMA, EAGER, TRANSFORMERS, STATIC = "fastllama", "eager", "transformers", "static"
+GPT_FAST, LLAMA_CPP = "gpt-fast", "llama.cpp"
 CLASSES = {
     FASTLLAMA: "fastllama.Engine",
     EAGER: "fastllama.Eager",

@@ -49,11 +49,7 @@ def test_contenders_are_interleaved_after_their_warm_up() -> None:
     turns: list[str] = []
     pauses: list[int] = []
     results = interleave(
-        [Scripted("a", turns), Scripted("b", turns)],
-        WORKLOAD,
-        3,
-        warmups=2,
-        between=lambda: pauses.append(len(turns)),
+        [Scripted("a", turns), Scripted("b", turns)], WORKLOAD, 3, warmups=2, between=lambda: pauses.append(len(turns))
     )
     assert "".join(turns) == "abba" + "abbaab"
     assert pauses == [2, 4, 6, 8, 10]
