@@ -111,11 +111,11 @@ def test_the_formulas_are_those_of_the_network() -> None:
     with torch.no_grad():
         arrived = torch.zeros(config.num_attention_heads, dtype=torch.int32)
         expected = layer(x[:, None], cos, sin, position, *[cache.clone() for cache in caches], arrived)[:, 0]
-        qkv = found["qkv"].run(x, None, layer.qkv_weight, None, layer.input_norm)
+        qkv = found["qkv"].run(x, None, layer.qkv.weight, None, layer.input_norm)
         heads = found["attention"].run(qkv[:, None], cos, sin, position, *caches)[:, 0]
-        x = found["o"].run(heads, x, layer.o_weight, None, None)
-        ffn = found["gate_up"].run(x, layer.gate_up_weight, None, layer.post_norm)
-        x = found["down"].run(ffn, x, layer.down_weight, None, None)
+        x = found["o"].run(heads, x, layer.o.weight, None, None)
+        ffn = found["gate_up"].run(x, layer.gate_up.weight, None, layer.post_norm)
+        x = found["down"].run(ffn, x, layer.down.weight, None, None)
     torch.testing.assert_close(x, expected)
 
 
