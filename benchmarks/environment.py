@@ -1,7 +1,8 @@
-"""Where a record was measured: commit, versions, device, clocks, threads."""
+"""Where a record was measured: commit, versions, processor, device, clocks, threads."""
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -11,30 +12,49 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "TORCH", "PYTORCH_", "CUDA_", "TRITON_", "LD_PRELOAD")
+INSTRUCTION_SETS = (
+    "amx_tile", "amx_bf16", "amx_int8", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni", "avx2",
+    "fma", "f16c", "sve", "sve2", "bf16", "i8mm", "asimd",
+)  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Everything about machine and software that figures may depend on, as plain values."""
     device = torch.device(device)
+    frequency = psutil.cpu_freq()
     return {
         **commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "system": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpu_mhz": _cpu_mhz(),
-        "cores": os.cpu_count(),
+        **processor(),
+        "cpu_mhz": frequency.current if frequency else None,
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
         "threads": torch.get_num_threads(),
         "device": str(device),
         "gpu": _gpu(device) if device.type == "cuda" else None,
         "variables": {name: os.environ[name] for name in sorted(os.environ) if _matters(name)},
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
+
+
+@functools.cache
+def processor() -> dict[str, Any]:
+    """The processor's brand, and which of the instruction sets that matter to a decode it has."""
+    from cpuinfo import get_cpu_info  # asks the system through processes of its own: 0.2 s
+
+    found = get_cpu_info()
+    brand = found.get("brand_raw") or platform.processor() or platform.machine()
+    names = {"avx512bf16": "avx512_bf16", "avx512vnni": "avx512_vnni"}  # as cpuid has them
+    flags = {names.get(flag, flag) for flag in found.get("flags", ())}
+    return {"cpu": brand, "cpu_instruction_sets": [name for name in INSTRUCTION_SETS if name in flags]}
 
 
 def commit(root: Path = ROOT) -> dict[str, Any]:
@@ -48,7 +68,7 @@ def commit(root: Path = ROOT) -> dict[str, Any]:
 
 
 def _matters(variable: str) -> bool:
-    """Whether figures may depend on a variable; where caches lie is nobody's business."""
+    """Whether figures may depend on a variable; where caches lie is irrelevant."""
     return variable.startswith(VARIABLES) and not variable.endswith(("_DIR", "_PATH", "_HOME"))
 
 
@@ -56,8 +76,8 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
     gpu = f"GPU-{properties.uuid}"  # torch's index is another one than nvidia-smi's under CUDA_VISIBLE_DEVICES
-    told = _output(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", gpu])
-    values = [value.strip() for value in told.split(",")] if told else [None] * len(fields)
+    printed = _output(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", gpu])
+    values = [value.strip() for value in printed.split(",")] if printed else [None] * len(fields)
     return {
         "name": properties.name,
         "multiprocessors": properties.multi_processor_count,
@@ -65,23 +85,6 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         **dict(zip(fields, values, strict=False)),
     }
-
-
-def _cpu_name() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_mhz() -> float | None:
-    told = _cpuinfo("cpu MHz")
-    return float(told) if told else None
-
-
-def _cpuinfo(field: str) -> str | None:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), None)
-    except OSError:
-        return None
 
 
 def _output(command: Sequence[str]) -> str | None:

@@ -11,7 +11,7 @@ Shape suffixes: ``t`` prompt tokens, ``n`` new tokens, ``v`` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from fastllama import LlamaForCausalLM
+
+from .workload import Rows, Workload
 
 FLOAT32_BOUND = 1e-5
 CHUNK = 512  # tokens of one forward
@@ -46,17 +48,22 @@ class Parity:
     note: str = ""
 
 
+def check_all(
+    model: LlamaForCausalLM, workload: Workload, tokens: Mapping[str, Rows | None]
+) -> dict[str, Parity | None]:
+    """The parity of each contender's tokens; None for those that report none. Equal tokens are checked once."""
+    checked = {
+        rows: check(model, workload.prompts, rows, workload.new_tokens)
+        for rows in set(tokens.values())
+        if rows is not None
+    }
+    return {name: None if rows is None else checked[rows] for name, rows in tokens.items()}
+
+
 def check(
     model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], new_tokens: int
 ) -> Parity:
-    """Check greedy tokens.
-
-    Args:
-        model: the weights that should have decoded them.
-        prompts: token ids of each row, without padding.
-        tokens: new token ids of each row.
-        new_tokens: how many each row should have.
-    """
+    """Check greedy tokens."""
     lengths = sorted({len(row) for row in tokens})
     if len(tokens) != len(prompts) or lengths != [new_tokens]:
         return Parity(False, note=f"{len(tokens)} rows of {lengths} tokens in place of {len(prompts)} of {new_tokens}")

@@ -1,6 +1,6 @@
 """Records of measurements: one JSON object a line, in files that only grow.
 
-The fields are listed in docs/benchmarks.md. ``schema`` is raised when one changes its meaning or goes away; new ones do
+The fields are listed in docs/measuring.md. ``schema`` is raised when one changes its meaning or goes away; new ones do
 not raise it.
 """
 
@@ -26,7 +26,7 @@ COMMON: dict[str, type | tuple[type, ...]] = {
     "parity": bool,
     "environment": dict,
 }
-SPEED: dict[str, type | tuple[type, ...]] = {
+DECODE: dict[str, type | tuple[type, ...]] = {
     "batch": int,
     "prompt_len": int,
     "new_tokens": int,
@@ -46,8 +46,9 @@ SPEED: dict[str, type | tuple[type, ...]] = {
     "peers": dict,
 }
 KINDS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "decode": SPEED,
-    "prefill": {name: SPEED[name] for name in ("batch", "prompt_len", "rounds", "tokens_per_second", "peers")},
+    "decode": DECODE,
+    # No longer written: what a prompt takes is a column of a decode.
+    "prefill": {name: DECODE[name] for name in ("batch", "prompt_len", "rounds", "tokens_per_second", "peers")},
     "startup": {"phases": dict, "peers": dict},
     "kernels": {"kernels": list, "memory_bandwidth_gb_s": float},
     "launches": {
@@ -64,15 +65,11 @@ KINDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 
 
 class RecordError(ValueError):
-    """A record that may not be kept, or a file that holds something else than records."""
+    """A record that may not be kept, or a file that holds something other than records."""
 
 
 def new_record(kind: str, fields: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of this moment.
-
-    Raises:
-        RecordError: a field is missing or of another type.
-    """
+    """A record of this moment."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     record = {"schema": SCHEMA, "kind": kind, "time": now} | dict(fields) | {"environment": dict(environment)}
     validate(record)
@@ -96,11 +93,7 @@ def validate(record: Mapping[str, Any]) -> None:
 
 
 def append(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Add one record to a file, which is made if it is not there; nothing that is there changes.
-
-    Raises:
-        RecordError: the record does not follow the schema, or its outputs failed the parity gate.
-    """
+    """Add one record to a file, which is made if it is not there; nothing that is there changes."""
     validate(record)
     if not record["parity"]:
         raise RecordError("refused: the outputs failed the parity gate, so the figures mean nothing")
@@ -113,11 +106,7 @@ def append(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a file, oldest first.
-
-    Raises:
-        RecordError: a line is no record, by number.
-    """
+    """The records of a file, oldest first."""
     found = []
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from fastllama_kernels.attention import op as attention_op
-from fastllama_kernels.common import build
+from fastllama_kernels.common import bandwidth, build
 from fastllama_kernels.layers import op as layers_op
 from fastllama_kernels.linear import op as linear_op
 from fastllama_kernels.sampling import op as sampling_op
@@ -33,6 +34,11 @@ class Choice(NamedTuple):
     op: str
     implementation: str
     reason: str
+
+
+def memory_reader() -> Callable[[torch.Tensor], int] | None:
+    """What reads a CPU tensor with all threads and does nothing else; None where the C++ kernels cannot be built."""
+    return bandwidth.read_bytes if build.load() is None else None
 
 
 @torch.compiler.assume_constant_result

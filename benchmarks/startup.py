@@ -1,0 +1,227 @@
+"""``bench startup``: how long a fresh process takes to its first token, with empty compile caches and with warm ones.
+
+Every contender starts in processes of its own, with caches of its own in a temporary folder: first on empty ones, then,
+interleaved with the others, on what was left there. All decode the same prompt from the same files. Libraries and
+weights were read once before, so they come from the page cache.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastllama import LlamaForCausalLM
+from fastllama.loading.names import is_random, resolve, resolve_folder
+from fastllama.measure import BandwidthProbe
+
+from .contenders import FASTLLAMA, LLAMA_CPP, Task, prepare, title_of
+from .contenders.llama_cpp import LlamaCpp
+from .contenders.remote import Remote, worker_environment
+from .parity import check
+from .rounds import Say
+from .workload import Decode, Workload, reason
+
+EMPTY, WARM = "empty", "warm"
+NEW_TOKENS = 8  # of each decode
+SETTLING_RUNS = 3  # after the first; CUDA graphs are recorded in the second and third
+READ_BYTES = 1 << 24  # at once
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
+SLOWING = ("TORCH_COMPILE_DEBUG", "TORCH_LOGS", "TORCH_TRACE", "TORCHINDUCTOR_FORCE_DISABLE_CACHES")
+
+Phases = dict[str, float]
+
+
+@dataclass
+class Starts:
+    """All processes of one contender: the seconds of each phase by the state of its caches, and what they decoded."""
+
+    phases: dict[str, list[Phases]] = field(default_factory=lambda: {EMPTY: [], WARM: []})
+    tokens: set[tuple[int, ...]] = field(default_factory=set)
+
+    def medians(self, caches: str) -> Phases:
+        """Each phase's median over the processes that found their caches in this state."""
+        processes = self.phases[caches]
+        return {name: statistics.median(phases[name] for phases in processes) for name in processes[0]}
+
+    def to_dict(self, model: LlamaForCausalLM, workload: Workload) -> dict[str, Any]:
+        """The fields of a record: medians, every process, and whether all tokens are right."""
+        checked = [check(model, workload.prompts, [tokens], workload.new_tokens) for tokens in self.tokens]
+        worst = min(checked, key=lambda parity: parity.passed, default=None)
+        return {
+            "phases": {caches: self.medians(caches) for caches in self.phases},
+            "samples": self.phases,
+            "parity": None if worst is None else worst.passed,
+            "tokens": None if worst is None else worst.tokens,
+        }
+
+
+def start(key: str, task: Task, workload: Workload, caches: Path) -> tuple[Phases, tuple[int, ...] | None]:
+    """Decode in a new process whose compile caches lie in this folder; its phases in seconds, and its tokens.
+
+    ``interpreter``: until its first line runs. ``import``, ``load``: of the library, of the weights onto the device.
+    ``compile``: what the first call takes longer than a settled one. ``first_token``: of a settled call.
+    ``to_first_token``, ``to_last_token``: from the start of the process, of the first call. llama-bench is timed as a
+    whole, and reports no tokens.
+    """
+    if key == LLAMA_CPP:
+        program = LlamaCpp()
+        program.load(task)
+        return {"to_first_token": program.start(workload, environment(caches))}, None
+    worker = Remote(key, env=environment(caches))
+    try:
+        worker.load(task)
+        phases: Phases = dict(worker.info["phases"])
+        first, whole = _run(worker, workload)
+        for _ in range(SETTLING_RUNS):
+            settled, usual = _run(worker, workload)
+    finally:
+        worker.close()
+    ready = sum(phases.values())
+    phases |= {
+        "compile": max(whole - usual, 0.0),
+        "first_token": settled.ttft,
+        "to_first_token": ready + first.ttft,
+        "to_last_token": ready + whole,
+    }
+    return phases, settled.tokens[0] if settled.tokens else None
+
+
+def _run(worker: Remote, workload: Workload) -> tuple[Decode, float]:
+    """A decode, and the seconds of it as a whole: on CUDA it is two calls, of one token and of all."""
+    begin = time.perf_counter()
+    return worker.run(workload), time.perf_counter() - begin
+
+
+def rehearse(key: str, task: Task) -> None:
+    """Import and load once, so that the libraries' files are in the page cache from then on."""
+    if key != LLAMA_CPP:
+        worker = Remote(key)
+        try:
+            worker.load(task)
+            assert worker.info
+        finally:
+            worker.close()
+
+
+def environment(caches: Path) -> dict[str, str]:
+    """A worker's environment with compile caches in a folder, offline, and without what makes compiling slow."""
+    env = {name: value for name, value in worker_environment().items() if name not in SLOWING}
+    return env | {name: str(caches / name.lower()) for name in CACHES} | {"HF_HUB_OFFLINE": "1"}
+
+
+def measure(
+    name: str,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    prompt_len: int = 32,
+    rounds: int = 3,
+    cold_rounds: int = 1,
+    peers: Sequence[str] = (),
+    places: Mapping[str, str | None] | None = None,
+    say: Say = lambda message: None,
+) -> dict[str, Any]:
+    """Start fastllama and its peers, interleaved; the fields of a record."""
+    config = resolve(name).config
+    dtype = dtype or config.dtype
+    workload = Workload.random(config.vocab_size, 1, prompt_len, NEW_TOKENS)
+    with tempfile.TemporaryDirectory(prefix="fastllama-startup-") as folder:
+        say("reading the weights once")
+        weights = stored_weights(name, dtype, Path(folder))
+        model = LlamaForCausalLM.from_pretrained(weights, dtype=dtype, device=device, progress=False)
+        task = Task(
+            str(weights), dtype, device, 1, prompt_len + NEW_TOKENS, workspace=folder, lent=model, **(places or {})
+        )
+        tasks, missing = prepared((FASTLLAMA, *peers), task)
+        starts = start_interleaved(tasks, missing, workload, Path(folder), (cold_rounds, rounds), say)
+        say("checking the tokens")
+        found = {key: each.to_dict(model, workload) for key, each in starts.items() if key not in missing}
+        probe = BandwidthProbe(device)
+    ours = found.pop(FASTLLAMA)
+    return {
+        "model": name,
+        "dtype": dtype,
+        "device": device,
+        "config": model.config.to_dict(),
+        "prompt_len": prompt_len,
+        "new_tokens": NEW_TOKENS,
+        "rounds": rounds,
+        "cold_rounds": cold_rounds,
+        "memory_bandwidth_gb_s": probe.best.bytes_per_second / 1e9,
+        "memory_bandwidth_method": probe.best.method,
+        **ours,
+        "peers": {title_of(key): each | {"ratio": ratios(each, ours)} for key, each in found.items()}
+        | {key: {"unavailable": why} for key, why in missing.items()},
+    }
+
+
+def ratios(other: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, float]:
+    """Another contender's time to the first token over fastllama's, by the state of the caches."""
+    return {
+        caches: other["phases"][caches]["to_first_token"] / ours["phases"][caches]["to_first_token"]
+        for caches in (EMPTY, WARM)
+    }
+
+
+def stored_weights(name: str, dtype: str, workspace: Path) -> Path:
+    """A folder that holds the checkpoint in this dtype, its files in the page cache."""
+    if is_random(name) or resolve(name).config.dtype != dtype:
+        folder = workspace / "weights"
+        LlamaForCausalLM.from_pretrained(name, dtype=dtype, progress=False).save_pretrained(folder)
+    else:
+        folder = resolve_folder(name)
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            while file.read(READ_BYTES):
+                pass
+    return folder.resolve()
+
+
+def prepared(keys: Sequence[str], task: Task) -> tuple[dict[str, Task], dict[str, str]]:
+    """What the processes of each contender load, and for those that cannot be started why."""
+    tasks: dict[str, Task] = {}
+    missing: dict[str, str] = {}
+    for key in keys:
+        try:
+            tasks[key] = replace(prepare(key, task), lent=None)
+        except Exception as error:  # a peer that breaks is a line in the report and does not end the run
+            missing[key] = reason(error)
+    return tasks, missing
+
+
+def start_interleaved(
+    tasks: Mapping[str, Task],
+    missing: dict[str, str],
+    workload: Workload,
+    folder: Path,
+    rounds: tuple[int, int],
+    say: Say,
+) -> dict[str, Starts]:
+    """Start every contender once a round, in the order A B B A …; those that fail move to ``missing``."""
+    starts = {key: Starts() for key in tasks}
+    cold, warm = rounds
+    for number in range(cold + warm):
+        state = EMPTY if number < cold else WARM
+        for at, key in list(enumerate(tasks))[:: 1 if number % 2 == 0 else -1]:
+            if key in missing:
+                continue
+            say(f"process {number + 1} of {cold + warm}, {state} caches: {key}")
+            caches = folder / f"caches-{at}-{min(number, cold - 1)}"  # no names: compilers trip over spaces
+            try:
+                if number == 0:
+                    rehearse(key, tasks[key])
+                phases, tokens = start(key, tasks[key], workload, caches)
+            except Exception as error:
+                if key == FASTLLAMA:
+                    raise
+                missing[key] = reason(error)
+                continue
+            starts[key].phases[state].append(phases)
+            if tokens is not None:
+                starts[key].tokens.add(tokens)
+    return starts
