@@ -34,7 +34,9 @@ def chat(
         loaded = options.load(model, dtype, device, quiet)
         conversation = Conversation(loaded.tokenizer, system)
         if not conversation.has_template and not quiet:
-            stderr().print("this checkpoint has no chat template: the model continues your lines as plain text", style="dim")
+            stderr().print(
+                "this checkpoint has no chat template: the model continues your lines as plain text", style="dim"
+            )
         for line in user_lines():
             if line == "/clear":
                 conversation = Conversation(loaded.tokenizer, system)

@@ -30,7 +30,9 @@ def generate(
     min_p: options.MinP = None,
     seed: options.Seed = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of streamed text.")] = False,
-    table: Annotated[bool, typer.Option("--table", help="A table of timings, compared with the eager forward.")] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="A table of timings, compared with the eager forward.")
+    ] = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:

@@ -35,7 +35,9 @@ Sample = Annotated[
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature.", show_default=CHECKPOINT_SETTING)]
 TopK = Annotated[
     int | None,
-    typer.Option(min=0, help="Number of most likely tokens to sample from; 0 for all.", show_default=CHECKPOINT_SETTING),
+    typer.Option(
+        min=0, help="Number of most likely tokens to sample from; 0 for all.", show_default=CHECKPOINT_SETTING
+    ),
 ]
 TopP = Annotated[
     float | None, typer.Option(help="Nucleus (top-p) sampling threshold.", show_default=CHECKPOINT_SETTING)
