@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: What is not written, and what is written instead.
 WORDS = {
-    re.compile(rf"\b{words}\b", re.IGNORECASE): instead
+    re.compile(rf"\b({words})\b".replace(" ", r"\s+"), re.IGNORECASE): instead
     for words, instead in {
         r"by turns": "interleaved",
         r"so many": "a number, as in: maximum number of tokens",
