@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,20 +26,22 @@ TABLE_TOKENS, TABLE_ROUNDS = 64, 2  # of each timed decode of generate --table
 
 Batch = Annotated[str, typer.Option(help="Sequences decoded together, with commas.", metavar="LIST")]
 PromptLen = Annotated[str, typer.Option(help="Tokens of each prompt, which is random, with commas.", metavar="LIST")]
-Capacity = Annotated[
-    str | None, typer.Option(help="Slots of the KV cache, with commas. [default: what is needed]", metavar="LIST")
-]
+Capacity = Annotated[str, typer.Option(help="Slots of the KV cache, with commas. [default: enough]", metavar="LIST")]
 NewTokens = Annotated[int, typer.Option(min=2, help="New tokens of each decode.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Timed runs of each contender.")]
 Peers = Annotated[
     str, typer.Option(help="all, none, or some of eager,transformers,static,gpt-fast,llama.cpp.", metavar="LIST")
 ]
 GptFast = Annotated[Path | None, typer.Option("--gpt-fast", metavar="DIR", help="A checkout of gpt-fast.")]
-LlamaBench = Annotated[
-    Path | None, typer.Option("--llama-bench", metavar="PATH", help="llama.cpp's program. [default: from PATH]")
-]
+LlamaBench = Annotated[Path | None, typer.Option(metavar="PATH", help="llama.cpp's program. [default: from PATH]")]
+Launches = Annotated[bool, typer.Option("--launches", help="Record what a step launches and the host's time, too.")]
 Record = Annotated[Path | None, typer.Option(metavar="FILE", help="File of JSON lines to append the record to.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Drawing to write: .png, .svg or .pdf.")]
+Files = Annotated[list[Path] | None, typer.Argument(help="Files of records. [default: the committed ones]")]
+Kind = Annotated[str | None, typer.Option(help="decode, prefill, startup, kernels or launches. [default: all]")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Markdown in place of tables for a terminal.")]
+Readme = Annotated[bool, typer.Option("--readme", help="Fill README.md's figures from the committed records.")]
+Check = Annotated[bool, typer.Option("--check", help="With --readme: exit with 1 where it is out of date.")]
 
 
 class _DecodeByDefault(TyperGroup):
@@ -63,14 +65,12 @@ def decode(
     batch: Batch = "1",
     prompt_len: PromptLen = "64",
     new_tokens: NewTokens = 64,
-    capacity: Capacity = None,
+    capacity: Capacity = "",
     rounds: Rounds = 5,
     peers: Peers = "all",
     gpt_fast: GptFast = None,
     llama_bench: LlamaBench = None,
-    launches: Annotated[
-        bool, typer.Option("--launches", help="Record what a step launches and the host's time, too.")
-    ] = False,
+    launches: Launches = False,
     json_file: options.JsonFile = None,
     record: Record = None,
     plot: Plot = None,
@@ -79,20 +79,21 @@ def decode(
 ) -> None:
     """Tokens per second of greedy decodes: fastllama, peers and the bound interleaved, outputs checked."""
     with errors_in_one_line(debug):
-        names, lists = chosen_peers(peers), [numbers(text) for text in (batch, prompt_len, capacity or "")]
-        from . import plots
-        from .decode import grid
+        asked = peers_of(peers, gpt_fast, llama_bench) | {"rounds": rounds}
+        batches, prompts, slots = map(numbers, (batch, prompt_len, capacity))
+        from . import decode, plots
 
         plots.ready(plot)
         loaded, described = load(model, dtype, device, quiet)
-        points = list(grid(lists[0], lists[1], lists[2] or [None], new_tokens))
-        settings = {"rounds": rounds, "peers": names, "places": places(gpt_fast, llama_bench)}
+        points = list(decode.grid(batches, prompts, slots or [None], new_tokens))
         keep = Keeper(loaded.device, json_file, record)
-        failed = measure_points(loaded, points, settings, described, keep, launches, quiet)
+        failed = list(measure_points(loaded, points, asked, described, keep, launches, quiet))
         keep.write_json(failed if len(points) > 1 else None)
         if plot and keep.records:
             plots.draw([each for each in keep.records if each["kind"] == "decode"], plot)
-        end(failed, keep)
+        wrong = [each["reason"] for each in failed if not keep.records or "parity gate" in each["reason"]]
+        if wrong:
+            raise ValueError(f"{len(failed)} points failed; the first with: {wrong[0]}")
 
 
 @app.command()
@@ -113,23 +114,13 @@ def startup(
 ) -> None:
     """Seconds from starting a process to its first token, phase by phase, with empty and with warm caches."""
     with errors_in_one_line(debug):
-        names, where = chosen_peers(peers), options.pick_device(device)
+        asked = peers_of(peers, gpt_fast, llama_bench) | {"dtype": dtype, "device": options.pick_device(device)}
         from .startup import measure
 
-        found_places = places(gpt_fast, llama_bench)
+        sizes = {"prompt_len": prompt_len, "rounds": rounds, "cold_rounds": cold_rounds}
         with progress(quiet) as say:
-            fields = measure(
-                model,
-                dtype=dtype,
-                device=where,
-                prompt_len=prompt_len,
-                rounds=rounds,
-                cold_rounds=cold_rounds,
-                peers=names,
-                places=found_places,
-                say=say,
-            )
-        keep = Keeper(where, json_file, record)
+            fields = measure(model, say=say, **sizes, **asked)
+        keep = Keeper(asked["device"], json_file, record)
         keep.add("startup", fields)
         keep.write_json()
 
@@ -142,7 +133,7 @@ def kernels(
     batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
     live: Annotated[int, typer.Option(min=1, help="Tokens that each row attends.")] = 512,
     capacity: Annotated[int | None, typer.Option(min=1, help="Slots of the KV cache. [default: --live]")] = None,
-    only: Annotated[str | None, typer.Option(help="Names of operations, with commas. [default: all]")] = None,
+    only: Annotated[str, typer.Option(help="Names of operations, with commas. [default: all]")] = "",
     rounds: Rounds = 5,
     json_file: options.JsonFile = None,
     record: Record = None,
@@ -159,7 +150,7 @@ def kernels(
         plots.ready(plot)
         shapes = Shapes.of(model, dtype, options.pick_device(device), batch=batch, live=live, capacity=capacity)
         with progress(quiet) as say:
-            fields = measure_kernels(shapes, rounds, say, only and only.split(","))
+            fields = measure_kernels(shapes, rounds, say, only.split(",") if only else None)
         keep = Keeper(shapes.device, json_file, record)
         keep.add("kernels", fields)
         keep.write_json()
@@ -169,36 +160,33 @@ def kernels(
 
 @app.command()
 def report(
-    files: Annotated[list[Path] | None, typer.Argument(help="Files of records. [default: the committed ones]")] = None,
-    kind: Annotated[str | None, typer.Option(help="decode, prefill, startup, kernels or launches.")] = None,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown in place of tables for a terminal.")] = False,
+    files: Files = None,
+    kind: Kind = None,
+    as_markdown: Markdown = False,
     plot: Plot = None,
-    readme: Annotated[bool, typer.Option("--readme", help="Fill README.md's figures from the committed records.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="With --readme: exit with 1 where it is out of date.")] = False,
+    readme: Readme = False,
+    check: Check = False,
     debug: options.Debug = False,
 ) -> None:
     """Show, draw or publish records."""
     with errors_in_one_line(debug):
         from . import plots
-        from .readme import RECORDS, ROOT
-        from .readme import write as write_readme
-        from .records import read
-        from .report import cells, command, console, markdown, origin
+        from . import report as reports
+        from .readme import main as fill_readme
+        from .records import RECORDS, read
 
         if readme:
-            if problem := write_readme(ROOT / "README.md", RECORDS, check):
-                raise ValueError(problem)
-            return
+            return fill_readme(check)
         paths = files or sorted(RECORDS.glob("*.jsonl"))
         records = [each for path in paths for each in read(path) if kind in (None, each["kind"])]
         for each in records:
-            if as_markdown and each["kind"] != "launches":
-                write(f"{each['kind']}, {each['model']}, {origin(each)}: `{command(each)}`\n\n{markdown(cells(each))}\n\n")
+            title = f"{each['kind']}, {reports.point(each)}, {reports.origin(each)}: `{reports.command(each)}`"
+            if as_markdown and each["kind"] in reports.COLUMNS:
+                write(f"{title}\n\n{reports.markdown(reports.cells(each))}\n\n")
             else:
-                stdout().print(f"\n{each['kind']}, {each['model']}, {origin(each)}\n{command(each)}", markup=False)
-                stdout().print(console(each))
-        if plot:
-            plots.draw(records, plot)
+                stdout().print(f"\n{title}", markup=False)
+                stdout().print(reports.console(each))
+        return plots.draw(records, plot) if plot else None
 
 
 app.command("regress", context_settings={"help_option_names": ["-h", "--help"]})(regress)
@@ -222,19 +210,16 @@ def generate_table(
 # ---- what the commands share -----------------------------------------------------------------------------------------
 
 
-def chosen_peers(text: str) -> tuple[str, ...]:
-    """The names that ``--peers`` gives."""
+def peers_of(text: str, gpt_fast: Path | None, llama_bench: Path | None) -> dict[str, Any]:
+    """The names that ``--peers`` gives, and where those are that are no Python packages."""
     from .contenders import parse
 
     try:
-        return parse(text)
+        names = parse(text)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--peers") from error
-
-
-def places(gpt_fast: Path | None, llama_bench: Path | None) -> dict[str, str | None]:
-    """Where the peers are that are no Python packages."""
-    return {name: path and str(path) for name, path in (("gpt_fast", gpt_fast), ("llama_bench", llama_bench))}
+    places = {"gpt_fast": gpt_fast, "llama_bench": llama_bench}
+    return {"peers": names, "places": {name: path and str(path) for name, path in places.items()}}
 
 
 def numbers(text: str) -> list[int]:
@@ -264,7 +249,7 @@ class Keeper:
         self.records: list[dict[str, Any]] = []
 
     def add(self, kind: str, fields: dict[str, Any], title: str = "") -> None:
-        """Make a record, show it, keep it."""
+        """Make a record, show it, keep it; RecordError if the outputs failed the parity gate."""
         from .environment import environment
         from .records import RecordError, append, new_record
         from .report import console
@@ -281,51 +266,41 @@ class Keeper:
 
     def write_json(self, failed: list[dict[str, Any]] | None = None) -> None:
         """Write the record; of a grid, all its points and those that failed."""
-        if self._json and failed is not None:
-            write_json({"points": self.records, "failed": failed}, self._json)
-        elif self._json and self.records:
-            write_json(self.records[0], self._json)
+        if self._json and (failed is not None or self.records):
+            write_json(self.records[0] if failed is None else {"points": self.records, "failed": failed}, self._json)
 
 
 def measure_points(
     model: LlamaForCausalLM,
     points: Sequence[Point],
-    settings: dict[str, Any],
+    asked: dict[str, Any],
     described: dict[str, Any],
     keep: Keeper,
     launches: bool,
     quiet: bool,
-) -> list[dict[str, Any]]:
-    """Measure the points one by one; of those that fail, why: they do not end a grid, but do end a single decode."""
-    from .decode import measure_point
+) -> Iterator[dict[str, Any]]:
+    """Measure points, each from a released engine, for a cache that has grown stays grown; yields those that fail.
+
+    A failure does not end a grid, but does end a single decode.
+    """
+    from .decode import compare, workload_of
     from .launches import measure_launches
     from .workload import reason
 
-    failed = []
-    for number, point in enumerate(points, start=1):
+    for point in points:
         try:
+            workload = workload_of(model, point)
+            model.release()
             with progress(quiet) as say:
-                fields = measure_point(model, point, say=say, **settings)
+                fields = compare(model, workload, beside=point.beside, say=say, **asked)
             keep.add("decode", described | fields, str(point) if len(points) > 1 else "")
             if launches:
-                found = measure_launches(model, point.workload(model.config.vocab_size))
-                keep.add("launches", described | {"parity": True} | found)
+                keep.add("launches", described | {"parity": True} | measure_launches(model, workload))
         except Exception as error:
             if len(points) == 1:
                 raise
-            stderr().print(f"point {number} of {len(points)}, {point}, failed: {reason(error)}", markup=False)
-            sizes = {"batch": point.batch, "prompt_len": point.prompt_len, "capacity": point.capacity}
-            failed.append(sizes | {"reason": reason(error)})
-    return failed
-
-
-def end(failed: list[dict[str, Any]], keep: Keeper) -> None:
-    """Raise RecordError if outputs of a grid were wrong or nothing at all was measured."""
-    from .records import RecordError
-
-    wrong = [each for each in failed if "parity gate" in each["reason"]]
-    if wrong or (failed and not keep.records):
-        raise RecordError(f"{len(failed)} points failed; the first with: {(wrong or failed)[0]['reason']}")
+            stderr().print(f"{point} failed: {reason(error)}", markup=False)
+            yield point._asdict() | {"reason": reason(error)}
 
 
 if __name__ == "__main__":

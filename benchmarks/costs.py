@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -14,15 +15,10 @@ from torch._dynamo.utils import counters
 
 @dataclass
 class Compilations:
-    """What happened while :func:`counting` was open.
+    """What happened while :func:`counting` was open."""
 
-    Attributes:
-        graphs: functions that torch.compile has compiled.
-        recordings: CUDA graphs that were recorded.
-    """
-
-    graphs: int = 0
-    recordings: int = 0
+    graphs: int = 0  # functions that torch.compile has compiled
+    recordings: int = 0  # CUDA graphs
 
 
 @contextmanager
@@ -38,12 +34,9 @@ def counting() -> Iterator[Compilations]:
         counted.recordings += 1
         return genuine(self, *args, **kwargs)
 
-    CUDAGraphTreeManager.record_function = record_function
-    try:
+    with patch.object(CUDAGraphTreeManager, "record_function", record_function):
         yield counted
-    finally:
-        CUDAGraphTreeManager.record_function = genuine
-        counted.graphs = counters["stats"]["unique_graphs"] - before
+    counted.graphs = counters["stats"]["unique_graphs"] - before
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -29,26 +28,36 @@ NO_WORK = ("Context Sync", "Event Sync", "Stream Sync", "Stream Wait Event")  # 
 
 def measure_launches(model: LlamaForCausalLM, workload: Workload) -> dict[str, Any]:
     """The fields of a record of kind ``launches``; the engine has compiled what the workload needs."""
-    host_s = host_seconds_per_step(model, workload)
     return {
         "batch": workload.batch,
         "prompt_len": workload.prompt_len,
         "capacity": workload.capacity or workload.prompt_len + workload.new_tokens,
-        "host_us_per_step": 1e6 * host_s,
+        "host_us_per_step": 1e6 * host_seconds_per_step(model, workload),
         **profile_launches(model, workload),
     }
 
 
 def host_seconds_per_step(model: LlamaForCausalLM, workload: Workload) -> float:
-    """Median host time of a decode step: wall time less what was spent waiting for the device."""
+    """Median host time of a decode step: wall time less what was spent waiting for events and the device."""
+    genuine, waited = (torch.cuda.Event.synchronize, torch.cuda.synchronize), 0.0
+
+    def wait(function: Any, *arguments: Any) -> None:
+        nonlocal waited
+        start = time.perf_counter()
+        function(*arguments)
+        waited += time.perf_counter() - start
 
     def busy(new_tokens: int) -> float:
-        with _waiting() as waits:
-            start = time.perf_counter()
-            _generate(model, workload, new_tokens)
-            return time.perf_counter() - start - sum(waits)
+        nonlocal waited
+        start, waited = time.perf_counter(), 0.0
+        _generate(model, workload, new_tokens)
+        return time.perf_counter() - start - waited
 
-    pairs = [(busy(1), busy(1 + TIMED_STEPS)) for _ in range(REPEATS)]
+    with (
+        patch.object(torch.cuda.Event, "synchronize", lambda event: wait(genuine[0], event)),
+        patch.object(torch.cuda, "synchronize", lambda *device: wait(genuine[1], *device)),
+    ):
+        pairs = [(busy(1), busy(1 + TIMED_STEPS)) for _ in range(REPEATS)]
     return statistics.median((longer - shorter) / TIMED_STEPS for shorter, longer in pairs)
 
 
@@ -57,50 +66,37 @@ def profile_launches(model: LlamaForCausalLM, workload: Workload) -> dict[str, A
 
     On a CPU, where there are no kernels, torch's outermost operators are counted; Inductor's own loops are not seen.
     """
-    prefill, whole = (_profiled(model, workload, count) for count in (1, 1 + PROFILED_STEPS))
-    steps = {
-        name: ((calls - prefill[name][0]) / PROFILED_STEPS, (us - prefill[name][1]) / PROFILED_STEPS)
-        for name, (calls, us) in whole.items()
-        if calls > prefill[name][0]
-    }
-    kernels = {name: found for name, found in steps.items() if not name.startswith(COPIES)}
+    calls, spent = Counter[str](), Counter[str]()
+    for count, sign in ((1 + PROFILED_STEPS, 1), (1, -1)):
+        for event in _events(model, workload, count):
+            calls[event.name] += sign
+            spent[event.name] += sign * event.time_range.elapsed_us()
+    steps = [(name, calls[name] / PROFILED_STEPS, spent[name] / PROFILED_STEPS) for name in calls if calls[name] > 0]
+    kernels = sorted((step for step in steps if not step[0].startswith(COPIES)), key=lambda step: -step[2])
     if not kernels:
         raise RuntimeError("the profiler saw no kernel")
-    top = sorted(kernels.items(), key=lambda item: item[1][1], reverse=True)[:TOP_KERNELS]
     return {
-        "kernels_per_step": sum(calls for calls, _ in kernels.values()),
-        "copies_per_step": float(sum(calls for name, (calls, _) in steps.items() if name not in kernels)),
-        "kernel_us_per_step": sum(us for _, us in kernels.values()),
-        "top_kernels": [{"name": name, "calls": calls, "us": us} for name, (calls, us) in top],
+        "kernels_per_step": sum(each for _, each, _ in kernels),
+        "copies_per_step": float(sum(each for name, each, _ in steps if name.startswith(COPIES))),
+        "kernel_us_per_step": float(sum(us for *_, us in kernels)),
+        "top_kernels": [dict(zip(("name", "calls", "us"), each, strict=True)) for each in kernels[:TOP_KERNELS]],
     }
 
 
-class _Calls(dict[str, tuple[int, float]]):
-    """Calls and microseconds by name; none of what was not seen."""
-
-    def __missing__(self, name: str) -> tuple[int, float]:
-        return 0, 0.0
-
-
-def _profiled(model: LlamaForCausalLM, workload: Workload, new_tokens: int) -> _Calls:
+def _events(model: LlamaForCausalLM, workload: Workload, new_tokens: int) -> list[Any]:
+    """The work that a call does, as the profiler sees it."""
     is_cuda = model.device.type == "cuda"
     _generate(model, workload, new_tokens)
     with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as profiler:
         _generate(model, workload, new_tokens)
-    counts: Counter[str] = Counter()
-    spent: Counter[str] = Counter()
-    for event in profiler.events() or ():
-        if (_is_device_work if is_cuda else _is_outermost_operator)(event):
-            counts[event.name] += 1
-            spent[event.name] += event.time_range.elapsed_us()
-    return _Calls({name: (calls, float(spent[name])) for name, calls in counts.items()})
+    return [event for event in profiler.events() or () if (_is_device_work if is_cuda else _is_outermost)(event)]
 
 
 def _is_device_work(event: Any) -> bool:
     return event.device_type.name == "CUDA" and not event.is_user_annotation and event.name not in NO_WORK
 
 
-def _is_outermost_operator(event: Any) -> bool:
+def _is_outermost(event: Any) -> bool:
     outer = event.cpu_parent
     while outer is not None and "::" not in outer.name:
         outer = outer.cpu_parent
@@ -112,29 +108,3 @@ def _generate(model: LlamaForCausalLM, workload: Workload, new_tokens: int) -> N
     model.generate(ids_bt, torch.ones_like(ids_bt), max_new_tokens=new_tokens, do_sample=False, eos_token_id=())
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-
-
-@contextmanager
-def _waiting() -> Iterator[list[float]]:
-    """While open, the list gets the seconds of each wait for an event or the device."""
-    waits: list[float] = []
-
-    def timed(genuine: Any) -> Any:
-        def wait(*arguments: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return genuine(*arguments)
-            finally:
-                waits.append(time.perf_counter() - start)
-
-        return wait
-
-    owners = [(torch.cuda.Event, "synchronize"), (torch.cuda, "synchronize")]
-    genuine = [getattr(owner, name) for owner, name in owners]
-    for (owner, name), function in zip(owners, genuine, strict=True):
-        setattr(owner, name, timed(function))
-    try:
-        yield waits
-    finally:
-        for (owner, name), function in zip(owners, genuine, strict=True):
-            setattr(owner, name, function)

@@ -16,49 +16,30 @@ from typing import Any
 SCHEMA = 1
 RECORDS = Path(__file__).resolve().parent / "records"
 
-COMMON: dict[str, type | tuple[type, ...]] = {
-    "schema": int,
-    "kind": str,
-    "time": str,
-    "model": str,
-    "dtype": str,
-    "device": str,
-    "parity": bool,
-    "environment": dict,
-}
-DECODE: dict[str, type | tuple[type, ...]] = {
-    "batch": int,
-    "prompt_len": int,
-    "new_tokens": int,
-    "capacity": (int, type(None)),
-    "rounds": int,
-    "tokens_per_second": float,
+Types = dict[str, type | tuple[type, ...]]
+NUMBER, INT_OR_NONE = (float, int), (int, type(None))
+COMMON: Types = dict.fromkeys(("kind", "time", "model", "dtype", "device"), str) | {
+    "schema": int, "parity": bool, "environment": dict,
+}  # fmt: skip
+DECODE: Types = {
+    **dict.fromkeys(("batch", "prompt_len", "new_tokens", "rounds", "bytes_per_step"), int),
+    **dict.fromkeys(("compiles_after_warmup", "recordings_after_warmup"), int),
+    **dict.fromkeys(("tokens_per_second", "ttft_ms", "bandwidth_gb_s", "memory_bandwidth_gb_s"), NUMBER),
+    **dict.fromkeys(("mbu", "floor_ms"), NUMBER),
+    **dict.fromkeys(("capacity", "peak_memory_bytes"), INT_OR_NONE),
     "tpot_ms": (dict, type(None)),
-    "ttft_ms": float,
-    "bytes_per_step": int,
-    "bandwidth_gb_s": float,
-    "memory_bandwidth_gb_s": float,
-    "mbu": float,
-    "floor_ms": float,
-    "peak_memory_bytes": (int, type(None)),
-    "compiles_after_warmup": int,
-    "recordings_after_warmup": int,
     "peers": dict,
 }
-KINDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+LAUNCHES = ("host_us_per_step", "kernels_per_step", "copies_per_step", "kernel_us_per_step")
+KINDS: dict[str, Types] = {
     "decode": DECODE,
     # No longer written: what a prompt takes is a column of a decode.
     "prefill": {name: DECODE[name] for name in ("batch", "prompt_len", "rounds", "tokens_per_second", "peers")},
     "startup": {"phases": dict, "peers": dict},
-    "kernels": {"kernels": list, "memory_bandwidth_gb_s": float},
+    "kernels": {"kernels": list, "memory_bandwidth_gb_s": NUMBER},
     "launches": {
-        "batch": int,
-        "prompt_len": int,
-        "capacity": int,
-        "host_us_per_step": (float, type(None)),
-        "kernels_per_step": (float, type(None)),
-        "copies_per_step": (float, type(None)),
-        "kernel_us_per_step": (float, type(None)),
+        **dict.fromkeys(("batch", "prompt_len", "capacity"), int),
+        **dict.fromkeys(LAUNCHES, (*NUMBER, type(None))),
         "top_kernels": list,
     },
 }
@@ -125,8 +106,7 @@ def read_all(folder: str | os.PathLike[str] = RECORDS) -> Iterator[dict[str, Any
 
 
 def _fits(value: Any, types: type | tuple[type, ...]) -> bool:
-    if types is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
+    """Whether a value is of one of these types; a truth value is no number."""
     return isinstance(value, types) and (types is bool or not isinstance(value, bool))
 
 

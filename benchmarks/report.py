@@ -1,4 +1,4 @@
-"""One report on one pandas frame: console, Markdown and what the README and the drawings are made of.
+"""One report on one pandas frame: console, Markdown, README and drawings.
 
 :func:`frame` has a row for each contender of each record; :data:`COLUMNS` says what a table shows of such a row.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,137 +20,108 @@ from rich.text import Text
 from .contenders import FASTLLAMA
 
 Record = Mapping[str, Any]
-Row = Mapping[str, Any]
 
 BOUND = "bound"
-SIZES = ("kind", "time", "model", "dtype", "device", "shape", "batch", "prompt_len", "new_tokens", "capacity")
+SIZES = ("kind", "time", "model", "dtype", "device", "batch", "prompt_len", "new_tokens", "capacity")
 PHASES = ("import", "load", "compile", "first_token", "to_first_token", "to_last_token")
 REFERENCES = ("torch", "F.linear")
-
-
-# ---- the frame -------------------------------------------------------------------------------------------------------
+OUTPUTS = {"--json", "--record", "--plot", "--out"}  # options, and their values, that do not decide what is measured
+PLACES = {"--gpt-fast": "DIR", "--llama-bench": "PATH"}
 
 
 def frame(records: Sequence[Record]) -> pd.DataFrame:
     """A row for each contender of each record (by number ``record``), the bound's first; of kernels one an operation."""
-    rows = {"decode": _decode_rows, "prefill": _decode_rows, "startup": _startup_rows, "kernels": _kernel_rows}
-    return pd.DataFrame([
+    return pd.DataFrame(
         {"record": number, **{name: record.get(name) for name in SIZES}, **row}
         for number, record in enumerate(records)
-        for row in rows.get(record["kind"], _no_rows)(record)
-    ])  # fmt: skip
+        for row in (_kernel_rows(record) if record["kind"] == "kernels" else _contender_rows(record))
+    )
 
 
-def _contenders(record: Record) -> Iterator[tuple[str, Record]]:
-    yield FASTLLAMA, record
-    yield from record["peers"].items()
-
-
-def _decode_rows(record: Record) -> Iterator[dict[str, Any]]:
-    if record.get("floor_ms") and record["kind"] == "decode":
+def _contender_rows(record: Record) -> Iterator[dict[str, Any]]:
+    if record["kind"] == "decode":
         speed = 1e3 * record["batch"] / record["floor_ms"]
         yield {"name": BOUND, "tpot_ms": record["floor_ms"], "tokens_per_second": speed, "mbu": 1.0}
-    for name, entry in _contenders(record):
+    for name, entry in {FASTLLAMA: record, **record.get("peers", {})}.items():
         if "unavailable" in entry:
-            yield {"name": name, "unavailable": entry["unavailable"]}
             continue
-        tpot_ms, ttft_ms = entry.get("tpot_ms") or {}, entry["ttft_ms"]
+        if record["kind"] == "startup":
+            for caches, phases in entry["phases"].items():
+                ratio = (entry.get("ratio") or {}).get(caches)
+                yield {"name": f"{name}, {caches}", "ratio": ratio, "parity": entry["parity"], **phases}
+            continue
+        kept = ("ttft_ms", "tokens_per_second", "mbu", "first_run_s", "ratio", "parity")
+        tpot_ms = entry.get("tpot_ms") or {}
         yield {
             "name": name,
-            "ttft_ms": ttft_ms,
-            "prompt_rate": 1e3 * record["batch"] * record["prompt_len"] / ttft_ms,
-            "tpot_ms": tpot_ms.get("p50"),
-            "tpot_p20": tpot_ms.get("p20"),
-            "tpot_p80": tpot_ms.get("p80"),
-            "tokens_per_second": entry["tokens_per_second"],
-            "mbu": entry.get("mbu"),
-            "first_run_s": entry.get("first_run_s"),
-            "ratio": entry.get("ratio"),
-            "parity": entry["parity"],
+            **{field: entry.get(field) for field in kept},
+            "prompt_rate": 1e3 * record["batch"] * record["prompt_len"] / entry["ttft_ms"],
+            **{"tpot_ms": tpot_ms.get("p50"), "tpot_ms_p20": tpot_ms.get("p20"), "tpot_ms_p80": tpot_ms.get("p80")},
         }
 
 
-def _startup_rows(record: Record) -> Iterator[dict[str, Any]]:
-    for name, entry in _contenders(record):
-        if "unavailable" in entry:
-            yield {"name": name, "unavailable": entry["unavailable"]}
-            continue
-        for caches, phases in entry["phases"].items():
-            ratio = (entry.get("ratio") or {}).get(caches)
-            yield {"name": name, "caches": caches, "ratio": ratio, "parity": entry["parity"], **phases}
-
-
 def _kernel_rows(record: Record) -> Iterator[dict[str, Any]]:
+    kept = ("shape", "calls_per_step", "bytes", "in_cache", "bandwidth_gb_s", "mbu", "parity")
     for kernel in record["kernels"]:
         us = kernel.get("us") or {}
-        kept = ("label", "implementation", "calls_per_step", "bytes", "in_cache", "bandwidth_gb_s", "mbu", "parity")
-        ratios = {name: kernel["references"].get(name, {}).get("ratio") for name in REFERENCES}
         times = {"us": us.get("p50"), "us_p20": us.get("p20"), "us_p80": us.get("p80")}
-        # ``op_shape``: the model's shape is a column of its own.
-        yield {"name": FASTLLAMA, "op_shape": kernel["shape"], **{k: kernel.get(k) for k in kept}, **times, **ratios}
+        ratios = {name: kernel["references"].get(name, {}).get("ratio") for name in REFERENCES}
+        yield {"name": kernel["label"], **{field: kernel.get(field) for field in kept}, **times, **ratios}
 
 
-def _no_rows(record: Record) -> Iterator[dict[str, Any]]:
-    yield from ()
+# ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-# ---- what a table shows ----------------------------------------------------------------------------------------------
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """That number of digits, or all there are before the point; empty for what there is not."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+def number(value: Any) -> str:
+    """Three digits, or all there are before the point; empty for what there is not."""
+    if value is None or math.isnan(value):
         return ""
-    return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:#.{digits}g}".rstrip(".")
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def percent(fraction: Any) -> str:
     """A fraction as a percentage with one decimal."""
-    return "" if number(fraction) == "" else f"{100 * fraction:.1f} %"
+    return number(fraction) and f"{100 * fraction:.1f} %"
 
 
 def times(ratio: Any) -> str:
     """A ratio with two decimals."""
-    return "" if number(ratio) == "" else f"{ratio:.2f} x"
+    return number(ratio) and f"{ratio:.2f} x"
 
 
-def _spread(name: str, low: str, high: str) -> Callable[[Row], str]:
-    def text(row: Row) -> str:
-        middle = number(row.get(name))
-        spread = f" ({number(row.get(low))}-{number(row.get(high))})" if number(row.get(low)) else ""
-        return middle + spread
+def _cell(name: str, form: Callable[[Any], str] = number) -> Callable[[Record], str]:
+    return lambda row: form(row.get(name))
+
+
+def _spread(name: str) -> Callable[[Record], str]:
+    def text(row: Record) -> str:
+        low, middle, high = (number(row.get(each)) for each in (f"{name}_p20", name, f"{name}_p80"))
+        return f"{middle} ({low}-{high})" if low else middle
 
     return text
 
 
-def _cell(name: str, form: Callable[[Any], str] = number) -> Callable[[Row], str]:
-    return lambda row: form(row.get(name))
-
-
-Columns = dict[str, Callable[[Row], str]]
+Columns = dict[str, Callable[[Record], str]]
 DECODE: Columns = {
     "": _cell("name", str),
     "TTFT ms": _cell("ttft_ms"),
     "prompt/s": _cell("prompt_rate"),
-    "TPOT ms (p20-p80)": _spread("tpot_ms", "tpot_p20", "tpot_p80"),
+    "TPOT ms (p20-p80)": _spread("tpot_ms"),
     "tok/s": _cell("tokens_per_second"),
     "MBU": _cell("mbu", percent),
     "start s": _cell("first_run_s"),
     "speed-up": _cell("ratio", times),
 }
+STARTUP = {"": _cell("name", str), **{name.replace("_", " ").replace("token", "tok"): _cell(name) for name in PHASES}}
 COLUMNS: dict[str, Columns] = {
     "decode": DECODE,
     "prefill": DECODE,
-    "startup": {
-        "": lambda row: f"{row['name']}, {row['caches']}",
-        **{name.replace("_", " ").replace("token", "tok"): _cell(name) for name in PHASES},
-        "speed-up": _cell("ratio", times),
-    },
+    "startup": STARTUP | {"speed-up": _cell("ratio", times)},
     "kernels": {
-        "": _cell("label", str),
+        "": _cell("name", str),
         "calls": _cell("calls_per_step", str),
         "MB": lambda row: number(row["bytes"] / 1e6),
-        "us (p20-p80)": _spread("us", "us_p20", "us_p80"),
+        "us (p20-p80)": _spread("us"),
         "GB/s": _cell("bandwidth_gb_s"),
         "MBU": lambda row: "cache" if row["in_cache"] else percent(row["mbu"]),
         **{name: _cell(name, times) for name in REFERENCES},
@@ -158,45 +130,27 @@ COLUMNS: dict[str, Columns] = {
 
 
 def cells(record: Record) -> pd.DataFrame:
-    """A record's table as text: a row for each contender that ran."""
+    """A record's table as text."""
     columns = COLUMNS[record["kind"]]
-    found = frame([record])
-    if "unavailable" in found:
-        found = found[found["unavailable"].isna()]
-    rows = ([text(row) for text in columns.values()] for row in found.to_dict("records"))
+    rows = ([text(row) for text in columns.values()] for row in frame([record]).to_dict("records"))
     return pd.DataFrame(rows, columns=list(columns))
-
-
-# ---- how it is shown -------------------------------------------------------------------------------------------------
 
 
 def console(record: Record) -> Group:
     """A record's table for a terminal, then what its figures are worth."""
-    if record["kind"] == "launches":
-        return Group(*(Text(line, style="dim") for line in remarks(record)))
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim")
-    found = cells(record)
+    found = cells(record) if record["kind"] in COLUMNS else pd.DataFrame()
     for column in found.columns:
         table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     for row in found.itertuples(index=False):
         table.add_row(*row, style="dim" if row[0] == BOUND else "")
-    return Group(table, *(Text(line, style="dim") for line in remarks(record)))
+    return Group(*([table] if table.columns else []), *(Text(line, style="dim") for line in remarks(record)))
 
 
 def markdown(table: pd.DataFrame) -> str:
     """A frame of text as a Markdown table."""
     rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
-    return "\n".join(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in map(str, row))}|" for row in rows)
-
-
-def text(table: pd.DataFrame) -> list[str]:
-    """A frame of text as lines: the first column left-aligned, the others right-aligned."""
-    rows = [list(table.columns), *table.to_numpy().tolist()]
-    widths = [max(len(str(row[at])) for row in rows) for at in range(len(table.columns))]
-    return [
-        "  ".join([str(row[0]).ljust(widths[0]), *(str(row[at]).rjust(widths[at]) for at in range(1, len(row)))])
-        for row in rows
-    ]
+    return "\n".join(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in row)}|" for row in rows)
 
 
 # ---- what the figures are worth --------------------------------------------------------------------------------------
@@ -208,23 +162,23 @@ def remarks(record: Record) -> list[str]:
     lines = [*own.get(record["kind"], lambda _: ())(record)]
     lines += [f"DISTURBED: {why}" for why in record.get("disturbed", ())]
     for name, peer in record.get("peers", {}).items():
+        same, total = peer.get("same_tokens"), record["new_tokens"]
         if "unavailable" in peer:
             lines.append(f"{name} not run: {peer['unavailable']}")
         elif peer["parity"] is None:
             lines.append(f"{name} reports no tokens: its output is not checked")
         elif not peer["parity"]:
             lines.append(f"{name} FAILED parity: {(peer.get('parity_detail') or {}).get('note', 'wrong tokens')}")
-        elif record["kind"] == "decode" and peer.get("same_tokens", record["new_tokens"]) < record["new_tokens"]:
-            at, total = peer["same_tokens"] + 1, record["new_tokens"]
-            lines.append(f"{name} decoded other tokens from token {at} of {total} on, within rounding")
+        elif same is not None and same < total:
+            lines.append(f"{name} decoded other tokens from token {same + 1} of {total} on, within rounding")
     return lines
 
 
 def _decode_remarks(record: Record) -> Iterator[str]:
-    gb_s, method = record["memory_bandwidth_gb_s"], record.get("memory_bandwidth_method", "")
     yield (
-        f"bound: {record['bytes_per_step'] / 1e6:.1f} MB of weights and live cache a step at {gb_s:.1f} GB/s, measured "
-        f"in this run ({method}); MBU: memory-bandwidth utilisation, percent of it"
+        f"bound: {record['bytes_per_step'] / 1e6:.1f} MB of weights and live cache a step at "
+        f"{record['memory_bandwidth_gb_s']:.1f} GB/s, measured in this run ({record.get('memory_bandwidth_method')}); "
+        "MBU: memory-bandwidth utilisation, percent of it"
     )
     yield "start: the first run of the process; speed-up: fastllama's tokens/s over the contender's"
     if parity := record.get("parity_detail"):
@@ -255,20 +209,19 @@ def _startup_remarks(record: Record) -> Iterator[str]:
 def _kernel_remarks(record: Record) -> Iterator[str]:
     yield (
         f"MB: what a call reads; MBU: percent of the memory bandwidth of this run, {record['memory_bandwidth_gb_s']:.1f} "
-        f"GB/s ({record.get('memory_bandwidth_method', '')}); {', '.join(REFERENCES)}: their time over fastllama's"
+        f"GB/s ({record.get('memory_bandwidth_method')}); {', '.join(REFERENCES)}: their time over fastllama's"
     )
     compiled = [kernel["label"] for kernel in record["kernels"] if kernel["implementation"] != "kernel"]
     yield f"torch operators fused by Inductor: {'; '.join(compiled)}" if compiled else "all are kernels of fastllama"
     if record.get("step_us"):
-        step, bound = record["step_us"], record["floor_us"]
+        step, torch_step, bound = (record[name] / 1e3 for name in ("step_us", "torch_step_us", "floor_us"))
         yield (
-            f"a greedy step of these calls alone: {step / 1e3:.3g} ms, of torch's {record['torch_step_us'] / 1e3:.3g} ms; "
-            f"bound: {bound / 1e3:.3g} ms, {100 * bound / step:.0f} % of the first"
+            f"a greedy step of these calls alone: {step:.3g} ms, of torch's {torch_step:.3g} ms; bound: {bound:.3g} ms, "
+            f"{100 * bound / step:.0f} % of the first"
         )
     for kernel in record["kernels"]:
         if not kernel["parity"]:
-            detail = kernel["parity_detail"]
-            error, bound = detail["error"], detail["bound"]
+            error, bound = (kernel["parity_detail"][name] for name in ("error", "bound"))
             yield f"{kernel['label']} is WRONG by {error:.3g}, allowed are {bound:.3g}: not timed"
 
 
@@ -285,38 +238,28 @@ def _launches(record: Record) -> Iterator[str]:
 
 
 def newest(records: Iterable[Record], **fields: Any) -> Record | None:
-    """The record with these fields that was measured last (``device`` without its number); of equally old ones the last
-    in the files."""
+    """The record with these fields (``device`` without its number) measured last; of equally old ones the file's last."""
+    found = [
+        record
+        for record in records
+        if all({**record, "device": record["device"].split(":")[0]}.get(name) == fields[name] for name in fields)
+    ]
+    return max(enumerate(found), key=lambda pair: (pair[1]["time"], pair[0]), default=(0, None))[1]
 
-    def fits(record: Record) -> bool:
-        found = {**record, "device": record["device"].split(":")[0]}
-        return all(found.get(name) == value for name, value in fields.items())
 
-    return max(enumerate(filter(fits, records)), key=lambda pair: (pair[1]["time"], pair[0]), default=(0, None))[1]
-
-
-def machine(record: Record) -> str:
-    """The GPU, or the processor and the number of threads of torch."""
-    environment = record["environment"]
-    if environment["gpu"]:
-        return str(environment["gpu"]["name"])
-    threads = environment["threads"]
-    return f"{environment['cpu']}, {threads} thread{'s' * (threads != 1)}"
+def point(record: Record) -> str:
+    """Model, batch, prompt and slots in short."""
+    sizes = "/".join(str(record.get(name, record.get("live", ""))) for name in ("prompt_len", "capacity"))
+    return f"{Path(record['model']).name} b{record.get('batch', 1)} {sizes}"
 
 
 def origin(record: Record) -> str:
     """Machine, software, commit and day."""
-    environment = record["environment"]
-    cuda = f", CUDA {environment['gpu']['cuda']}" if environment["gpu"] else ""
-    commit = f"commit {environment['commit'][:9]}" if environment["commit"] else "unknown commit"
-    changes = " with changes" if environment["dirty"] else ""
-    torch = environment["packages"]["torch"]
-    return f"{machine(record)}, torch {torch}{cuda}, {commit}{changes}, {record['time'][:10]}"
-
-
-OUTPUTS = {"--json", "--record", "--plot", "--out", "--records", "--workspace", "--profile"}  # and a value each
-PLACES = {"--gpt-fast": "DIR", "--llama-bench": "PATH"}
-FLAGS = {"--quiet", "-q", "--debug"}
+    found = record["environment"]
+    gpu, threads = found["gpu"], found["threads"]
+    machine = f"{gpu['name']}, CUDA {gpu['cuda']}" if gpu else f"{found['cpu']}, {threads} thread{'s' * (threads != 1)}"
+    commit = f"commit {(found['commit'] or 'unknown')[:9]}" + " with changes" * bool(found["dirty"])
+    return f"{machine}, torch {found['packages']['torch']}, {commit}, {record['time'][:10]}"
 
 
 def command(record: Record) -> str:
@@ -329,6 +272,6 @@ def command(record: Record) -> str:
             if not equals:
                 next(rest, None)
             kept += [name, PLACES[name]] if name in PLACES else []
-        elif name not in FLAGS:
+        elif name not in ("--quiet", "-q", "--debug"):
             kept.append(word)
     return shlex.join(kept)

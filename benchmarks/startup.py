@@ -43,6 +43,11 @@ class Starts:
     phases: dict[str, list[Phases]] = field(default_factory=lambda: {EMPTY: [], WARM: []})
     tokens: set[tuple[int, ...]] = field(default_factory=set)
 
+    def add(self, caches: str, phases: Phases, tokens: tuple[int, ...] | None) -> None:
+        """Add a process."""
+        self.phases[caches].append(phases)
+        self.tokens |= {tokens} - {None}  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
+
     def medians(self, caches: str) -> Phases:
         """Each phase's median over the processes that found their caches in this state."""
         processes = self.phases[caches]
@@ -137,8 +142,7 @@ def measure(
         task = Task(
             str(weights), dtype, device, 1, prompt_len + NEW_TOKENS, workspace=folder, lent=model, **(places or {})
         )
-        tasks, missing = prepared((FASTLLAMA, *peers), task)
-        starts = start_interleaved(tasks, missing, workload, Path(folder), (cold_rounds, rounds), say)
+        starts, missing = start_interleaved((FASTLLAMA, *peers), task, workload, (cold_rounds, rounds), say)
         say("checking the tokens")
         found = {key: each.to_dict(model, workload) for key, each in starts.items() if key not in missing}
         probe = BandwidthProbe(device)
@@ -162,10 +166,10 @@ def measure(
 
 def ratios(other: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, float]:
     """Another contender's time to the first token over fastllama's, by the state of the caches."""
-    return {
-        caches: other["phases"][caches]["to_first_token"] / ours["phases"][caches]["to_first_token"]
-        for caches in (EMPTY, WARM)
-    }
+    theirs, own = (
+        {caches: phases["to_first_token"] for caches, phases in each["phases"].items()} for each in (other, ours)
+    )
+    return {caches: theirs[caches] / own[caches] for caches in own}
 
 
 def stored_weights(name: str, dtype: str, workspace: Path) -> Path:
@@ -182,46 +186,27 @@ def stored_weights(name: str, dtype: str, workspace: Path) -> Path:
     return folder.resolve()
 
 
-def prepared(keys: Sequence[str], task: Task) -> tuple[dict[str, Task], dict[str, str]]:
-    """What the processes of each contender load, and for those that cannot be started why."""
-    tasks: dict[str, Task] = {}
-    missing: dict[str, str] = {}
-    for key in keys:
-        try:
-            tasks[key] = replace(prepare(key, task), lent=None)
-        except Exception as error:  # a peer that breaks is a line in the report and does not end the run
-            missing[key] = reason(error)
-    return tasks, missing
-
-
 def start_interleaved(
-    tasks: Mapping[str, Task],
-    missing: dict[str, str],
-    workload: Workload,
-    folder: Path,
-    rounds: tuple[int, int],
-    say: Say,
-) -> dict[str, Starts]:
-    """Start every contender once a round, in the order A B B A …; those that fail move to ``missing``."""
-    starts = {key: Starts() for key in tasks}
-    cold, warm = rounds
-    for number in range(cold + warm):
-        state = EMPTY if number < cold else WARM
-        for at, key in list(enumerate(tasks))[:: 1 if number % 2 == 0 else -1]:
+    keys: Sequence[str], task: Task, workload: Workload, rounds: tuple[int, int], say: Say
+) -> tuple[dict[str, Starts], dict[str, str]]:
+    """Start every contender once a round, in the order A B B A …, first on empty caches; and say why some did not."""
+    starts, missing, tasks = {key: Starts() for key in keys}, {}, {}
+    for number in range(-1, sum(rounds)):
+        state = EMPTY if number < rounds[0] else WARM
+        for at, key in list(enumerate(keys))[:: 1 if number % 2 == 0 else -1]:
             if key in missing:
                 continue
-            say(f"process {number + 1} of {cold + warm}, {state} caches: {key}")
-            caches = folder / f"caches-{at}-{min(number, cold - 1)}"  # no names: compilers trip over spaces
+            say(f"process {number + 1} of {sum(rounds)}, {state} caches: {key}")
+            # No names: compilers trip over spaces.
+            caches = Path(task.workspace) / f"caches-{at}-{min(number, rounds[0] - 1)}"
             try:
-                if number == 0:
+                if number < 0:
+                    tasks[key] = replace(prepare(key, task), lent=None)
                     rehearse(key, tasks[key])
-                phases, tokens = start(key, tasks[key], workload, caches)
+                else:
+                    starts[key].add(state, *start(key, tasks[key], workload, caches))
             except Exception as error:
                 if key == FASTLLAMA:
                     raise
                 missing[key] = reason(error)
-                continue
-            starts[key].phases[state].append(phases)
-            if tokens is not None:
-                starts[key].tokens.add(tokens)
-    return starts
+    return starts, missing

@@ -21,17 +21,11 @@ Rows = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Workload:
-    """What every contender decodes: greedily, past any EOS token.
+    """What every contender decodes: greedily, past any EOS token."""
 
-    Attributes:
-        prompts: token ids of each row, all of one length.
-        new_tokens: tokens to decode in each row.
-        capacity: slots of the KV cache; None: what the workload needs, or the contender's own choice.
-    """
-
-    prompts: Rows
+    prompts: Rows  # all of one length
     new_tokens: int
-    capacity: int | None = None
+    capacity: int | None = None  # slots of the KV cache; None: what is needed, or the contender's own choice
 
     @classmethod
     def random(
@@ -64,35 +58,25 @@ class Workload:
 
 @dataclass(frozen=True)
 class Decode:
-    """One timed decode of a workload.
+    """One timed decode of a workload."""
 
-    Attributes:
-        tokens: new token ids of each row; None where the contender does not report them.
-        ttft: seconds to the first token.
-        tpot: seconds per decode step after it: one value a step, or one for all of them.
-    """
-
-    tokens: Rows | None
-    ttft: float
-    tpot: tuple[float, ...]
+    tokens: Rows | None  # None where the contender does not report them
+    ttft: float  # seconds to the first token
+    tpot: tuple[float, ...]  # seconds per decode step after it: one value a step, or one for all of them
 
 
 class Contender(Protocol):
-    """Something that decodes workloads: the engine, the eager forward, a peer, another revision in a process.
-
-    Attributes:
-        name: in tables and records.
-        info: what it says of itself, such as its revision; complete once it has run.
-    """
+    """Something that decodes workloads: the engine, the eager forward, a peer, another revision in a process."""
 
     name: str
 
     @property
-    def info(self) -> dict[str, Any]: ...
+    def info(self) -> dict[str, Any]:
+        """What it says of itself, such as its revision; complete once it has run."""
+        ...
 
     def load(self, task: Task) -> None:
         """Load weights and get ready."""
-        ...
 
     def run(self, workload: Workload) -> Decode:
         """Decode the workload once and time it."""
@@ -100,7 +84,6 @@ class Contender(Protocol):
 
     def close(self) -> None:
         """Give back memory and processes."""
-        ...
 
 
 class Unavailable(RuntimeError):

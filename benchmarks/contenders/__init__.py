@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..workload import Contender, Unavailable, reason
@@ -30,32 +29,19 @@ IN_A_PROCESS = {GPT_FAST}  # it configures torch, and its modules are called mod
 
 @dataclass(frozen=True)
 class Task:
-    """What a contender loads.
+    """What a contender loads."""
 
-    Attributes:
-        model: name as ``from_pretrained`` takes it; for other programs the file or folder that :func:`prepare` wrote.
-        dtype: weights and cache, as torch names it.
-        device: as torch names it.
-        batch, slots: largest batch and its slots of the KV cache, for contenders that allocate once.
-        threads: of torch; None: its default.
-        gpt_fast: a checkout of gpt-fast.
-        llama_bench: the program; None: the one on PATH.
-        workspace: folder for the weights that other programs read.
-        slowdown: fraction by which every step is made longer, to prove that a slowdown is seen.
-        lent: a loaded model whose weights are shared in place of loading them.
-    """
-
-    model: str
+    model: str  # as ``from_pretrained`` takes it; for other programs the file or folder that :func:`prepare` wrote
     dtype: str
     device: str = "cpu"
-    batch: int = 1
+    batch: int = 1  # largest batch, and its slots of the KV cache, for contenders that allocate once
     slots: int = 0
     threads: int | None = None
-    gpt_fast: str | None = None
-    llama_bench: str | None = None
-    workspace: str = "."
-    slowdown: float = 0.0
-    lent: LlamaForCausalLM | None = field(default=None, repr=False, compare=False)
+    gpt_fast: str | None = None  # a checkout
+    llama_bench: str | None = None  # the program; None: the one on PATH
+    workspace: str = "."  # folder for the weights that other programs read
+    slowdown: float = 0.0  # fraction by which every step is made longer, to prove that a slowdown is seen
+    lent: LlamaForCausalLM | None = field(default=None, repr=False)  # shares its weights in place of loading them
 
     def weights(self) -> LlamaForCausalLM:
         """The model that is lent, else loaded."""
@@ -71,7 +57,7 @@ class Task:
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """The peers of ``all``, ``none`` or a list like ``eager,transformers``."""
+    """The peers of ``all``, ``none`` or a list like ``eager,transformers``; ValueError for an unknown name."""
     if text in ("all", "none"):
         return NAMES if text == "all" else ()
     names = tuple(name.strip() for name in text.split(",") if name.strip())
@@ -93,8 +79,7 @@ def title_of(key: str) -> str:
 
 def prepare(key: str, task: Task) -> Task:
     """The task as the contender's own process takes it, weights written in the format that it reads."""
-    own: Callable[[Task], Task] = getattr(_module(key), "prepare", lambda plain: plain)
-    return own(task)
+    return getattr(_module(key), "prepare", lambda plain: plain)(task)
 
 
 def open_peers(keys: Sequence[str], task: Task) -> tuple[list[Contender], dict[str, str]]:
@@ -114,13 +99,6 @@ def open_peers(keys: Sequence[str], task: Task) -> tuple[list[Contender], dict[s
             if contender is not None:
                 contender.close()
     return opened, missing
-
-
-def existing_folder(path: str | None, option: str) -> Path:
-    """The folder that an option names."""
-    if path is None:
-        raise Unavailable(f"give a checkout of gpt-fast with {option} DIR")
-    return Path(path).resolve()
 
 
 def _module(key: str) -> Any:

@@ -35,7 +35,7 @@ class Engine:
     def run(self, workload: Workload) -> Decode:
         """Decode once; the mask says that a random prompt's pad ids are tokens like any other."""
         if workload.capacity:
-            from fastllama.generation.generate import engine_of
+            from fastllama.causal_lm import engine_of
 
             engine_of(self.model).reserve(workload.batch, workload.capacity)
         ids_bt = workload.input_ids(self._device)
@@ -56,10 +56,7 @@ class Engine:
 
 
 class EngineAt(Engine):
-    """A second engine over the same weights whose cache has a number of slots of its own.
-
-    Its q/k/v and gate/up matrices are another copy; the rest is shared.
-    """
+    """A second engine over the same weights, but for a copy of the fused ones, with a cache of that number of slots."""
 
     def __init__(self, slots: int) -> None:
         self.name, self._slots = f"{slots} slots", slots

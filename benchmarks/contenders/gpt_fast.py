@@ -24,13 +24,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..workload import Decode, Unavailable, Workload, rows_of, timed_by_difference
-from . import GPT_FAST, Task, existing_folder
+from . import GPT_FAST, Task
 
 if TYPE_CHECKING:
     from fastllama import LlamaConfig
 
 FILES = ("model.py", "generate.py")
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES, ROPES = ("float32", "float16", "bfloat16"), ("default", "llama3")
 GREEDY = {"temperature": 1.0, "top_k": 1}  # ties are broken at random
 ARGUMENTS, WEIGHTS = "arguments.json", "model.safetensors"
 NAMES = {
@@ -43,12 +43,11 @@ NAMES = {
 }
 
 
-# ---- in the process that measures ------------------------------------------------------------------------------------
-
-
 def prepare(task: Task) -> Task:
     """Write the weights as gpt-fast stores them; the task that is returned names their folder."""
-    folder = existing_folder(task.gpt_fast, "--gpt-fast")
+    if task.gpt_fast is None:
+        raise Unavailable("give a checkout of gpt-fast with --gpt-fast DIR")
+    folder = Path(task.gpt_fast).resolve()
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise Unavailable(f"{folder} is no checkout of gpt-fast: it has no {' and no '.join(missing)}")
     model = task.weights()
@@ -63,17 +62,16 @@ def prepare(task: Task) -> Task:
 
 def check_expressible(config: LlamaConfig, dtype: str) -> None:
     """Raise :class:`Unavailable` if no version of gpt-fast can compute this network."""
-    if dtype not in DTYPES:
-        raise Unavailable(f"gpt-fast has no {dtype}")
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
-        heads, size = config.num_attention_heads, config.hidden_size
-        raise Unavailable(f"gpt-fast needs hidden_size = heads x head_dim, got {size} and {heads} x {config.head_dim}")
-    if config.hidden_act not in ("silu", "swish"):
-        raise Unavailable(f"gpt-fast has hidden_act silu, not {config.hidden_act}")
-    if config.attention_bias or config.mlp_bias:
-        raise Unavailable("gpt-fast has no biases")
-    if config.rope.rope_type not in ("default", "llama3"):
-        raise Unavailable(f"gpt-fast has rope_type default and llama3, not {config.rope.rope_type}")
+    heads, d, size = config.num_attention_heads, config.head_dim, config.hidden_size
+    faults = {
+        f"gpt-fast has no {dtype}": dtype not in DTYPES,
+        f"gpt-fast needs hidden_size = heads x head_dim, got {size} and {heads} x {d}": heads * d != size,
+        f"gpt-fast has hidden_act silu, not {config.hidden_act}": config.hidden_act not in ("silu", "swish"),
+        "gpt-fast has no biases": config.attention_bias or config.mlp_bias,
+        f"gpt-fast has rope_type default and llama3, not {config.rope.rope_type}": config.rope.rope_type not in ROPES,
+    }
+    if found := [text for text, is_fault in faults.items() if is_fault]:
+        raise Unavailable(found[0])
 
 
 def model_arguments(config: LlamaConfig) -> dict[str, Any]:
@@ -116,9 +114,6 @@ def converted(weights: Mapping[str, torch.Tensor], config: LlamaConfig) -> dict[
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
-# ---- in gpt-fast's own process ---------------------------------------------------------------------------------------
-
-
 class GptFast:
     """gpt-fast's own network, loop and compiled step; it decodes only what fits the task's batch and slots."""
 
@@ -138,11 +133,8 @@ class GptFast:
             self._model.setup_caches(max_batch_size=task.batch, max_seq_length=task.slots)
         step = torch.compile(self._gpt_fast.decode_one_token, mode="reduce-overhead", fullgraph=True)
         vars(self._gpt_fast)["decode_one_token"] = step
-        self.info: dict[str, Any] = {
-            "commit": _commit(task.gpt_fast),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-        }
+        git = subprocess.run(["git", "-C", task.gpt_fast, "rev-parse", "HEAD"], capture_output=True, text=True)
+        self.info: dict[str, Any] = {"commit": git.stdout.strip() or None}
 
     @torch.no_grad()
     def run(self, workload: Workload) -> Decode:
@@ -152,8 +144,7 @@ class GptFast:
             raise Unavailable(f"opened for {task.batch} rows and {task.slots} slots, got another workload")
         if task.device.startswith("cuda"):
             return timed_by_difference(lambda n: self._decode(workload, n, [])[0], workload.new_tokens)
-        marks = [time.perf_counter()]
-        tokens_bn, marks = self._decode(workload, workload.new_tokens, marks)
+        tokens_bn, marks = self._decode(workload, workload.new_tokens, [time.perf_counter()])
         gaps = [after - before for before, after in zip(marks, marks[1:], strict=False)]
         return Decode(rows_of(tokens_bn), gaps[0], tuple(gaps[1:]))
 
@@ -199,11 +190,3 @@ def load_model(gpt_fast_model: ModuleType, task: Task) -> Any:
     model.to(getattr(torch, task.dtype)).to_empty(device=task.device)
     model.load_state_dict(load_file(Path(task.model) / WEIGHTS))
     return model.eval()
-
-
-def _commit(folder: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True)
-    except OSError:  # no git
-        return None
-    return done.stdout.strip() or None

@@ -30,7 +30,9 @@ NEEDED = ("from_pretrained", "stream", "generate")
 def main() -> None:
     """Serve decodes until stdin closes."""
     started = time.time()
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]  # these are no top-level modules
+    sys.path[:] = [
+        entry for entry in sys.path if Path(entry or ".").resolve() != HERE
+    ]  # these are no top-level modules
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
@@ -59,9 +61,7 @@ def main() -> None:
 def load_own_package() -> None:
     """Import the package that this file lies in, whatever ``sys.path`` says."""
     root = HERE.parent
-    spec = importlib.util.spec_from_file_location(
-        PACKAGE, root / "__init__.py", submodule_search_locations=[str(root)]
-    )
+    spec = importlib.util.spec_from_file_location(PACKAGE, root / "__init__.py", submodule_search_locations=[str(root)])
     assert spec is not None
     assert spec.loader is not None
     sys.modules[PACKAGE] = module = importlib.util.module_from_spec(spec)

@@ -19,8 +19,8 @@ from fastllama.measure import BandwidthProbe, Quantiles, quantiles
 
 from ..contenders import FASTLLAMA
 from ..rounds import Say
-from .cycles import Cycle, compiled, copies_of
-from .ops import TORCH, Arguments, Function, Shapes, StepOp, nbytes, step_ops
+from .cycles import Cycle, copies_of
+from .ops import TORCH, Function, Shapes, StepOp, nbytes, step_ops
 
 WARMUP_CYCLES = 2
 KERNEL, INDUCTOR = "kernel", "Inductor"
@@ -28,17 +28,11 @@ KERNEL, INDUCTOR = "kernel", "Inductor"
 
 @dataclass(frozen=True)
 class Check:
-    """Whether an operation's output is right.
+    """Whether an operation's output is right."""
 
-    Attributes:
-        error: how far it lies from the same formula in float64.
-        torch_error: how far that formula in the weights' dtype lies.
-        bound: what the error may be: twice torch's, or a few roundings where torch happens to have none.
-    """
-
-    error: float
-    torch_error: float
-    bound: float
+    error: float  # how far it lies from the same formula in float64
+    torch_error: float  # how far that formula in the weights' dtype lies
+    bound: float  # what the error may be: twice torch's, or a few roundings where torch happens to have none
 
     @property
     def passed(self) -> bool:
@@ -56,7 +50,7 @@ def measure_kernels(
         probe = BandwidthProbe(device)
         found: list[dict[str, Any]] = []
         for op in step_ops(shapes):
-            if only is None or op.info.name in only:
+            if only is None or op.name in only:
                 found.append(measure_op(op, device, rounds, probe, say))
             del op  # its memory is given back before the next one is made
         bytes_per_second = probe.best.bytes_per_second
@@ -70,7 +64,7 @@ def measure_kernels(
         "memory_bandwidth_gb_s": bytes_per_second / 1e9,
         "memory_bandwidth_method": probe.best.method,
         "step_us": sum(k["calls_per_step"] * k["us"]["p50"] for k in kernels) if parity else None,
-        "torch_step_us": sum(k["calls_per_step"] * k["references"][TORCH]["us"]["p50"] for k in kernels)
+        "torch_step_us": sum(k["calls_per_step"] * k["us"]["p50"] * k["references"][TORCH]["ratio"] for k in kernels)
         if parity
         else None,
         "floor_us": 1e6 * read / bytes_per_second,
@@ -79,18 +73,18 @@ def measure_kernels(
 
 def measure_op(op: StepOp, device: torch.device, rounds: int, probe: BandwidthProbe, say: Say) -> dict[str, Any]:
     """Check an operation, then time it interleaved with its references: ``us`` has the quantiles of each by name."""
-    info = op.info
-    say(f"checking: {info.label}")
-    implementation = implementation_of(op.run, op.arguments)
-    checked = check(op, compiled(op.run) if implementation == INDUCTOR else op.run)
+    say(f"checking: {op.label}")
+    implementation = implementation_of(op)
+    run = op.run if implementation == KERNEL else torch.compile(op.run, fullgraph=True, dynamic=False)
+    checked = check(op, run)
     found = {
-        "name": info.name,
-        "label": info.label,
-        "shape": info.shape,
+        "name": op.name,
+        "label": op.label,
+        "shape": op.shape,
         "implementation": implementation,
-        "calls_per_step": info.calls,
-        "bytes": info.nbytes,
-        "in_cache": info.in_cache,
+        "calls_per_step": op.calls,
+        "bytes": op.nbytes,
+        "in_cache": op.in_cache,
         "working_set_bytes": 0,
         "parity": checked.passed,
         "parity_detail": asdict(checked),
@@ -98,34 +92,29 @@ def measure_op(op: StepOp, device: torch.device, rounds: int, probe: BandwidthPr
     }
     if not checked.passed:
         return found
-    copies = copies_of(op.own, device, info.in_cache)
-    cycles = {FASTLLAMA: Cycle(op.run, op.shared, copies, device, implementation == INDUCTOR, info.in_cache)}
-    for name, reference in op.references.items():
-        cycles[name] = Cycle(reference, op.shared, copies, device, in_cache=info.in_cache)
-    us = interleaved(cycles, rounds, probe, lambda message: say(f"{info.label}: {message}"))
+    copies = copies_of(op, device)
+    cycles = {name: Cycle(f, op, copies, device) for name, f in {FASTLLAMA: run, **op.references}.items()}
+    us = interleaved(cycles, rounds, probe, lambda message: say(f"{op.label}: {message}"))
     return found | {"working_set_bytes": len(copies) * nbytes(op.own), "us": us}
 
 
 def entry_of(found: dict[str, Any], bytes_per_second: float) -> dict[str, Any]:
     """One entry of a record's ``kernels``, given the memory's bandwidth."""
-    us: dict[str, Quantiles] = found["us"]
-    rest = {name: value for name, value in found.items() if name != "us"}
-
-    def speed(name: str) -> dict[str, Any]:
-        achieved = 1e6 * found["bytes"] / us[name].p50
-        return {"us": asdict(us[name]), "bandwidth_gb_s": achieved / 1e9, "mbu": achieved / bytes_per_second}
-
-    ours = speed(FASTLLAMA) if us else {}
-    references = {
-        name: speed(name) | {"ratio": us[name].p50 / us[FASTLLAMA].p50} for name in us if name != FASTLLAMA
+    us: dict[str, Quantiles] = found.pop("us")
+    speeds = {name: 1e6 * found["bytes"] / each.p50 for name, each in us.items()}
+    entries = {
+        name: {"us": asdict(each), "bandwidth_gb_s": speeds[name] / 1e9, "mbu": speeds[name] / bytes_per_second}
+        for name, each in us.items()
     }
-    return rest | ours | {"references": references}
+    ours = entries.pop(FASTLLAMA, {})
+    references = {name: each | {"ratio": us[name].p50 / us[FASTLLAMA].p50} for name, each in entries.items()}
+    return found | ours | {"references": references}
 
 
-def implementation_of(function: Function, arguments: Arguments) -> str:
+def implementation_of(op: StepOp) -> str:
     """What runs in a step: a kernel is called, torch operators are compiled."""
     with _Namespaces() as called:
-        function(*arguments)
+        op.run(*op.shared, *op.own)
     return KERNEL if "fastllama" in called.names else INDUCTOR
 
 
@@ -143,25 +132,20 @@ class _Namespaces(TorchDispatchMode):
 
 def check(op: StepOp, run: Function) -> Check:
     """Compare an operation, and the torch operators it replaces, with these operators in float64."""
-    reference = op.references[TORCH]
-    exact = op.results(reference, tuple(map(widened, op.arguments))).double()
-    ours = op.results(run, op.arguments)
-    torch_error = largest_difference(op.results(reference, op.arguments), exact)
+    arguments, reference = (*op.shared, *op.own), op.references[TORCH]
+    exact = op.results(reference, tuple(x.double() if is_float(x) else x for x in arguments)).double()
+    found = [op.results(function, arguments) for function in (run, reference)]
+    error, torch_error = (float((each.double() - exact).abs().max()) for each in found)
     # Where torch happens to hit the exact values: one rounding of the result, a few of the float32 sums before it.
     rounding = 16 * torch.finfo(torch.float32).eps
-    if ours.is_floating_point():
-        rounding = (rounding + torch.finfo(ours.dtype).eps / 2) * max(1.0, float(exact.abs().max()))
-    return Check(largest_difference(ours, exact), torch_error, max(2 * torch_error, rounding))
+    if is_float(found[0]):
+        rounding = (rounding + torch.finfo(found[0].dtype).eps / 2) * max(1.0, float(exact.abs().max()))
+    return Check(error, torch_error, max(2 * torch_error, rounding))
 
 
-def widened(argument: Any) -> Any:
-    """A floating-point tensor in float64; anything else as it is."""
-    return argument.double() if isinstance(argument, torch.Tensor) and argument.is_floating_point() else argument
-
-
-def largest_difference(output: torch.Tensor, exact: torch.Tensor) -> float:
-    """The error of the worst element."""
-    return float((output.double() - exact).abs().max())
+def is_float(value: Any) -> bool:
+    """Whether it is a floating-point tensor."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def interleaved(cycles: dict[str, Cycle], rounds: int, probe: BandwidthProbe, say: Say) -> dict[str, Quantiles]:

@@ -36,69 +36,31 @@ Arguments = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class OpInfo:
-    """What a report says of an operation.
-
-    Attributes:
-        name, label: for programs, for people.
-        shape: its matrix or cache.
-        calls: how often a greedy decode step runs it.
-        nbytes: what a call must read: weights and live cache, or the logits that sampling reads.
-        in_cache: whether a step has just written what it reads, so that it comes from a processor's cache.
-    """
+class StepOp:
+    """One operation of a decode step, with its arguments: those of all layers, then those that each layer has."""
 
     name: str
-    label: str
-    shape: str
-    calls: int
-    nbytes: int
-    in_cache: bool = False
-
-
-@dataclass(frozen=True)
-class StepOp:
-    """One operation of a decode step, with its arguments.
-
-    Attributes:
-        info: what a report says of it.
-        shared: arguments that are the same for all layers: activations, small tables.
-        own: arguments of which each layer has its own; functions take them after the shared ones.
-        run: what the step runs.
-        references: what it is measured against; the first is the same formula in torch operators.
-        results: calls a function for the check, so that everything it computes is in one tensor and nothing is kept.
-    """
-
-    info: OpInfo
+    label: str  # for people
+    shape: str  # of its matrix or cache
+    calls: int  # of a greedy decode step
+    nbytes: int  # that a call must read: weights and live cache, or the logits that sampling reads
     shared: Arguments
     own: Arguments
-    run: Function
-    references: Mapping[str, Function]
+    run: Function  # what the step runs
+    references: Mapping[str, Function]  # what it is measured against; the first is the formula in torch operators
+    in_cache: bool = False  # whether a step has just written what it reads
     results: Callable[[Function, Arguments], torch.Tensor] = field(default=lambda function, args: function(*args))
-
-    @property
-    def arguments(self) -> Arguments:
-        """All of them, in the order in which functions take them."""
-        return (*self.shared, *self.own)
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What decides the shapes of a step's operations.
-
-    Attributes:
-        model: its name.
-        config: the model's; its dtype is that of weights and cache.
-        batch: rows decoded together.
-        live: tokens that each row attends, the new one included.
-        capacity: slots of the cache.
-        device: where everything lives.
-    """
+    """What decides the shapes of a step's operations."""
 
     model: str
-    config: LlamaConfig
+    config: LlamaConfig  # its dtype is that of weights and cache
     batch: int
-    live: int
-    capacity: int
+    live: int  # tokens that each row attends, the new one included
+    capacity: int  # slots of the cache
     device: torch.device
 
     @classmethod
@@ -144,36 +106,25 @@ def step_ops(shapes: Shapes) -> Iterator[StepOp]:
     m, f, width = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
     packed = width + 2 * config.num_key_value_heads * config.head_dim
     layers, bias = config.num_hidden_layers, config.attention_bias
-    yield _linear(shapes, "qkv", "norm, q/k/v", layers, m, packed, has_norm=True, has_bias=bias)
+    yield _linear(shapes, "qkv", "norm, q/k/v", layers, m, packed, True, bias, False)
     yield _attention(shapes)
-    yield _linear(shapes, "o", "output, residual", layers, width, m, has_residual=True, has_bias=bias)
+    yield _linear(shapes, "o", "output, residual", layers, width, m, False, bias, True)
     yield _gate_up(shapes)
-    yield _linear(shapes, "down", "down, residual", layers, f, m, has_residual=True, has_bias=config.mlp_bias)
-    yield _linear(shapes, "lm_head", "norm, head", 1, m, config.vocab_size, has_norm=True)
+    yield _linear(shapes, "down", "down, residual", layers, f, m, False, config.mlp_bias, True)
+    yield _linear(shapes, "lm_head", "norm, head", 1, m, config.vocab_size, True, False, False)
     yield _sampling(shapes, "sample_greedy", "sample, greedy", 1, 0.0)
     yield _sampling(shapes, "sample_top_k", f"sample, top-k {TOP_K}", 0, TEMPERATURE)
 
 
 def _linear(
-    shapes: Shapes,
-    name: str,
-    label: str,
-    calls: int,
-    k: int,
-    n: int,
-    *,
-    has_norm: bool = False,
-    has_bias: bool = False,
-    has_residual: bool = False,
+    shapes: Shapes, name: str, label: str, calls: int, k: int, n: int, norm: bool, bias: bool, residual: bool
 ) -> StepOp:
     eps = shapes.config.rms_norm_eps
     # One token a row; the head takes ``[b, m]`` and the layers ``[b, 1, m]``, which is the same to a matrix.
-    shared = (shapes.normal(shapes.batch, k), shapes.normal(shapes.batch, n, seed=1) if has_residual else None)
-    own = _weights(shapes, k, n, has_norm, has_bias)
+    shared = (shapes.normal(shapes.batch, k), shapes.normal(shapes.batch, n, seed=1) if residual else None)
+    own = _weights(shapes, k, n, norm, bias)
     return StepOp(
-        OpInfo(name, label, f"{n} x {k}", calls, nbytes(own)),
-        shared,
-        own,
+        *(name, label, f"{n} x {k}", calls, nbytes(own), shared, own),
         run=lambda x, residual, weight, bias, norm: ops.linear(x, weight, bias, norm, eps, residual),
         references={
             TORCH: lambda x, residual, weight, bias, norm: linear_ref(x, weight, bias, norm, eps, residual),
@@ -188,9 +139,8 @@ def _gate_up(shapes: Shapes) -> StepOp:
     activation, label = ACTIVATION_OPS[config.hidden_act], f"norm, gate/up, {config.hidden_act}"
     own = _weights(shapes, m, 2 * f, True, config.mlp_bias)
     return StepOp(
-        OpInfo("gate_up", label, f"{2 * f} x {m}", config.num_hidden_layers, nbytes(own)),
-        (shapes.normal(shapes.batch, m),),
-        own,
+        *("gate_up", label, f"{2 * f} x {m}", config.num_hidden_layers, nbytes(own)),
+        *((shapes.normal(shapes.batch, m),), own),
         run=lambda x, weight, bias, norm: ops.gate_up(x, weight, bias, norm, eps, activation),
         references={
             TORCH: lambda x, weight, bias, norm: gate_up_ref(x, weight, bias, norm, eps, activation),
@@ -220,7 +170,7 @@ def _attention(shapes: Shapes) -> StepOp:
     arrived_p = torch.zeros(b * config.num_attention_heads, dtype=torch.int32, device=shapes.device)
     read = 2 * b * kv_heads * live * d * shapes.dtype.itemsize
     return StepOp(
-        OpInfo("attention", "rotary, KV write, attention", f"{live} slots", config.num_hidden_layers, read),
+        *("attention", "rotary, KV write, attention", f"{live} slots", config.num_hidden_layers, read),
         (qkv_b1n, cos_1sd[0].contiguous(), sin_1sd[0].contiguous(), position_b1),
         tuple(caches),
         run=functools.partial(ops.rotary_attention, arrived_p=arrived_p),
@@ -241,20 +191,16 @@ def _attention_results(function: Function, arguments: Arguments) -> torch.Tensor
 def _sampling(shapes: Shapes, name: str, label: str, calls: int, temperature: float) -> StepOp:
     """Logits as the head gives them to token ids; they come from the cache, where the head has just put them."""
     b, v, device = shapes.batch, shapes.config.vocab_size, shapes.device
-    params = SamplingParams(
-        temperature=torch.full((b,), temperature, device=device),
-        top_k=torch.full((b,), TOP_K, device=device),
-        top_p=torch.full((b,), TOP_P, device=device),
-        min_p=torch.zeros(b, device=device),
-        seed=row_seeds(0, b).to(device),
-    )
+    settings = {"temperature": temperature, "top_k": TOP_K, "top_p": TOP_P, "min_p": 0.0}
+    rows = {name: torch.full((b,), value, device=device) for name, value in settings.items()}
+    params = SamplingParams(**rows, seed=row_seeds(0, b).to(device))
     logits_bv = shapes.normal(b, v)
     peaks = min(PEAKS, v)  # distinct in any dtype, for which of two equal logits comes first is irrelevant
     logits_bv[:, :: v // peaks][:, :peaks] = 8 + torch.arange(peaks, device=device) / 8
     return StepOp(
-        OpInfo(name, label, f"{v} logits", calls, logits_bv.nbytes, in_cache=True),
-        (torch.full((b,), shapes.live, device=device),),
-        (logits_bv,),
+        *(name, label, f"{v} logits", calls, logits_bv.nbytes),
+        *((torch.full((b,), shapes.live, device=device),), (logits_bv,)),
+        in_cache=True,
         run=lambda position_b, logits_bv: sample(logits_bv, params, position_b),
         references={TORCH: lambda position_b, logits_bv: sample_ref(logits_bv, params, position_b)},
     )

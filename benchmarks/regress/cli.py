@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,11 +98,9 @@ def regress(
         asked |= {"cache": (cache_dir or _default_cache()).resolve(), "metrics": _metrics(metrics)}
         asked |= {"threshold": _threshold(threshold), "python": _interpreter(python)}
         found = _run(asked | {"device": options.pick_device(device)}, skip_old_base, quiet)
-        if isinstance(found, str):
-            _skipped(found, report_file, summary)
-            return
         _publish(found, report_file, json_file, summary)
-    _exit(found, strict)
+    if not isinstance(found, str) and (found.failed or (strict and found.undecided)):
+        raise typer.Exit(FAILED if found.failed else INCONCLUSIVE)
 
 
 def _run(settings: dict[str, Any], skip_old_base: bool, quiet: bool) -> Result | str:
@@ -118,49 +116,26 @@ def _run(settings: dict[str, Any], skip_old_base: bool, quiet: bool) -> Result |
         return str(error)
 
 
-def _exit(result: Result, strict: bool) -> None:
-    from .verdict import Outcome
-
-    if result.failed:
-        raise typer.Exit(FAILED)
-    if strict and result.has(Outcome.UNDECIDED):
-        raise typer.Exit(INCONCLUSIVE)
-
-
-def _publish(result: Result, report_file: Path | None, json_file: str | None, summary: Path | None) -> None:
+def _publish(result: Result | str, report_file: Path | None, json_file: str | None, summary: Path | None) -> None:
     """Print the outcome, and write what was asked for."""
     from ..environment import environment
     from . import report
 
-    machine = environment(next((info["device_type"] for info in result.info.values()), "cpu"))
-    command = shlex.join([NAME, *sys.argv[1:]])
-    report.show(result, stderr() if json_file == "-" else stdout())
-    markdown = report.markdown(result, machine, command)
-    if report_file:
-        report_file.parent.mkdir(parents=True, exist_ok=True)
-        report_file.write_text(markdown, encoding="utf-8")
-    if summary:
-        _append(summary, markdown)
-    if json_file:
-        line = json.dumps(report.to_dict(result, machine), ensure_ascii=False, allow_nan=False) + "\n"
-        if json_file == "-":
-            sys.stdout.write(line)
-        else:
-            Path(json_file).parent.mkdir(parents=True, exist_ok=True)
-            Path(json_file).write_text(line, encoding="utf-8")
-
-
-def _skipped(reason: str, report_file: Path | None, summary: Path | None) -> None:
-    text = f"not measured: {reason}"
-    stdout().print(text, markup=False)
-    for path in filter(None, (report_file, summary)):
-        _append(path, f"## Latency: {text}\n")
-
-
-def _append(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(text)
+    if isinstance(result, str):
+        stdout().print(f"not measured: {result}", markup=False)
+        markdown, found = f"## Latency: not measured: {result}\n", None
+    else:
+        machine = environment(next((info["device_type"] for info in result.info.values()), "cpu"))
+        report.show(result, stderr() if json_file == "-" else stdout())
+        markdown = report.markdown(result, machine, shlex.join([NAME, *sys.argv[1:]]))
+        found = json.dumps(report.to_dict(result, machine), ensure_ascii=False, allow_nan=False) + "\n"
+    for path, text, mode in ((report_file, markdown, "w"), (summary, markdown, "a"), (json_file, found, "w")):
+        if path == "-" and text:
+            sys.stdout.write(text)
+        elif path and text:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with open(path, mode, encoding="utf-8") as file:
+                file.write(text)
 
 
 def _metrics(names: str) -> tuple[Metric, ...]:
@@ -173,15 +148,12 @@ def _metrics(names: str) -> tuple[Metric, ...]:
 
 
 def _threshold(text: str) -> float | None:
-    if text == "auto":
-        return None
-    try:
-        percent = float(text.rstrip("% "))
-    except ValueError:
-        percent = -1.0
-    if not 0 < percent < 1000:
-        raise typer.BadParameter(f"{text!r} is neither a number of percent nor auto", param_hint="--threshold")
-    return percent / 100
+    with suppress(ValueError):
+        if text == "auto":
+            return None
+        if 0 < (percent := float(text.rstrip("% "))) < 1000:
+            return percent / 100
+    raise typer.BadParameter(f"{text!r} is neither a number of percent nor auto", param_hint="--threshold")
 
 
 def _interpreter(python: Path | None) -> Path:

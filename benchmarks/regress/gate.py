@@ -107,6 +107,11 @@ class Result:
         """Whether the head must not be merged: other outputs, or slower."""
         return self.refused or self.has(Outcome.SLOWER)
 
+    @property
+    def undecided(self) -> bool:
+        """Whether a metric is inconclusive."""
+        return self.has(Outcome.UNDECIDED)
+
     def has(self, outcome: Outcome) -> bool:
         """Whether a metric came out so."""
         return any(verdict.outcome is outcome for verdict in self.verdicts.values())
@@ -168,7 +173,9 @@ class Gate:
             warm_up=[lead_in(settings.workload(2, batch)) for batch in reversed(settings.batches)],
         )
         slowdown = settings.slowdown if SIDES[arm] == HEAD else 0.0
-        task = Task(settings.model, dtype or settings.dtype, settings.device, threads=settings.threads, slowdown=slowdown)
+        task = Task(
+            settings.model, dtype or settings.dtype, settings.device, threads=settings.threads, slowdown=slowdown
+        )
         worker.load(task)
         return worker
 

@@ -1,10 +1,10 @@
-"""What the gate found, for people (Markdown) and for programs (a plain object for JSON)."""
+"""What the gate found, for people (console, Markdown) and for programs (a plain object for JSON)."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -17,12 +17,12 @@ from rich.text import Text
 from ..report import markdown as markdown_table
 from .gate import Result
 from .revisions import KEY_LENGTH
-from .rounds import BASE, HEAD, SIDES, Metric, Round
+from .rounds import BASE, HEAD, SIDES, Metric
 from .verdict import QUANTILE, SIGHT, Outcome, counts, estimate
 
 SCHEMA = 1
-COLUMNS = ("", "base, ms", "head, ms", "change, %", "noise, %", "limit, %", "verdict")
-SPREAD = ("base, p20 / p50 / p80", "head, p20 / p50 / p80")  # further columns of the report
+COLUMNS = ["", "base, ms", "head, ms", "change, %", "noise, %", "limit, %", "verdict"]
+ARMS_OF = {side: [arm for arm in SIDES if SIDES[arm] == side] for side in (BASE, HEAD)}
 
 
 def headline(result: Result) -> str:
@@ -30,7 +30,8 @@ def headline(result: Result) -> str:
     if result.refused:
         return f"FAIL: {result.difference}"
     slower, faster, _, undecided = (
-        ", ".join(name for name, verdict in result.verdicts.items() if verdict.outcome is outcome) for outcome in Outcome
+        ", ".join(name for name, verdict in result.verdicts.items() if verdict.outcome is outcome)
+        for outcome in Outcome
     )
     if slower:
         return f"FAIL: slower: {slower}"
@@ -38,23 +39,9 @@ def headline(result: Result) -> str:
     return "; ".join(filter(None, [*parts, undecided and f"undecided: {undecided}"]))
 
 
-def markdown(result: Result, machine: dict[str, Any], command: str) -> str:
-    """The report."""
-    parts = [f"## Latency: {headline(result)}", _revisions(result)]
-    if result.verdicts:
-        full = table(result)
-        for side, name in zip((BASE, HEAD), SPREAD, strict=True):
-            full[name] = [_spread(pooled(result.rounds, metric, side)) for metric in result.settings.metrics]
-        full[""] = [metric.title for metric in result.settings.metrics]
-        parts += [markdown_table(full), _explanation(result), markdown_table(_rounds(result))]
-    parts += ["\n".join(f"- {line}" for line in [*_outputs(result), *result.notes])]
-    parts += [_machine(result, machine), f"```\n{command}\n```"]
-    return "\n\n".join(parts) + "\n"
-
-
 def table(result: Result) -> pd.DataFrame:
     """A row for each metric; a side's time is the one that is judged, the median over the rounds."""
-    return pd.DataFrame([_row(metric, result) for metric in result.settings.metrics], columns=list(COLUMNS))
+    return pd.DataFrame([_row(metric, result) for metric in result.settings.metrics], columns=COLUMNS)
 
 
 def show(result: Result, console: Console) -> None:
@@ -68,69 +55,57 @@ def show(result: Result, console: Console) -> None:
     console.print(Text(headline(result), style=color))
 
 
+def markdown(result: Result, machine: dict[str, Any], command: str) -> str:
+    """The report, where ``machine`` is an environment and ``command`` repeats the measurement."""
+    parts = [f"## Latency: {headline(result)}", _revisions(result)]
+    if result.verdicts:
+        parts += [markdown_table(table(result)), "\n".join(_reasons(result)), markdown_table(_rounds(result))]
+    parts += ["\n".join(f"- {line}" for line in [*_outputs(result), *result.notes])]
+    parts += ["\n".join(f"- {line}" for line in _machine(result, machine)), f"```\n{command}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
 def to_dict(result: Result, machine: dict[str, Any]) -> dict[str, Any]:
     """Everything, raw samples included, of plain values; seconds, and natural logarithms of ratios."""
-    plain = {name: _plain(getattr(result, name)) for name in ("settings", "base", "head", "verdicts")}
-    plain |= {name: _plain(getattr(result, name)) for name in ("difference", "timed_difference")}
+    names = ("settings", "base", "head", "verdicts", "difference", "timed_difference", "notes")
     return {
         "schema": SCHEMA,
         "headline": headline(result),
         "failed": result.failed,
-        **plain,
+        **{name: _plain(getattr(result, name)) for name in names},
         "rounds": [each.times for each in result.rounds],
         "workers": result.info,
-        "notes": list(result.notes),
         "environment": machine,
     }
 
 
-def pooled(rounds: Sequence[Round], metric: Metric, side: str) -> list[float]:
-    """Every time of a side's two arms, in seconds."""
-    arms = [arm for arm in SIDES if SIDES[arm] == side]
-    return [value for each in rounds for arm in arms for turn in each.times[str(metric)][arm] for value in turn]
-
-
-def _row(metric: Metric, result: Result) -> tuple[str, ...]:
+def _row(metric: Metric, result: Result) -> list[str]:
     verdict = result.verdicts[str(metric)]
-    mean, low, high = (_signed(value) for value in vars(verdict.change).values())
-    return (
-        str(metric),
-        *(f"{1e3 * _typical(result.rounds, metric, side):.3f}" for side in (BASE, HEAD)),
-        f"{mean} ({low} to {high})" if math.isfinite(verdict.change.low) else "unknown",
-        f"{100 * math.expm1(verdict.noise):.1f}",
-        f"{100 * verdict.threshold:.1f}",
-        verdict.outcome.value,
-    )
-
-
-def _typical(rounds: Sequence[Round], metric: Metric, side: str) -> float:
-    arms = [arm for arm in SIDES if SIDES[arm] == side]
-    return statistics.median(
-        min(float(np.quantile(each.times[str(metric)][arm], QUANTILE)) for arm in arms) for each in rounds
-    )
-
-
-def _spread(seconds: Sequence[float]) -> str:
-    return " / ".join(f"{1e3 * value:.3f}" for value in np.quantile(seconds, (0.2, 0.5, 0.8)))
+    mean, low, high = map(_signed, vars(verdict.change).values())
+    interval = f"{mean} ({low} to {high})" if math.isfinite(verdict.change.low) else "unknown"
+    rounds = [each.times[str(metric)] for each in result.rounds]
+    typical = [
+        statistics.median(min(float(np.quantile(times[arm], QUANTILE)) for arm in arms) for times in rounds)
+        for arms in ARMS_OF.values()
+    ]
+    percents = (f"{100 * value:.1f}" for value in (math.expm1(verdict.noise), verdict.threshold))
+    return [str(metric), *(f"{1e3 * each:.3f}" for each in typical), interval, *percents, verdict.outcome.value]
 
 
 def _signed(log_ratio: float) -> str:
     return f"{100 * math.expm1(min(log_ratio, 700.0)):+.1f}"
 
 
-def _explanation(result: Result) -> str:
-    lines = []
+def _reasons(result: Result) -> Iterator[str]:
     for metric in result.settings.metrics:
         found = result.verdicts[str(metric)]
         left_out = f"; {found.disturbed} disturbed, not counted" if found.disturbed else ""
-        lines.append(f"- {metric.title}: {found.reason} ({found.rounds} rounds{left_out})")
-    warning = (
-        "\n\n**The machine was too noisy, or the change lies at the threshold. A slowdown of "
-        f"{100 * SIGHT:.0f} % may be hidden: run this again when less else is running, or with more rounds.**"
-        if result.has(Outcome.UNDECIDED)
-        else ""
-    )
-    return "\n".join(lines) + warning
+        yield f"- {metric.title}: {found.reason} ({found.rounds} rounds{left_out})"
+    if result.has(Outcome.UNDECIDED):
+        yield (
+            "\n**The machine was too noisy, or the change lies at the threshold. A slowdown of "
+            f"{100 * SIGHT:.0f} % may be hidden: run this again when less else is running, or with more rounds.**"
+        )
 
 
 def _rounds(result: Result) -> pd.DataFrame:
@@ -138,9 +113,10 @@ def _rounds(result: Result) -> pd.DataFrame:
     rows = []
     for metric in result.settings.metrics:
         found = [estimate(each.times[str(metric)]) for each in result.rounds]
-        count = [counts(each, result.settings.threshold) for each in found]
-        changes = [_signed(each.change) for each in found]
-        rows.append([metric.title, *(text if counted else f"({text})" for text, counted in zip(changes, count, strict=True))])
+        forms = ["{}" if counts(each, result.settings.threshold) else "({})" for each in found]
+        rows.append(
+            [metric.title, *(form.format(_signed(each.change)) for form, each in zip(forms, found, strict=True))]
+        )
     return pd.DataFrame(rows, columns=["change in round, %", *map(str, range(1, len(result.rounds) + 1))])
 
 
@@ -156,38 +132,34 @@ def _revisions(result: Result) -> str:
 
 
 def _outputs(result: Result) -> Iterator[str]:
+    dtype = result.settings.dtype
     if result.difference is None:
         yield "Outputs are equal, token for token, in float32."
     else:
-        accepted = "" if result.refused else " (accepted)"
-        yield f"In float32 {result.difference}{accepted}."
+        yield f"In float32 {result.difference}{'' if result.refused else ' (accepted)'}."
     if result.timed_difference is not None:
-        yield f"In {result.settings.dtype} {result.timed_difference}; that is allowed: near ties round either way."
+        yield f"In {dtype} {result.timed_difference}; that is allowed: near ties round either way."
     elif result.rounds:
-        yield f"In {result.settings.dtype}, which was timed, they are equal too."
+        yield f"In {dtype}, which was timed, they are equal too."
 
 
-def _machine(result: Result, machine: dict[str, Any]) -> str:
-    settings = result.settings
-    lines = [
-        f"{settings.model}, {settings.dtype}, prompts of {settings.prompt_len} tokens, {settings.new_tokens} new tokens; "
-        f"{len(result.rounds)} rounds of {settings.turns} turns"
-    ]
+def _machine(result: Result, machine: dict[str, Any]) -> Iterator[str]:
+    asked, count = result.settings, len(result.rounds)
+    sizes = f"prompts of {asked.prompt_len} tokens, {asked.new_tokens} new tokens"
+    yield f"{asked.model}, {asked.dtype}, {sizes}; {count} rounds of {asked.turns} turns"
     gpu = machine.get("gpu") or {}
-    lines.append(f"{machine['cpu']}, {machine['cores']} cores" + (f"; {gpu['name']}" if gpu else ""))
+    yield f"{machine['cpu']}, {machine['cores']} cores" + (f"; {gpu['name']}" if gpu else "")
     for side in (BASE, HEAD):
         if info := result.info.get(side):
-            lines.append(
-                f"{side}: {info['device']}, torch {info['torch']}, Python {info['python']}, {info['threads']} threads"
-            )
-    return "\n".join(f"- {line}" for line in lines)
+            versions = f"torch {info['torch']}, Python {info['python']}"
+            yield f"{side}: {info['device']}, {versions}, {info['threads']} threads"
 
 
 def _plain(value: Any) -> Any:
     """A value as JSON has it: no infinities, NaN, paths or metrics."""
     if isinstance(value, Outcome):
         return value.value
-    if is_dataclass(value) and not isinstance(value, (Metric, type)):
+    if is_dataclass(value) and not isinstance(value, Metric):
         return _plain(vars(value))
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
