@@ -1,4 +1,4 @@
-"""``bench decode``: fastllama, its peers and the bound interleaved in one run, outputs checked, over a grid of sizes."""
+"""``bench decode``: fastllama, its peers and the bound interleaved in one run, outputs checked, over a grid."""
 
 from __future__ import annotations
 
@@ -79,12 +79,9 @@ def compare(
                 peer.close()
     results.first_seconds[engine.name] = first_run_s
     say("checking the tokens")
-    found = bound_of(model, workload, probe) | {
-        "batch": workload.batch,
-        "prompt_len": workload.prompt_len,
-        "new_tokens": workload.new_tokens,
-        "capacity": workload.capacity,
-        "live_tokens": workload.live_tokens,
+    sizes = ("batch", "prompt_len", "new_tokens", "capacity", "live_tokens")
+    found = {name: getattr(workload, name) for name in sizes} | bound_of(model, workload, probe)
+    found |= {
         "rounds": rounds,
         "peak_memory_bytes": peak,
         "compiles_after_warmup": sum(cost.graphs for cost in engine.costs[-rounds:]),

@@ -8,12 +8,13 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+from fastllama.cli.console import installed_version
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "TORCH", "PYTORCH_", "CUDA_", "TRITON_", "LD_PRELOAD")
@@ -21,6 +22,7 @@ INSTRUCTION_SETS = (
     "amx_tile", "amx_bf16", "amx_int8", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni", "avx2",
     "fma", "f16c", "sve", "sve2", "bf16", "i8mm", "asimd",
 )  # fmt: skip
+PLACES = ("_DIR", "_PATH", "_HOME")  # where caches lie is irrelevant
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -31,7 +33,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     return {
         **commit(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(),
         "system": platform.platform(),
         **processor(),
         "cpu_mhz": frequency.current if frequency else None,
@@ -40,9 +42,19 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": str(device),
         "gpu": _gpu(device) if device.type == "cuda" else None,
-        "variables": {name: os.environ[name] for name in sorted(os.environ) if _matters(name)},
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(VARIABLES) and not name.endswith(PLACES)
+        },
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of the packages that decide what runs."""
+    found = {name: installed_version(name) for name in PACKAGES}
+    return {name: None if version == "not installed" else version for name, version in found.items()}
 
 
 @functools.cache
@@ -67,11 +79,6 @@ def commit(root: Path = ROOT) -> dict[str, Any]:
     return {"commit": revision, "dirty": bool(changes)}
 
 
-def _matters(variable: str) -> bool:
-    """Whether figures may depend on a variable; where caches lie is irrelevant."""
-    return variable.startswith(VARIABLES) and not variable.endswith(("_DIR", "_PATH", "_HOME"))
-
-
 def _gpu(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
@@ -94,10 +101,3 @@ def _output(command: Sequence[str]) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

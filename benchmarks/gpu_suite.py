@@ -1,4 +1,4 @@
-"""Everything that is worth measuring on a GPU, in one go: a list of command lines with limits, and one table at the end.
+"""Everything worth measuring on a GPU, in one go: a list of command lines with limits, and one table at the end.
 
     fastllama bench gpu                        # or, in a checkout: python -m benchmarks.gpu_suite
     fastllama bench gpu --only 1b --only 8b    # parts of it; --list shows all
@@ -30,7 +30,6 @@ import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_SECONDS = 520.0
-MARKS = ("gpu", "triton")  # of tests that are worth running on a GPU
 USAGE_ERROR, INTERRUPTED = 2, 130
 MAX_WIDTH = 160
 TESTS = "tests"
@@ -65,7 +64,13 @@ BATCHES = "--prompt-len {short} --capacity {slots} --rounds 3 --peers none --bat
 LONG = "--prompt-len {short},{long} --capacity {long_slots} --rounds 2 --peers none"
 LONGEST = "--prompt-len {longest} --capacity {longest_slots} --rounds 1 --peers none"
 LINES = (
-    Line(TESTS, "tests marked gpu and triton", "-m 'gpu or triton' -q -p no:cacheprovider", 100, 170),
+    Line(
+        TESTS,
+        "tests marked gpu and triton",
+        "tests --ignore tests/benchmarks -m 'gpu or triton' -q -p no:cacheprovider",
+        100,
+        170,
+    ),
     Line("1b", "1B shape, batch 1, short context: peers, and what a step launches", _decode("1b", PEERS), 70, 150),
     Line("8b", "8B shape, the same", _decode("8b", PEERS), 110, 220),
     Line("1b-kernels", "each operation of a step, 1B shape", "kernels --model {1b} --live {short}", 20, 80),
@@ -179,7 +184,7 @@ class Suite:
         tiny = {**TINY, **dict.fromkeys(("1b", "8b"), str(self.workspace / "tiny"))}
         words = shlex.split(line.command.format(**tiny if self.tiny else FULL))
         if line.name == TESTS:
-            return [sys.executable, "-m", "pytest", *words, *marked_files(ROOT / "tests")]
+            return [sys.executable, "-m", "pytest", *words]
         if self.gpt_fast and "gpt-fast" in line.command:
             words += ["--gpt-fast", str(self.gpt_fast.resolve())]
         words += ["--device", self.device, "--record", str(self.records), "--quiet"]
@@ -187,9 +192,7 @@ class Suite:
 
     def environment(self) -> dict[str, str]:
         """Offline, and with this checkout importable where nothing is installed."""
-        with suppress(FileExistsError):
-            (self.workspace / "fastllama_benchmarks").symlink_to(Path(__file__).parent)  # as its tests name it
-        path = os.pathsep.join(map(str, (self.workspace, ROOT, ROOT / "kernels", os.environ.get("PYTHONPATH", ""))))
+        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
         return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
@@ -230,12 +233,6 @@ def file_name(device: str) -> str:
 
     name = f"gpu {torch.cuda.get_device_name()}" if device == "cuda" else device
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def marked_files(folder: Path) -> list[str]:
-    """The test files that mention one of ``MARKS``: others are not even imported, since they may need more packages."""
-    texts = {path: path.read_text(encoding="utf-8") for path in folder.rglob("test_*.py")}
-    return sorted(str(path) for path, text in texts.items() if any(f"mark.{mark}" in text for mark in MARKS))
 
 
 def table(records: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:

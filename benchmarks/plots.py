@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import pandas as pd
+from typing import Any
 
 from .contenders import FASTLLAMA
 from .report import BOUND, REFERENCES, Record, frame, origin
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 FORMATS: dict[str, Any] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-COLORS = ("#0b6e8f", "#8c959f", "#5f6a75", "#b6a6ca", "#7a9a6b", "#c9a15a")
 DASHED: dict[str, Any] = {"color": "#b3461e", "linestyle": "--"}
 AXES = {
     "batch": "sequences decoded together",
     "prompt_len": "tokens of the prompt",
     "capacity": "slots of the KV cache",
 }
-STYLE: dict[str, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.hashsalt": "equal"}
+STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.hashsalt": "equal"}
 
 
 class PlotError(ValueError):
@@ -37,10 +31,8 @@ def ready(path: Path | None) -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise PlotError('--plot needs matplotlib: pip install "fastllama[bench]"') from error
-    if path.suffix.lower() not in FORMATS:
-        raise PlotError(f"cannot draw {path.name}: expected a name that ends in {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise PlotError(f"cannot draw {path}: there is no folder {path.parent}")
+    if path.suffix.lower() not in FORMATS or not path.parent.is_dir():
+        raise PlotError(f"cannot draw {path}: expected a name that ends in {', '.join(FORMATS)}, in a folder")
 
 
 def draw(records: Sequence[Record], path: Path) -> None:
@@ -56,44 +48,42 @@ def draw(records: Sequence[Record], path: Path) -> None:
         figure = Figure(figsize=(8.2, 4.6), layout="constrained")
         figure.suptitle(f"{records[0]['model']}, {records[0]['dtype']}", x=0.01, ha="left")
         figure.supxlabel("\n".join(dict.fromkeys(map(origin, records))), x=0.01, ha="left", fontsize=7)
-        axes, found = figure.subplots(), frame(records)
+        axes: Any = figure.subplots()
+        rows: Any = frame(records)
         if kinds == {"kernels"}:
-            _operations(axes, found, records[-1]["memory_bandwidth_gb_s"])
+            _operations(axes, rows, records[-1]["memory_bandwidth_gb_s"])
         else:
-            right = found[found["parity"] != False]  # noqa: E712  (None counts)
-            (_bars if len(records) == 1 else _grid)(axes, right)
+            rows = rows[rows["parity"] != False]  # noqa: E712  (None counts)
+            (_bars if len(records) == 1 else _grid)(axes, rows)
+        axes.legend()
         figure.savefig(path, dpi=150, metadata=FORMATS[path.suffix.lower()])
 
 
-def _bars(axes: Axes, rows: pd.DataFrame) -> None:
+def _bars(axes: Any, rows: Any) -> None:
     """Tokens per second of each contender, and the bound as a line."""
-    axes.axvline(float(rows["tokens_per_second"].iloc[0]), label=BOUND, **DASHED)
-    axes.barh(rows["name"].iloc[1:], rows["tokens_per_second"].iloc[1:], color=COLORS[0])
+    axes.axvline(rows["tokens_per_second"].iloc[0], label=BOUND, **DASHED)
+    axes.barh(rows["name"].iloc[1:], rows["tokens_per_second"].iloc[1:])
     axes.invert_yaxis()
     axes.set_xlabel("tokens per second")
-    axes.legend()
 
 
-def _grid(axes: Axes, rows: pd.DataFrame) -> None:
+def _grid(axes: Any, rows: Any) -> None:
     """Tokens per second of each contender over the size that varies most."""
     along = max(AXES, key=lambda name: rows[name].nunique())
-    for at, name in enumerate(dict.fromkeys(rows["name"])):
+    for name in dict.fromkeys(rows["name"]):
         points = rows[rows["name"] == name].groupby(along)["tokens_per_second"].median()
-        look = DASHED if name == BOUND else {"color": COLORS[(at - 1) % len(COLORS)]}
-        axes.plot(points.index, points, marker="o", label=name, **look)
+        axes.plot(points.index, points, marker="o", label=name, **(DASHED if name == BOUND else {}))
     axes.set_xscale("log", base=2)
     axes.set(xlabel=AXES[along], ylabel="tokens per second", ylim=(0, None))
-    axes.legend()
 
 
-def _operations(axes: Axes, found: pd.DataFrame, gb_s: float) -> None:
+def _operations(axes: Any, rows: Any, gb_s: float) -> None:
     """GB/s of each operation of a greedy step that reads from memory, and of what it replaces."""
-    rows = found[(found["calls_per_step"] > 0) & ~found["in_cache"].astype(bool)].dropna(subset=["us"])
+    rows = rows[(rows["calls_per_step"] > 0) & ~rows["in_cache"].astype(bool)].dropna(subset=["us"])
     for at, name in enumerate((FASTLLAMA, *REFERENCES)):
         speeds = rows["bandwidth_gb_s"] / (1.0 if name == FASTLLAMA else rows[name].astype(float))
-        axes.barh([row + 0.25 * (at - 1) for row in range(len(rows))], speeds, 0.23, color=COLORS[at], label=name)
+        axes.barh([row + 0.25 * (at - 1) for row in range(len(rows))], speeds, 0.23, label=name)
     axes.axvline(gb_s, label=BOUND, **DASHED)
     axes.set_yticks(range(len(rows)), [f"{row['name']}\n{row['shape']}" for row in rows.to_dict("records")])
     axes.invert_yaxis()
     axes.set_xlabel("GB/s")
-    axes.legend()

@@ -3,8 +3,8 @@
     fastllama bench report --readme            # or python -m benchmarks.readme: fill the region between the markers
     fastllama bench report --readme --check    # exit with 1 if it is not what the records say
 
-One table of :data:`ROWS`, where each row was measured, and who wins and where fastllama loses. A row without a record is
-left out.
+One table of :data:`ROWS`, where each row was measured, and who wins and where fastllama loses. A row without a record
+is left out.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ PEERS = {
     GPT_FAST: "gpt-fast",
     LLAMA_CPP: "llama.cpp",
 }
+SPOKEN = {title_of(STATIC): "compiled transformers"}
 ONE_B, EIGHT_B = "random:llama-3.2-1b", "random:llama-3.1-8b"
 ROWS: dict[str, dict[str, Any]] = {
     "Llama-3.2-1B shape, bf16": {"model": ONE_B, "device": "cpu", "prompt_len": 64},
@@ -74,34 +75,38 @@ def _cell(record: Record, name: str) -> str:
 def _sentences(label: str, record: Record, known: Sequence[Record]) -> Iterator[str]:
     """Who wins, how near the bound fastllama is, and where it loses."""
     right = {name: peer for name, peer in record["peers"].items() if name in PEERS and peer.get("parity") is not False}
-    ratios = {PEERS[name].replace(",", " and"): peer["ratio"] for name, peer in right.items() if peer.get("ratio")}
+    ratios = {SPOKEN.get(name, name): peer["ratio"] for name, peer in right.items() if peer.get("ratio")}
     wins = {name: ratio for name, ratio in ratios.items() if ratio >= 1}
     parts = [f"{100 * (1 - ratio):.0f} % slower than {name}" for name, ratio in ratios.items() if ratio < 1]
     if wins:
         low, high = (f"{bound(wins.values()):.2f}" for bound in (min, max))
-        parts.insert(0, f"{low if low == high else f'{low} to {high}'} times as fast as {', '.join(wins)}")
+        parts.insert(0, f"{low if low == high else f'{low} to {high}'} times as fast as {_listed(wins)}")
     if parts:
-        yield f"{label}fastllama is {' and '.join(parts)}, at {100 * record['mbu']:.0f} % memory-bandwidth utilisation."
+        yield f"{label}fastllama is {', and '.join(parts)}, at {100 * record['mbu']:.0f} % memory-bandwidth utilisation."
     same = {name: record[name] for name in ("model", "dtype")} | {"device": record["device"].split(":")[0]}
     prompts = [each for each in known if each["kind"] in ("decode", "prefill") and each["batch"] == 1]
-    prompt = newest(prompts, prompt_len=LONG_PROMPT, **same)
-    yield from _slower(f"{LONG_PROMPT} prompt tokens take", "ms", prompt, lambda entry: entry.get("ttft_ms"))
+    prompt = _slower(newest(prompts, prompt_len=LONG_PROMPT, **same), "ms", lambda entry: entry["ttft_ms"])
     start = newest(known, kind="startup", **same)
-    from_empty = "a first start, on empty compile caches, takes"
-    yield from _slower(
-        from_empty, "s", start, lambda entry: entry.get("phases", {}).get("empty", {}).get("to_first_token")
-    )
+    start = _slower(start, "s", lambda entry: entry["phases"]["empty"]["to_first_token"])
+    losses = [prompt and f"a prompt of {LONG_PROMPT} tokens takes {prompt}"]
+    losses += [start and f"a first start, on empty compile caches, takes {start}"]
+    if any(losses):
+        yield f"It loses where {', and where '.join(filter(None, losses))}."
     if any(peer.get("parity", True) is None for peer in right.values()):
         yield r"\* reports no tokens: its output is not checked."
 
 
-def _slower(what: str, unit: str, record: Record | None, value: Any) -> Iterator[str]:
-    """A sentence where the record says that transformers takes less."""
-    ours, theirs = (
-        (value(entry) for entry in (record, record["peers"].get(TRANSFORMERS, {}))) if record else (None, None)
-    )
-    if ours and theirs and theirs < ours:
-        yield f"It loses where {what} {number(ours)} {unit}, transformers {number(theirs)} {unit}."
+def _slower(record: Record | None, unit: str, value: Any) -> str:
+    """Both times, where the record says that transformers takes less."""
+    peer = record["peers"].get(TRANSFORMERS, {}) if record else {}
+    if "ratio" not in peer or value(peer) >= value(record):
+        return ""
+    return f"{number(value(record))} {unit} (transformers {number(value(peer))} {unit})"
+
+
+def _listed(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def fill(page: str, region: str) -> str:

@@ -16,31 +16,31 @@ from typing import Any
 SCHEMA = 1
 RECORDS = Path(__file__).resolve().parent / "records"
 
-Types = dict[str, type | tuple[type, ...]]
+Types = dict[str, tuple[type, ...]]
 NUMBER, INT_OR_NONE = (float, int), (int, type(None))
-COMMON: Types = dict.fromkeys(("kind", "time", "model", "dtype", "device"), str) | {
-    "schema": int, "parity": bool, "environment": dict,
+COMMON: Types = dict.fromkeys(("kind", "time", "model", "dtype", "device"), (str,)) | {
+    "schema": (int,), "parity": (bool,), "environment": (dict,),
 }  # fmt: skip
 DECODE: Types = {
-    **dict.fromkeys(("batch", "prompt_len", "new_tokens", "rounds", "bytes_per_step"), int),
-    **dict.fromkeys(("compiles_after_warmup", "recordings_after_warmup"), int),
+    **dict.fromkeys(("batch", "prompt_len", "new_tokens", "rounds", "bytes_per_step"), (int,)),
+    **dict.fromkeys(("compiles_after_warmup", "recordings_after_warmup"), (int,)),
     **dict.fromkeys(("tokens_per_second", "ttft_ms", "bandwidth_gb_s", "memory_bandwidth_gb_s"), NUMBER),
     **dict.fromkeys(("mbu", "floor_ms"), NUMBER),
     **dict.fromkeys(("capacity", "peak_memory_bytes"), INT_OR_NONE),
     "tpot_ms": (dict, type(None)),
-    "peers": dict,
+    "peers": (dict,),
 }
 LAUNCHES = ("host_us_per_step", "kernels_per_step", "copies_per_step", "kernel_us_per_step")
 KINDS: dict[str, Types] = {
     "decode": DECODE,
     # No longer written: what a prompt takes is a column of a decode.
     "prefill": {name: DECODE[name] for name in ("batch", "prompt_len", "rounds", "tokens_per_second", "peers")},
-    "startup": {"phases": dict, "peers": dict},
-    "kernels": {"kernels": list, "memory_bandwidth_gb_s": NUMBER},
+    "startup": {"phases": (dict,), "peers": (dict,)},
+    "kernels": {"kernels": (list,), "memory_bandwidth_gb_s": NUMBER},
     "launches": {
-        **dict.fromkeys(("batch", "prompt_len", "capacity"), int),
+        **dict.fromkeys(("batch", "prompt_len", "capacity"), (int,)),
         **dict.fromkeys(LAUNCHES, (*NUMBER, type(None))),
-        "top_kernels": list,
+        "top_kernels": (list,),
     },
 }
 
@@ -64,11 +64,11 @@ def validate(record: Mapping[str, Any]) -> None:
         raise RecordError(f"records of schema {SCHEMA} are known, this one says {schema!r}")
     if kind not in KINDS:
         raise RecordError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    faults = [
-        f"{name} is {'missing' if name not in record else type(record[name]).__name__}, expected {_names(types)}"
-        for name, types in (COMMON | KINDS[kind]).items()
-        if not _fits(record.get(name), types)
-    ]
+    faults = []
+    for name, types in (COMMON | KINDS[kind]).items():
+        value, expected = record.get(name), " or ".join(each.__name__ for each in types)
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            faults.append(f"{name} is {type(value).__name__ if name in record else 'missing'}, expected {expected}")
     if faults:
         raise RecordError(f"not a {kind} record: {'; '.join(faults)}")
 
@@ -103,12 +103,3 @@ def read_all(folder: str | os.PathLike[str] = RECORDS) -> Iterator[dict[str, Any
     """The records of every file of a folder."""
     for path in sorted(Path(folder).glob("*.jsonl")):
         yield from read(path)
-
-
-def _fits(value: Any, types: type | tuple[type, ...]) -> bool:
-    """Whether a value is of one of these types; a truth value is no number."""
-    return isinstance(value, types) and (types is bool or not isinstance(value, bool))
-
-
-def _names(types: type | tuple[type, ...]) -> str:
-    return " or ".join(kind.__name__ for kind in (types if isinstance(types, tuple) else (types,)))

@@ -18,19 +18,23 @@ from rich.table import Table
 from rich.text import Text
 
 from .contenders import FASTLLAMA
+from .records import LAUNCHES
 
 Record = Mapping[str, Any]
 
 BOUND = "bound"
 SIZES = ("kind", "time", "model", "dtype", "device", "batch", "prompt_len", "new_tokens", "capacity")
-PHASES = ("import", "load", "compile", "first_token", "to_first_token", "to_last_token")
+PHASES = dict(
+    zip(("import", "load", "compile", "1st token"), ("import", "load", "compile", "first_token"), strict=True)
+)
+PHASES |= {"to 1st": "to_first_token", "to last": "to_last_token"}
 REFERENCES = ("torch", "F.linear")
 OUTPUTS = {"--json", "--record", "--plot", "--out"}  # options, and their values, that do not decide what is measured
 PLACES = {"--gpt-fast": "DIR", "--llama-bench": "PATH"}
 
 
 def frame(records: Sequence[Record]) -> pd.DataFrame:
-    """A row for each contender of each record (by number ``record``), the bound's first; of kernels one an operation."""
+    """A row for each contender of each record, by number ``record``, the bound's first; of kernels for each operation."""
     return pd.DataFrame(
         {"record": number, **{name: record.get(name) for name in SIZES}, **row}
         for number, record in enumerate(records)
@@ -51,22 +55,22 @@ def _contender_rows(record: Record) -> Iterator[dict[str, Any]]:
                 yield {"name": f"{name}, {caches}", "ratio": ratio, "parity": entry["parity"], **phases}
             continue
         kept = ("ttft_ms", "tokens_per_second", "mbu", "first_run_s", "ratio", "parity")
-        tpot_ms = entry.get("tpot_ms") or {}
-        yield {
-            "name": name,
-            **{field: entry.get(field) for field in kept},
-            "prompt_rate": 1e3 * record["batch"] * record["prompt_len"] / entry["ttft_ms"],
-            **{"tpot_ms": tpot_ms.get("p50"), "tpot_ms_p20": tpot_ms.get("p20"), "tpot_ms_p80": tpot_ms.get("p80")},
-        }
+        rate = 1e3 * record["batch"] * record["prompt_len"] / entry["ttft_ms"]
+        plain = {field: entry.get(field) for field in kept}
+        yield {"name": name, "prompt_rate": rate, **plain, **_quantiles("tpot_ms", entry)}
 
 
 def _kernel_rows(record: Record) -> Iterator[dict[str, Any]]:
     kept = ("shape", "calls_per_step", "bytes", "in_cache", "bandwidth_gb_s", "mbu", "parity")
     for kernel in record["kernels"]:
-        us = kernel.get("us") or {}
-        times = {"us": us.get("p50"), "us_p20": us.get("p20"), "us_p80": us.get("p80")}
+        times = _quantiles("us", kernel)
         ratios = {name: kernel["references"].get(name, {}).get("ratio") for name in REFERENCES}
         yield {"name": kernel["label"], **{field: kernel.get(field) for field in kept}, **times, **ratios}
+
+
+def _quantiles(name: str, entry: Record) -> dict[str, Any]:
+    found = entry.get(name) or {}
+    return {name: found.get("p50"), f"{name}_p20": found.get("p20"), f"{name}_p80": found.get("p80")}
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -80,8 +84,8 @@ def number(value: Any) -> str:
 
 
 def percent(fraction: Any) -> str:
-    """A fraction as a percentage with one decimal."""
-    return number(fraction) and f"{100 * fraction:.1f} %"
+    """A fraction as a whole percentage."""
+    return number(fraction) and f"{100 * fraction:.0f} %"
 
 
 def times(ratio: Any) -> str:
@@ -109,10 +113,10 @@ DECODE: Columns = {
     "TPOT ms (p20-p80)": _spread("tpot_ms"),
     "tok/s": _cell("tokens_per_second"),
     "MBU": _cell("mbu", percent),
-    "start s": _cell("first_run_s"),
+    "start": _cell("first_run_s"),
     "speed-up": _cell("ratio", times),
 }
-STARTUP = {"": _cell("name", str), **{name.replace("_", " ").replace("token", "tok"): _cell(name) for name in PHASES}}
+STARTUP = {"": _cell("name", str), **{title: _cell(name) for title, name in PHASES.items()}}
 COLUMNS: dict[str, Columns] = {
     "decode": DECODE,
     "prefill": DECODE,
@@ -175,50 +179,39 @@ def remarks(record: Record) -> list[str]:
 
 
 def _decode_remarks(record: Record) -> Iterator[str]:
-    yield (
-        f"bound: {record['bytes_per_step'] / 1e6:.1f} MB of weights and live cache a step at "
-        f"{record['memory_bandwidth_gb_s']:.1f} GB/s, measured in this run ({record.get('memory_bandwidth_method')}); "
-        "MBU: memory-bandwidth utilisation, percent of it"
+    speed = (
+        f"{record['memory_bandwidth_gb_s']:.1f} GB/s, measured in this run ({record.get('memory_bandwidth_method')})"
     )
-    yield "start: the first run of the process; speed-up: fastllama's tokens/s over the contender's"
+    yield f"bound: {record['bytes_per_step'] / 1e6:.1f} MB of weights and live cache a step at {speed}"
+    yield "MBU: memory-bandwidth utilisation, percent of the bound; start: seconds of the first run of the process"
+    yield "speed-up: fastllama's tokens/s over the contender's"
     if parity := record.get("parity_detail"):
         outcome = "passed" if parity["passed"] else f"FAILED: {parity['note']}"
-        yield (
-            f"parity {outcome}: {parity['best']} of {parity['tokens']} tokens have the best float32 logit, the others "
-            f"lie at most {parity['worst_gap']:.2g} below it (allowed: {parity['bound']:.2g})"
-        )
-    peak = record["peak_memory_bytes"]
-    yield (
-        f"after warm-up: {record['compiles_after_warmup']} compilations, {record['recordings_after_warmup']} graph "
-        f"recordings; peak memory {'unknown' if peak is None else decimal(peak)}"
-    )
+        best = f"{parity['best']} of {parity['tokens']} tokens have the best float32 logit"
+        gap = f"{parity['worst_gap']:.2g} below it (allowed: {parity['bound']:.2g})"
+        yield f"parity {outcome}: {best}, the others lie at most {gap}"
+    costs = f"{record['compiles_after_warmup']} compilations, {record['recordings_after_warmup']} graph recordings"
+    yield f"after warm-up: {costs}; peak memory {decimal(record['peak_memory_bytes'] or 0)}"
 
 
 def _startup_remarks(record: Record) -> Iterator[str]:
-    yield (
-        f"seconds, medians of {record['cold_rounds']} processes on empty and {record['rounds']} on warm compile caches; "
-        f"prompt of {record['prompt_len']} tokens, {record['new_tokens']} new tokens"
-    )
-    yield (
-        "compile: what the first call takes longer than a settled one; first tok: of a settled call; to first, to last: "
-        "from the start of the process; speed-up: the contender's time to the first token over fastllama's"
-    )
+    processes = f"{record['cold_rounds']} processes on empty and {record['rounds']} on warm compile caches"
+    tokens = f"prompt of {record['prompt_len']} tokens, {record['new_tokens']} new tokens"
+    yield f"seconds, medians of {processes}; {tokens}"
+    yield "compile: what the first call takes longer than a settled one; 1st token: of a settled call"
+    yield "to 1st, to last: from the start of the process; speed-up: the contender's time to the first token over ours"
     yield f"parity {'passed' if record['parity'] else 'FAILED'}"
 
 
 def _kernel_remarks(record: Record) -> Iterator[str]:
-    yield (
-        f"MB: what a call reads; MBU: percent of the memory bandwidth of this run, {record['memory_bandwidth_gb_s']:.1f} "
-        f"GB/s ({record.get('memory_bandwidth_method')}); {', '.join(REFERENCES)}: their time over fastllama's"
-    )
+    speed = f"{record['memory_bandwidth_gb_s']:.1f} GB/s ({record.get('memory_bandwidth_method')})"
+    yield f"MB: what a call reads; MBU: percent of the memory bandwidth of this run, {speed}"
+    yield f"{', '.join(REFERENCES)}: their time over fastllama's"
     compiled = [kernel["label"] for kernel in record["kernels"] if kernel["implementation"] != "kernel"]
     yield f"torch operators fused by Inductor: {'; '.join(compiled)}" if compiled else "all are kernels of fastllama"
     if record.get("step_us"):
         step, torch_step, bound = (record[name] / 1e3 for name in ("step_us", "torch_step_us", "floor_us"))
-        yield (
-            f"a greedy step of these calls alone: {step:.3g} ms, of torch's {torch_step:.3g} ms; bound: {bound:.3g} ms, "
-            f"{100 * bound / step:.0f} % of the first"
-        )
+        yield f"a greedy step of these calls alone: {step:.3g} ms, of torch's {torch_step:.3g} ms; bound: {bound:.3g} ms"
     for kernel in record["kernels"]:
         if not kernel["parity"]:
             error, bound = (kernel["parity_detail"][name] for name in ("error", "bound"))
@@ -226,10 +219,8 @@ def _kernel_remarks(record: Record) -> Iterator[str]:
 
 
 def _launches(record: Record) -> Iterator[str]:
-    yield (
-        f"host time {number(record['host_us_per_step'])} us a step; {number(record['kernels_per_step'])} kernels and "
-        f"{number(record['copies_per_step'])} copies a step, {number(record['kernel_us_per_step'])} us in kernels"
-    )
+    host, kernels, copies, us = (number(record[name]) for name in LAUNCHES)
+    yield f"host time {host} us a step; {kernels} kernels and {copies} copies a step, {us} us in kernels"
     for kernel in record["top_kernels"]:
         yield f"{kernel['us']:10.1f} us {kernel['calls']:6.3g} calls  {kernel['name'][:100]}"
 
@@ -238,13 +229,13 @@ def _launches(record: Record) -> Iterator[str]:
 
 
 def newest(records: Iterable[Record], **fields: Any) -> Record | None:
-    """The record with these fields (``device`` without its number) measured last; of equally old ones the file's last."""
-    found = [
-        record
-        for record in records
-        if all({**record, "device": record["device"].split(":")[0]}.get(name) == fields[name] for name in fields)
-    ]
-    return max(enumerate(found), key=lambda pair: (pair[1]["time"], pair[0]), default=(0, None))[1]
+    """The record with these fields (``device`` without its number) that was measured last; of equally old ones the last."""
+
+    def fits(record: Record) -> bool:
+        found = {**record, "device": record["device"].split(":")[0]}
+        return all(found.get(name) == value for name, value in fields.items())
+
+    return max(enumerate(filter(fits, records)), key=lambda pair: (pair[1]["time"], pair[0]), default=(0, None))[1]
 
 
 def point(record: Record) -> str:

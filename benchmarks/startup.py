@@ -11,7 +11,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,36 +37,24 @@ SLOWING = ("TORCH_COMPILE_DEBUG", "TORCH_LOGS", "TORCH_TRACE", "TORCHINDUCTOR_FO
 Phases = dict[str, float]
 
 
-@dataclass
-class Starts:
-    """All processes of one contender: the seconds of each phase by the state of its caches, and what they decoded."""
-
-    phases: dict[str, list[Phases]] = field(default_factory=lambda: {EMPTY: [], WARM: []})
-    tokens: set[tuple[int, ...]] = field(default_factory=set)
-
-    def add(self, caches: str, phases: Phases, tokens: tuple[int, ...] | None) -> None:
-        """Add a process."""
-        self.phases[caches].append(phases)
-        self.tokens |= {tokens} - {None}  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
-
-    def medians(self, caches: str) -> Phases:
-        """Each phase's median over the processes that found their caches in this state."""
-        processes = self.phases[caches]
-        return {name: statistics.median(phases[name] for phases in processes) for name in processes[0]}
-
-    def to_dict(self, model: LlamaForCausalLM, workload: Workload) -> dict[str, Any]:
-        """The fields of a record: medians, every process, and whether all tokens are right."""
-        checked = [check(model, workload.prompts, [tokens], workload.new_tokens) for tokens in self.tokens]
-        worst = min(checked, key=lambda parity: parity.passed, default=None)
-        return {
-            "phases": {caches: self.medians(caches) for caches in self.phases},
-            "samples": self.phases,
-            "parity": None if worst is None else worst.passed,
-            "tokens": None if worst is None else worst.tokens,
-        }
+Tokens = tuple[int, ...] | None
+Starts = dict[str, list[tuple[Phases, Tokens]]]  # all processes of one contender by the state of its caches
 
 
-def start(key: str, task: Task, workload: Workload, caches: Path) -> tuple[Phases, tuple[int, ...] | None]:
+def figures(starts: Starts, model: LlamaForCausalLM, workload: Workload) -> dict[str, Any]:
+    """The fields of one contender: median phases, every process, and whether all tokens are right."""
+    samples = {caches: [phases for phases, _ in processes] for caches, processes in starts.items()}
+    medians = {
+        caches: {name: statistics.median(phases[name] for phases in found) for name in found[0]}
+        for caches, found in samples.items()
+    }
+    outputs = {tokens for processes in starts.values() for _, tokens in processes if tokens is not None}
+    checked = [check(model, workload.prompts, [tokens], workload.new_tokens).passed for tokens in outputs]
+    parity = all(checked) if checked else None
+    return {"phases": medians, "samples": samples, "parity": parity, "tokens": len(checked) and workload.new_tokens}
+
+
+def start(key: str, task: Task, workload: Workload, caches: Path) -> tuple[Phases, Tokens]:
     """Decode in a new process whose compile caches lie in this folder; its phases in seconds, and its tokens.
 
     ``interpreter``: until its first line runs. ``import``, ``load``: of the library, of the weights onto the device.
@@ -77,15 +66,10 @@ def start(key: str, task: Task, workload: Workload, caches: Path) -> tuple[Phase
         program = LlamaCpp()
         program.load(task)
         return {"to_first_token": program.start(workload, environment(caches))}, None
-    worker = Remote(key, env=environment(caches))
-    try:
+    with closing(Remote(key, env=environment(caches))) as worker:
         worker.load(task)
         phases: Phases = dict(worker.info["phases"])
-        first, whole = _run(worker, workload)
-        for _ in range(SETTLING_RUNS):
-            settled, usual = _run(worker, workload)
-    finally:
-        worker.close()
+        (first, whole), *_, (settled, usual) = [_run(worker, workload) for _ in range(1 + SETTLING_RUNS)]
     ready = sum(phases.values())
     phases |= {
         "compile": max(whole - usual, 0.0),
@@ -105,12 +89,9 @@ def _run(worker: Remote, workload: Workload) -> tuple[Decode, float]:
 def rehearse(key: str, task: Task) -> None:
     """Import and load once, so that the libraries' files are in the page cache from then on."""
     if key != LLAMA_CPP:
-        worker = Remote(key)
-        try:
+        with closing(Remote(key)) as worker:
             worker.load(task)
             assert worker.info
-        finally:
-            worker.close()
 
 
 def environment(caches: Path) -> dict[str, str]:
@@ -139,37 +120,28 @@ def measure(
         say("reading the weights once")
         weights = stored_weights(name, dtype, Path(folder))
         model = LlamaForCausalLM.from_pretrained(weights, dtype=dtype, device=device, progress=False)
-        task = Task(
-            str(weights), dtype, device, 1, prompt_len + NEW_TOKENS, workspace=folder, lent=model, **(places or {})
-        )
+        slots = prompt_len + NEW_TOKENS
+        task = Task(str(weights), dtype, device, 1, slots, workspace=folder, lent=model, **(places or {}))
         starts, missing = start_interleaved((FASTLLAMA, *peers), task, workload, (cold_rounds, rounds), say)
         say("checking the tokens")
-        found = {key: each.to_dict(model, workload) for key, each in starts.items() if key not in missing}
+        found = {key: figures(each, model, workload) for key, each in starts.items() if key not in missing}
         probe = BandwidthProbe(device)
     ours = found.pop(FASTLLAMA)
     return {
-        "model": name,
-        "dtype": dtype,
-        "device": device,
-        "config": model.config.to_dict(),
-        "prompt_len": prompt_len,
-        "new_tokens": NEW_TOKENS,
-        "rounds": rounds,
-        "cold_rounds": cold_rounds,
+        "model": name, "dtype": dtype, "device": device, "config": model.config.to_dict(),
+        "prompt_len": prompt_len, "new_tokens": NEW_TOKENS, "rounds": rounds, "cold_rounds": cold_rounds,
         "memory_bandwidth_gb_s": probe.best.bytes_per_second / 1e9,
         "memory_bandwidth_method": probe.best.method,
         **ours,
         "peers": {title_of(key): each | {"ratio": ratios(each, ours)} for key, each in found.items()}
         | {key: {"unavailable": why} for key, why in missing.items()},
-    }
+    }  # fmt: skip
 
 
 def ratios(other: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, float]:
     """Another contender's time to the first token over fastllama's, by the state of the caches."""
-    theirs, own = (
-        {caches: phases["to_first_token"] for caches, phases in each["phases"].items()} for each in (other, ours)
-    )
-    return {caches: theirs[caches] / own[caches] for caches in own}
+    first = "to_first_token"
+    return {caches: other["phases"][caches][first] / ours["phases"][caches][first] for caches in (EMPTY, WARM)}
 
 
 def stored_weights(name: str, dtype: str, workspace: Path) -> Path:
@@ -190,21 +162,21 @@ def start_interleaved(
     keys: Sequence[str], task: Task, workload: Workload, rounds: tuple[int, int], say: Say
 ) -> tuple[dict[str, Starts], dict[str, str]]:
     """Start every contender once a round, in the order A B B A …, first on empty caches; and say why some did not."""
-    starts, missing, tasks = {key: Starts() for key in keys}, {}, {}
+    starts: dict[str, Starts] = {key: {EMPTY: [], WARM: []} for key in keys}
+    missing, tasks = {}, {}
     for number in range(-1, sum(rounds)):
         state = EMPTY if number < rounds[0] else WARM
         for at, key in list(enumerate(keys))[:: 1 if number % 2 == 0 else -1]:
             if key in missing:
                 continue
             say(f"process {number + 1} of {sum(rounds)}, {state} caches: {key}")
-            # No names: compilers trip over spaces.
-            caches = Path(task.workspace) / f"caches-{at}-{min(number, rounds[0] - 1)}"
+            caches = Path(task.workspace) / f"caches-{at}-{min(number, rounds[0] - 1)}"  # compilers trip over spaces
             try:
                 if number < 0:
                     tasks[key] = replace(prepare(key, task), lent=None)
                     rehearse(key, tasks[key])
                 else:
-                    starts[key].add(state, *start(key, tasks[key], workload, caches))
+                    starts[key][state].append(start(key, tasks[key], workload, caches))
             except Exception as error:
                 if key == FASTLLAMA:
                     raise

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastllama.config import GenerationConfig, LlamaConfig
-from fastllama.engine.runner import Engine
+from fastllama.engine.runner import Runner
 from fastllama.generation.generate import Streamer, generate, stream
 from fastllama.loading.load import load_model
 from fastllama.loading.save import save_model
@@ -36,7 +36,7 @@ class LlamaForCausalLM(Llama):
         super().__init__(config)
         ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         self.generation_config = GenerationConfig(**ids)
-        self.engine: Engine | None = None  # made by the first call that decodes
+        self.engine: Runner | None = None  # made by the first call that decodes
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"engine": None}  # copies and pickles make an engine of their own
@@ -143,9 +143,9 @@ class LlamaForCausalLM(Llama):
             self.engine = None
 
 
-def engine_of(model: LlamaForCausalLM) -> Engine:
+def engine_of(model: LlamaForCausalLM) -> Runner:
     """The model's engine, made on first use and again when the model's weights were replaced or moved."""
     with _making_an_engine:
         if model.engine is None or not model.engine.serves(model):
-            model.engine = Engine(model)
+            model.engine = Runner(model)
         return model.engine

@@ -22,8 +22,12 @@ logger = logging.getLogger(__name__)
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
-LAYER_FIELDS, layers = layers_op.FIELDS, layers_op.layers  # where runs_layers_at_once
+layers = layers_op.layers  # where runs_layers_at_once
+Layer = layers_op.Layer
+Weights = layers_op.Weights
+DENSE, DENSE_BIAS, TENSORS = layers_op.DENSE, layers_op.DENSE_BIAS, layers_op.TENSORS
 SamplingParams = sampling_op.SamplingParams
+row_seed = sampling_op.row_seed
 OPS_PER_LAYER = 5
 HEADS_TAKEN = f"the kernel takes multiples of 8 up to {attention_op.MAX_HEAD_DIM}"
 
@@ -131,12 +135,18 @@ def rotary_attention(
     v_cache_bksd: torch.Tensor,
     arrived_p: torch.Tensor,
 ) -> torch.Tensor:
-    """Rotary, KV write and attention; see :mod:`fastllama_kernels.attention.op`."""
+    """Rotary, KV write and attention; see :mod:`fastllama_kernels.attention.op`.
+
+    ``arrived_p`` is read on CUDA alone: int32 zeros, one for each query head of each row, zeros again afterwards, with
+    which the programs of a kernel count each other. Engines that may run at the same time need counters of their own.
+    """
     args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
     if _without_kernels(str(qkv_btn.device), qkv_btn.dtype) is None:
         few = qkv_btn.shape[1] <= attention_op.MAX_TOKENS
         if few and _attention_takes(qkv_btn.device.type, k_cache_bksd.shape[3]):
-            return attention_op.rotary_attention(*args, arrived_p)
+            if qkv_btn.device.type == "cuda":
+                return torch.ops.fastllama.rotary_attention_split(*args, arrived_p)
+            return attention_op.rotary_attention(*args)
         if qkv_btn.device.type == "cpu":
             return attention_op.prefill_attention(*args)
     return attention_op.rotary_attention_ref(*args)

@@ -1,4 +1,4 @@
-"""Ways to decode the same weights, opened by name behind one interface: ``load(task)``, ``run(workload)``, ``close()``."""
+"""Ways to decode the same weights by name, behind one interface: ``load(task)``, ``run(workload)``, ``close()``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from ..workload import Contender, Unavailable, reason
 if TYPE_CHECKING:  # a worker imports its own contender's library and no other
     from fastllama import LlamaForCausalLM
 
-FASTLLAMA, EAGER, TRANSFORMERS, STATIC, GPT_FAST, LLAMA_CPP = (
-    "fastllama", "eager", "transformers", "static", "gpt-fast", "llama.cpp",
-)  # fmt: skip
+FASTLLAMA, EAGER, TRANSFORMERS, STATIC = "fastllama", "eager", "transformers", "static"
+GPT_FAST, LLAMA_CPP = "gpt-fast", "llama.cpp"
 CLASSES = {
     FASTLLAMA: "fastllama.Engine",
     EAGER: "fastllama.Eager",

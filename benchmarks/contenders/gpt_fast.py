@@ -1,9 +1,9 @@
 """gpt-fast from a checkout that the user names, on the same weights, in a process of its own.
 
 What is timed is gpt-fast's code: its ``Transformer``, its ``prefill``, and its ``decode_n_tokens`` around the
-``decode_one_token`` that its ``main`` compiles. Here is what ``main`` would take from files: the network's constants and
-its weights, which :func:`prepare` writes in gpt-fast's layout, as its users do once. gpt-fast of after 32971d3 (September
-2024) attends through flex attention, which torch 2.13 does not compile for float32 on a CPU.
+``decode_one_token`` that its ``main`` compiles. Here is what ``main`` would take from files: the network's constants
+and its weights, which :func:`prepare` writes in gpt-fast's layout, as its users do once. gpt-fast of after 32971d3
+(September 2024) attends through flex attention, which torch 2.13 does not compile for float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -33,14 +34,15 @@ FILES = ("model.py", "generate.py")
 DTYPES, ROPES = ("float32", "float16", "bfloat16"), ("default", "llama3")
 GREEDY = {"temperature": 1.0, "top_k": 1}  # ties are broken at random
 ARGUMENTS, WEIGHTS = "arguments.json", "model.safetensors"
+ARGUMENTS_OF = {
+    "block_size": "max_position_embeddings", "vocab_size": "vocab_size", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_local_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "dim": "hidden_size", "intermediate_size": "intermediate_size", "norm_eps": "rms_norm_eps",
+}  # fmt: skip
 NAMES = {
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
+    "attention.wo": "self_attn.o_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
+}  # fmt: skip
 
 
 def prepare(task: Task) -> Task:
@@ -76,22 +78,11 @@ def check_expressible(config: LlamaConfig, dtype: str) -> None:
 
 def model_arguments(config: LlamaConfig) -> dict[str, Any]:
     """gpt-fast's ``ModelArgs`` of a config; ``block_size`` bounds the positions."""
-    arguments: dict[str, Any] = {
-        "block_size": config.max_position_embeddings,
-        "vocab_size": config.vocab_size,
-        "n_layer": config.num_hidden_layers,
-        "n_head": config.num_attention_heads,
-        "dim": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "n_local_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "rope_base": config.rope.rope_theta,
-        "norm_eps": config.rms_norm_eps,
-    }
+    arguments = {name: getattr(config, ours) for name, ours in ARGUMENTS_OF.items()}
     if config.rope.rope_type == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         arguments["rope_scaling"] = {name: getattr(config.rope, name) for name in names}
-    return arguments
+    return arguments | {"rope_base": config.rope.rope_theta}
 
 
 def converted(weights: Mapping[str, torch.Tensor], config: LlamaConfig) -> dict[str, torch.Tensor]:
@@ -145,7 +136,7 @@ class GptFast:
         if task.device.startswith("cuda"):
             return timed_by_difference(lambda n: self._decode(workload, n, [])[0], workload.new_tokens)
         tokens_bn, marks = self._decode(workload, workload.new_tokens, [time.perf_counter()])
-        gaps = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        gaps = [after - before for before, after in pairwise(marks)]
         return Decode(rows_of(tokens_bn), gaps[0], tuple(gaps[1:]))
 
     def close(self) -> None:
@@ -163,9 +154,8 @@ class GptFast:
         first_b1 = self._gpt_fast.prefill(self._model, ids_bt, positions_t, **GREEDY).clone().view(batch, 1)
         mark(first_b1)
         position = torch.tensor([workload.prompt_len], dtype=torch.int, device=device)
-        rest, _ = self._gpt_fast.decode_n_tokens(
-            self._model, first_b1, position, new_tokens - 1, callback=mark, **GREEDY
-        )
+        decode, steps = self._gpt_fast.decode_n_tokens, new_tokens - 1
+        rest, _ = decode(self._model, first_b1, position, steps, callback=mark, **GREEDY)
         return torch.cat([first_b1, *(token.view(batch, 1) for token in rest)], dim=1), marks
 
 

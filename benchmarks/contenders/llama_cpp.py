@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,11 @@ def prepare(task: Task) -> Task:
 
 def find_llama_bench(program: str | None = None) -> str:
     """The path of ``llama-bench``."""
-    found = shutil.which(PROGRAM if program is None else program)
-    if found is None and program is None:
+    if found := shutil.which(program or PROGRAM):
+        return os.path.abspath(found)
+    if program is None:
         raise Unavailable(f"{PROGRAM} not found on PATH; give it with --{PROGRAM} PATH")
-    if found is None:
-        raise Unavailable(f"--{PROGRAM} {program}: there is no program that can be run")
-    return os.path.abspath(found)
+    raise Unavailable(f"--{PROGRAM} {program}: there is no program that can be run")
 
 
 class LlamaCpp:
@@ -52,8 +51,8 @@ class LlamaCpp:
 
     Weights have the model's dtype; the KV cache is float16, llama-bench's default, for it has no float32. What it
     measures is a little less than what others do: it feeds random tokens in place of the prompt's and of those it
-    decodes, never picks one, and reports none. Its first token's time is that of the prompt, ``-p``; its steps start after
-    the prompt, ``-d``, and are as many as others take after their first token. It sizes its cache itself.
+    decodes, never picks one, and reports none. Its first token's time is that of the prompt, ``-p``; its steps start
+    after the prompt, ``-d``, and are as many as others take after their first token. It sizes its cache itself.
     """
 
     name = LLAMA_CPP
@@ -66,19 +65,15 @@ class LlamaCpp:
         self._is_cuda, self._program = device.type == "cuda", task.llama_bench
         self._command = [self._program, "-m", task.model, "-o", "json", "-r", "1", "-t", str(threads)]
         self._hidden = {} if self._is_cuda else {"CUDA_VISIBLE_DEVICES": ""}  # or it would use a GPU for prompts
+        self._command += ["-ngl", str(ALL_LAYERS) if self._is_cuda else "0"]
         if self._is_cuda:
             index = device.index if device.index is not None else torch.cuda.current_device()
-            self._command += ["-ngl", str(ALL_LAYERS), "-sm", "none", "-mg", str(index)]
-        else:
-            self._command += ["-ngl", "0"]
+            self._command += ["-sm", "none", "-mg", str(index)]
 
     def run(self, workload: Workload) -> Decode:
         """Time the prompt, then the decode steps after it."""
-        if workload.batch > 1:
-            raise Unavailable(f"{PROGRAM} decodes one sequence at a time, not {workload.batch}")
         ttft = self._seconds("-p", str(workload.prompt_len), "-n", "0")
-        steps = workload.new_tokens - 1
-        if not steps:
+        if not (steps := workload.new_tokens - 1):
             return Decode(None, ttft, ())
         seconds = self._seconds("-p", "0", "-n", str(steps), "-d", str(workload.prompt_len))
         return Decode(None, ttft, (seconds / steps,))
@@ -107,9 +102,8 @@ class LlamaCpp:
             raise Unavailable(f"this {PROGRAM} is built for the CPU alone; the model is on CUDA")
         return seconds
 
-    def _output(self, test: tuple[str, ...] | list[str], env: Mapping[str, str]) -> str:
-        command = [*self._command, *test]
-        done = subprocess.run(command, env={**env, **self._hidden}, capture_output=True, text=True)
+    def _output(self, test: Sequence[str], env: Mapping[str, str]) -> str:
+        done = subprocess.run([*self._command, *test], env={**env, **self._hidden}, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["it wrote nothing"]
             raise Unavailable(f"{PROGRAM} ended with code {done.returncode}: {lines[-1]}")

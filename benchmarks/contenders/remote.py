@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..workload import Decode, Unavailable, Workload
 from . import Task, title_of
@@ -46,75 +46,64 @@ class Remote:
     def load(self, task: Task) -> None:
         """Start the worker; ``info`` and the first run wait until it is ready."""
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (closed in close)
+        command, pipe = [os.fspath(self._python), str(WORKER)], subprocess.PIPE
+        nowhere = tempfile.gettempdir()  # Python looks for modules there first, and it holds none
         try:
             self._process = subprocess.Popen(
-                [os.fspath(self._python), str(WORKER)],
-                env=self._env,
-                cwd=tempfile.gettempdir(),  # Python looks for modules there first, and it holds none
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                text=True,
+                command, env=self._env, cwd=nowhere, stdin=pipe, stdout=pipe, stderr=self._log, text=True
             )
         except OSError as error:
             self._log.close()
             raise Unavailable(f"cannot start {self._python}: {error.strerror}") from error
-        self._send({
-            "contender": self._key,
-            "task": task.plain(),
-            "tree": self._tree and str(self._tree),
-            "warm_up": [asdict(workload) for workload in self._warm_up],
-            "spawned": time.time(),
-        })  # fmt: skip
+        warm_up = [asdict(workload) for workload in self._warm_up]
+        job = {"contender": self._key, "task": task.plain(), "tree": self._tree and str(self._tree)}
+        self._send(job | {"warm_up": warm_up, "spawned": time.time()})
 
     @property
     def info(self) -> dict[str, Any]:
         """What the worker said of itself when it was ready; waits for that."""
         if self._info is None:
             self._info = self._read()["ready"]
-        assert self._info is not None
-        return self._info
+        return self._info or {}
 
     def run(self, workload: Workload) -> Decode:
         """Have the worker decode the workload."""
-        assert self.info is not None
+        assert self.info
         self._send(asdict(workload))
         answer = self._read()
-        tokens = answer["tokens"]
-        rows = None if tokens is None else tuple(tuple(row) for row in tokens)
-        return Decode(rows, answer["ttft"], tuple(answer["tpot"]))
+        tokens = None if answer["tokens"] is None else tuple(map(tuple, answer["tokens"]))
+        return Decode(tokens, answer["ttft"], tuple(answer["tpot"]))
 
     def close(self) -> None:
         """End the worker."""
         if self._process is None:
             return
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
         try:
+            with suppress(BrokenPipeError):
+                self._streams[0].close()
             self._process.wait(CLOSING_SECONDS if self._info else 0)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._streams[1].close()
         self._log.close()
         self._process = None
 
+    @property
+    def _streams(self) -> tuple[IO[str], IO[str]]:
+        """The worker's stdin and stdout."""
+        process: Any = self._process
+        return process.stdin, process.stdout
+
     def _send(self, message: Mapping[str, Any]) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # reading the answer says why
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
+            print(json.dumps(message), file=self._streams[0], flush=True)
 
     def _read(self) -> dict[str, Any]:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._streams[1].readline()
         if not line:
             self._log.seek(0)
-            code, why = self._process.wait(), last_words(self._log.read())
+            code, why = self._process and self._process.wait(), last_words(self._log.read())
             raise Unavailable(f"{self.name} ended with code {code}: {why}")
         answer = json.loads(line)
         if "error" in answer:
@@ -128,9 +117,9 @@ def last_words(stderr: str) -> str:
     return next((line for line in reversed(lines) if ERROR.match(line)), lines[-1])
 
 
-def worker_environment(**variables: str) -> dict[str, str]:
-    """This process's environment with this process's fastllama first on the import path, and these variables."""
+def worker_environment() -> dict[str, str]:
+    """This process's environment with this process's fastllama first on the import path."""
     specs = [importlib.util.find_spec(name) for name in ("fastllama", "fastllama_kernels")]
     folders = [str(Path(spec.origin).resolve().parents[1]) for spec in specs if spec and spec.origin]
     path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, **variables}
+    return {**os.environ, "PYTHONPATH": path}

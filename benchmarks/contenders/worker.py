@@ -3,22 +3,23 @@
     python worker.py    # by path
 
 It talks in JSON, one object a line. The first line on stdin is the job; the answer is ``{"ready": info}``. Each
-``{"prompts": [[...]], "new_tokens": n, "capacity": null}`` is answered with ``{"tokens": [[...]], "ttft": s, "tpot": [s,
-...]}`` or ``{"error": "..."}``. What libraries print goes to stderr. A worktree that is measured has a ``benchmarks`` of its own, so
-this file loads the package it lies in under a name that nothing else has; it imports no more of it than its contender
-needs, so its start takes as long as a user's own script.
+``{"prompts": [[...]], "new_tokens": n, "capacity": null}`` is answered with ``{"tokens": [[...]], "ttft": s,
+"tpot": [s, ...]}`` or ``{"error": "..."}``. What libraries print goes to stderr. A worktree that is measured has a
+``benchmarks`` of its own, so this file loads the package it lies in under a name that nothing else has; it imports no
+more of it than its contender needs, so its start takes as long as a user's own script.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +31,31 @@ NEEDED = ("from_pretrained", "stream", "generate")
 def main() -> None:
     """Serve decodes until stdin closes."""
     started = time.time()
-    sys.path[:] = [
-        entry for entry in sys.path if Path(entry or ".").resolve() != HERE
-    ]  # these are no top-level modules
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]  # no top-level modules
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    def say(answer: Mapping[str, Any]) -> None:
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    def say(answer: Any) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
 
     job = json.loads(sys.stdin.readline())
     load_own_package()
+    workload = importlib.import_module(f"{PACKAGE}.workload")
     if job["tree"]:
         check_tree(Path(job["tree"]))
-    contender, info = open_contender(job, started)
-    workload = importlib.import_module(f"{PACKAGE}.workload")
+    contender, info = open_contender(job, started, workload.Unavailable)
+
+    def run(prompts: Any, **sizes: Any) -> Any:
+        return contender.run(workload.Workload(tuple(map(tuple, prompts)), **sizes))
+
     for request in job["warm_up"]:
-        contender.run(workload.Workload(tuple(map(tuple, request.pop("prompts"))), **request))
-    keep_what_there_is()
+        run(**request)
+    gc.collect()
+    gc.freeze()  # so that a collection while a decode is timed has little to look at
     say({"ready": info})
     for line in sys.stdin:
-        request = json.loads(line)
         try:
-            say(asdict(contender.run(workload.Workload(tuple(map(tuple, request.pop("prompts"))), **request))))
+            say(asdict(run(**json.loads(line))))
         except Exception as error:
             say({"error": workload.reason(error)})
 
@@ -61,53 +63,39 @@ def main() -> None:
 def load_own_package() -> None:
     """Import the package that this file lies in, whatever ``sys.path`` says."""
     root = HERE.parent
-    spec = importlib.util.spec_from_file_location(PACKAGE, root / "__init__.py", submodule_search_locations=[str(root)])
-    assert spec is not None
-    assert spec.loader is not None
+    places = {"submodule_search_locations": [str(root)]}
+    spec: Any = importlib.util.spec_from_file_location(PACKAGE, root / "__init__.py", **places)
     sys.modules[PACKAGE] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
 
-def open_contender(job: dict[str, Any], started: float) -> tuple[Any, dict[str, Any]]:
+def open_contender(job: dict[str, Any], started: float, unavailable: type[Exception]) -> tuple[Any, dict[str, Any]]:
     """Load the job's contender; what it says of itself has the seconds of its start, phase by phase."""
     contenders = importlib.import_module(f"{PACKAGE}.contenders")
-    unavailable = importlib.import_module(f"{PACKAGE}.workload").Unavailable
-    task = contenders.Task(**job["task"])
+    task, times = contenders.Task(**job["task"]), [job["spawned"], started]
     try:
         import torch
 
         if task.threads:
             torch.set_num_threads(task.threads)
         contender = contenders.make(job["contender"])
-        imported = time.time()
+        times.append(time.time())
         contender.load(task)
-        if task.device.startswith("cuda"):
+        is_cuda = task.device.startswith("cuda")
+        if is_cuda:
             torch.cuda.synchronize()
     except (unavailable, ValueError, NotImplementedError, OSError) as error:
         sys.exit(" ".join(str(error).split()))
-    loaded = time.time()
-    phases = {"interpreter": started - job["spawned"], "import": imported - started, "load": loaded - imported}
-    return contender, contender.info | described(torch, task.device) | {"phases": phases}
-
-
-def described(torch: Any, device: str) -> dict[str, Any]:
-    """Where it runs, for a report."""
-    is_cuda = device.startswith("cuda")
-    return {
-        "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
+    times.append(time.time())
+    spans = (after - before for before, after in pairwise(times))
+    return contender, contender.info | {
+        "device": torch.cuda.get_device_name(task.device) if is_cuda else "cpu",
         "device_type": "cuda" if is_cuda else "cpu",
         "threads": torch.get_num_threads(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
+        "phases": dict(zip(("interpreter", "import", "load"), spans, strict=True)),
     }
-
-
-def keep_what_there_is() -> None:
-    """Collect once and freeze, so that a collection while a decode is timed has little to look at."""
-    import gc
-
-    gc.collect()
-    gc.freeze()
 
 
 def check_tree(tree: Path) -> None:

@@ -1,1 +1,1 @@
-"""``bench kernels``: each operation of a decode step, compared with the torch operators it replaces and the bandwidth."""
+"""``bench kernels``: each operation of a decode step, what it replaces, and the memory's bandwidth."""

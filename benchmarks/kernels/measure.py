@@ -56,6 +56,8 @@ def measure_kernels(
         bytes_per_second = probe.best.bytes_per_second
     kernels = [entry_of(each, bytes_per_second) for each in found]
     parity = all(kernel["parity"] for kernel in kernels)
+    us = [kernel["calls_per_step"] * kernel["us"]["p50"] for kernel in kernels] if parity else []
+    ratios = [kernel["references"][TORCH]["ratio"] for kernel in kernels] if parity else []
     read = sum(kernel["calls_per_step"] * kernel["bytes"] for kernel in kernels if not kernel["in_cache"])
     return shapes.describe() | {
         "parity": parity,
@@ -63,10 +65,8 @@ def measure_kernels(
         "kernels": kernels,
         "memory_bandwidth_gb_s": bytes_per_second / 1e9,
         "memory_bandwidth_method": probe.best.method,
-        "step_us": sum(k["calls_per_step"] * k["us"]["p50"] for k in kernels) if parity else None,
-        "torch_step_us": sum(k["calls_per_step"] * k["us"]["p50"] * k["references"][TORCH]["ratio"] for k in kernels)
-        if parity
-        else None,
+        "step_us": sum(us) if parity else None,
+        "torch_step_us": sum(each * ratio for each, ratio in zip(us, ratios, strict=True)) if parity else None,
         "floor_us": 1e6 * read / bytes_per_second,
     }
 
@@ -78,18 +78,10 @@ def measure_op(op: StepOp, device: torch.device, rounds: int, probe: BandwidthPr
     run = op.run if implementation == KERNEL else torch.compile(op.run, fullgraph=True, dynamic=False)
     checked = check(op, run)
     found = {
-        "name": op.name,
-        "label": op.label,
-        "shape": op.shape,
-        "implementation": implementation,
-        "calls_per_step": op.calls,
-        "bytes": op.nbytes,
-        "in_cache": op.in_cache,
-        "working_set_bytes": 0,
-        "parity": checked.passed,
-        "parity_detail": asdict(checked),
-        "us": {},
-    }
+        "name": op.name, "label": op.label, "shape": op.shape, "implementation": implementation,
+        "calls_per_step": op.calls, "bytes": op.nbytes, "in_cache": op.in_cache, "working_set_bytes": 0,
+        "parity": checked.passed, "parity_detail": asdict(checked), "us": {},
+    }  # fmt: skip
     if not checked.passed:
         return found
     copies = copies_of(op, device)

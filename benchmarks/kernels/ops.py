@@ -123,14 +123,12 @@ def _linear(
     # One token a row; the head takes ``[b, m]`` and the layers ``[b, 1, m]``, which is the same to a matrix.
     shared = (shapes.normal(shapes.batch, k), shapes.normal(shapes.batch, n, seed=1) if residual else None)
     own = _weights(shapes, k, n, norm, bias)
-    return StepOp(
-        *(name, label, f"{n} x {k}", calls, nbytes(own), shared, own),
-        run=lambda x, residual, weight, bias, norm: ops.linear(x, weight, bias, norm, eps, residual),
-        references={
-            TORCH: lambda x, residual, weight, bias, norm: linear_ref(x, weight, bias, norm, eps, residual),
-            PLAIN: lambda x, residual, weight, bias, norm: F.linear(x, weight, bias),
-        },
-    )
+    references = {
+        TORCH: lambda x, residual, *matrix: linear_ref(x, *matrix, eps, residual),
+        PLAIN: lambda x, residual, weight, bias, norm: F.linear(x, weight, bias),
+    }
+    run = lambda x, residual, *matrix: ops.linear(x, *matrix, eps, residual)  # noqa: E731
+    return StepOp(name, label, f"{n} x {k}", calls, nbytes(own), shared, own, run, references)
 
 
 def _gate_up(shapes: Shapes) -> StepOp:
@@ -138,24 +136,20 @@ def _gate_up(shapes: Shapes) -> StepOp:
     eps, m, f = config.rms_norm_eps, config.hidden_size, config.intermediate_size
     activation, label = ACTIVATION_OPS[config.hidden_act], f"norm, gate/up, {config.hidden_act}"
     own = _weights(shapes, m, 2 * f, True, config.mlp_bias)
-    return StepOp(
-        *("gate_up", label, f"{2 * f} x {m}", config.num_hidden_layers, nbytes(own)),
-        *((shapes.normal(shapes.batch, m),), own),
-        run=lambda x, weight, bias, norm: ops.gate_up(x, weight, bias, norm, eps, activation),
-        references={
-            TORCH: lambda x, weight, bias, norm: gate_up_ref(x, weight, bias, norm, eps, activation),
-            PLAIN: lambda x, weight, bias, norm: F.linear(x, weight, bias),
-        },
-    )
+    references = {
+        TORCH: lambda x, *matrix: gate_up_ref(x, *matrix, eps, activation),
+        PLAIN: lambda x, weight, bias, norm: F.linear(x, weight, bias),
+    }
+    run = lambda x, *matrix: ops.gate_up(x, *matrix, eps, activation)  # noqa: E731
+    shared, layers = (shapes.normal(shapes.batch, m),), config.num_hidden_layers
+    return StepOp("gate_up", label, f"{2 * f} x {m}", layers, nbytes(own), shared, own, run, references)
 
 
 def _weights(shapes: Shapes, k: int, n: int, has_norm: bool, has_bias: bool) -> Arguments:
     """Matrix, bias and norm weight, such that results are of unit size."""
-    return (
-        shapes.normal(n, k, scale=k**-0.5, seed=2),
-        shapes.normal(n, seed=3) if has_bias else None,
-        shapes.normal(k, scale=0.1, seed=4).add_(1) if has_norm else None,
-    )
+    bias_n = shapes.normal(n, seed=3) if has_bias else None
+    norm_k = shapes.normal(k, scale=0.1, seed=4).add_(1) if has_norm else None
+    return shapes.normal(n, k, scale=k**-0.5, seed=2), bias_n, norm_k
 
 
 def _attention(shapes: Shapes) -> StepOp:
@@ -169,14 +163,10 @@ def _attention(shapes: Shapes) -> StepOp:
     qkv_b1n = shapes.normal(b, 1, (config.num_attention_heads + 2 * kv_heads) * d)
     arrived_p = torch.zeros(b * config.num_attention_heads, dtype=torch.int32, device=shapes.device)
     read = 2 * b * kv_heads * live * d * shapes.dtype.itemsize
-    return StepOp(
-        *("attention", "rotary, KV write, attention", f"{live} slots", config.num_hidden_layers, read),
-        (qkv_b1n, cos_1sd[0].contiguous(), sin_1sd[0].contiguous(), position_b1),
-        tuple(caches),
-        run=functools.partial(ops.rotary_attention, arrived_p=arrived_p),
-        references={TORCH: rotary_attention_ref},
-        results=_attention_results,
-    )
+    shared = (qkv_b1n, cos_1sd[0].contiguous(), sin_1sd[0].contiguous(), position_b1)
+    what = ("attention", "rotary, KV write, attention", f"{live} slots", config.num_hidden_layers, read)
+    run = functools.partial(ops.rotary_attention, arrived_p=arrived_p)
+    return StepOp(*what, shared, tuple(caches), run, {TORCH: rotary_attention_ref}, results=_attention_results)
 
 
 def _attention_results(function: Function, arguments: Arguments) -> torch.Tensor:
@@ -197,10 +187,7 @@ def _sampling(shapes: Shapes, name: str, label: str, calls: int, temperature: fl
     logits_bv = shapes.normal(b, v)
     peaks = min(PEAKS, v)  # distinct in any dtype, for which of two equal logits comes first is irrelevant
     logits_bv[:, :: v // peaks][:, :peaks] = 8 + torch.arange(peaks, device=device) / 8
-    return StepOp(
-        *(name, label, f"{v} logits", calls, logits_bv.nbytes),
-        *((torch.full((b,), shapes.live, device=device),), (logits_bv,)),
-        in_cache=True,
-        run=lambda position_b, logits_bv: sample(logits_bv, params, position_b),
-        references={TORCH: lambda position_b, logits_bv: sample_ref(logits_bv, params, position_b)},
-    )
+    run = lambda position_b, logits_bv: sample(logits_bv, params, position_b)  # noqa: E731
+    references = {TORCH: lambda position_b, logits_bv: sample_ref(logits_bv, params, position_b)}
+    shared, own = (torch.full((b,), shapes.live, device=device),), (logits_bv,)
+    return StepOp(name, label, f"{v} logits", calls, logits_bv.nbytes, shared, own, run, references, in_cache=True)

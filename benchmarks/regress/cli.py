@@ -7,6 +7,7 @@ inconclusive, 130 after Ctrl-C. The report goes to stdout, progress and errors t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -90,26 +91,25 @@ def regress(
     quiet: options.Quiet = False,
 ) -> None:
     """Fail when one revision of fastllama decodes slower than another."""
+    asked = dict(locals())
     with _one_line_errors(), _interrupted_by_sigterm():
-        asked: dict[str, Any] = {"repo": repo, "base": base, "head": head, "model": model, "dtype": dtype}
-        asked |= {"prompt_len": prompt_len, "new_tokens": new_tokens, "turns": turns, "minutes": minutes}
-        asked |= {"rounds": rounds, "max_rounds": max(rounds, max_rounds), "threads": threads}
-        asked |= {"accept_different_outputs": accept_different_outputs, "slowdown": slowdown / 100}
         asked |= {"cache": (cache_dir or _default_cache()).resolve(), "metrics": _metrics(metrics)}
-        asked |= {"threshold": _threshold(threshold), "python": _interpreter(python)}
-        found = _run(asked | {"device": options.pick_device(device)}, skip_old_base, quiet)
+        asked |= {"threshold": _threshold(threshold), "python": _interpreter(python), "slowdown": slowdown / 100}
+        asked |= {"device": options.pick_device(device), "max_rounds": max(rounds, max_rounds)}
+        found = _run(asked, skip_old_base, quiet)
         _publish(found, report_file, json_file, summary)
     if not isinstance(found, str) and (found.failed or (strict and found.undecided)):
         raise typer.Exit(FAILED if found.failed else INCONCLUSIVE)
 
 
-def _run(settings: dict[str, Any], skip_old_base: bool, quiet: bool) -> Result | str:
+def _run(asked: dict[str, Any], skip_old_base: bool, quiet: bool) -> Result | str:
     """What the gate found, or why the base cannot be measured where that is accepted."""
     from . import gate
 
+    settings = gate.Settings(**{each.name: asked[each.name] for each in dataclasses.fields(gate.Settings)})
     try:
         with progress(quiet) as say:
-            return gate.run(gate.Settings(**settings), say)
+            return gate.run(settings, say)
     except gate.BaseUnavailable as error:
         if not skip_old_base:
             raise

@@ -6,16 +6,14 @@ Rounds go on past the first few only while a metric is inconclusive: noise costs
 from __future__ import annotations
 
 import fcntl
-import functools
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..contenders import FASTLLAMA, Task
 from ..contenders.remote import Remote
@@ -26,15 +24,10 @@ from .revisions import Revision, files_of, repository, resolve
 from .rounds import BASE, HEAD, SIDES, Metric, Round, lead_in, run_round
 from .verdict import THRESHOLD, Outcome, Verdict, estimate, judge
 
-CACHES = {
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",
-    "TORCH_EXTENSIONS_DIR": "extensions",
-    "TRITON_CACHE_DIR": "triton",
-}
+CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TORCH_EXTENSIONS_DIR": "extensions", "TRITON_CACHE_DIR": "triton"}
 REQUIREMENTS = ("pyproject.toml", "requirements-dev.lock")
 REFERENCE_DTYPE = "float32"
 BUSY = 0.5  # load for each core that is worth a note
-KEPT_REVISIONS = 16  # in the cache folder, by last use
 
 
 class BaseUnavailable(Unavailable):
@@ -75,13 +68,12 @@ class Settings:
         return Workload.random(vocab_size, batch, self.prompt_len, self.new_tokens)
 
 
-@dataclass(frozen=True)
-class Side:
-    """One of the two revisions, ready to decode: its files, and a folder for what is compiled from them."""
+class Side(NamedTuple):
+    """One of the two revisions, ready to decode."""
 
     revision: Revision
-    tree: Path
-    caches: Path
+    tree: Path  # its files
+    caches: Path  # for what is compiled from them
 
 
 @dataclass(frozen=True)
@@ -137,9 +129,6 @@ def run(settings: Settings, say: Say) -> Result:
             tree = same.tree if same else stack.enter_context(files_of(repo, revision, home / "tree"))
             (home / "caches").mkdir(exist_ok=True)
             sides[side] = Side(revision, tree, home / "caches")
-        by_use = sorted((settings.cache / "revisions").iterdir(), key=lambda each: each.stat().st_mtime)
-        for old in by_use[:-KEPT_REVISIONS]:
-            shutil.rmtree(old, ignore_errors=True)
         gate = Gate(settings, sides, say)
         difference = gate.compare_outputs()
         result = Result(settings, base, head, difference, notes=tuple(notes(sides, settings, load)))
@@ -162,7 +151,7 @@ class Gate:
         """
         settings, side = self._settings, self._sides[SIDES[arm]]
         paths = os.pathsep.join(map(str, (side.tree, side.tree / "kernels")))
-        folders = {name: str(side.caches / folder) for name, folder in CACHES.items()}
+        folders = {name: str(side.caches / name.lower()) for name in CACHES}
         threads = {"OMP_NUM_THREADS": str(settings.threads)} if settings.threads else {}
         worker = Remote(
             FASTLLAMA,
@@ -173,10 +162,8 @@ class Gate:
             warm_up=[lead_in(settings.workload(2, batch)) for batch in reversed(settings.batches)],
         )
         slowdown = settings.slowdown if SIDES[arm] == HEAD else 0.0
-        task = Task(
-            settings.model, dtype or settings.dtype, settings.device, threads=settings.threads, slowdown=slowdown
-        )
-        worker.load(task)
+        asked = (settings.model, dtype or settings.dtype, settings.device)
+        worker.load(Task(*asked, threads=settings.threads, slowdown=slowdown))
         return worker
 
     def compare_outputs(self) -> Difference | None:
@@ -198,24 +185,18 @@ class Gate:
         settings, rounds = self._settings, []
         verdicts: dict[str, Verdict] = {}
         end = time.monotonic() + 60 * settings.minutes
-        while len(rounds) < settings.rounds or self._go_on(len(rounds), verdicts, end):
-            number = len(rounds)
-            is_extra = number >= settings.rounds
-            name = f"extra round {number + 1}" if is_extra else f"round {number + 1} of {settings.rounds}"
-            self._say(f"{name}: starting")
-            measuring = functools.partial(self._say, f"{name}: measuring")
-            rounds.append(run_round(number, self.start, settings.metrics, settings.workload, settings.turns, measuring))
-            verdicts = verdicts_of(rounds, self._threshold(rounds[0]))
+
+        def go_on() -> bool:
+            return not is_decided(verdicts) and len(rounds) < settings.max_rounds and time.monotonic() < end
+
+        threshold = settings.threshold or (THRESHOLD if settings.device.startswith("cuda") else None)
+        while len(rounds) < settings.rounds or go_on():
+            self._say(f"round {len(rounds) + 1} of at least {settings.rounds}")
+            sizes = (settings.metrics, settings.workload, settings.turns)
+            rounds.append(run_round(len(rounds), self.start, *sizes))
+            verdicts = verdicts_of(rounds, threshold)
         difference = timed_difference(rounds[0], settings)
         return replace(result, timed_difference=difference, rounds=tuple(rounds), verdicts=verdicts)
-
-    def _go_on(self, rounds: int, verdicts: Mapping[str, Verdict], end: float) -> bool:
-        return not is_decided(verdicts) and rounds < self._settings.max_rounds and time.monotonic() < end
-
-    def _threshold(self, first: Round) -> float | None:
-        if self._settings.threshold is None and first.info[BASE]["device_type"] == "cuda":
-            return THRESHOLD
-        return self._settings.threshold
 
     @contextmanager
     def _both(self, dtype: str) -> Iterator[tuple[Remote, Remote]]:
@@ -243,10 +224,8 @@ def verdicts_of(rounds: Sequence[Round], threshold: float | None) -> dict[str, V
 
 def timed_difference(first: Round, settings: Settings) -> Difference | None:
     """Where the timed outputs part, in the first batch size in which they do."""
-    found = (
-        first_difference(first.tokens[BASE][batch], first.tokens[HEAD][batch], settings.prompt_len)
-        for batch in settings.batches
-    )
+    base, head = first.tokens[BASE], first.tokens[HEAD]
+    found = (first_difference(base[batch], head[batch], settings.prompt_len) for batch in settings.batches)
     return next(filter(None, found), None)
 
 

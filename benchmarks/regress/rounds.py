@@ -97,7 +97,6 @@ def run_round(
     metrics: Sequence[Metric],
     workload: Callable[[int, int], Workload],
     turns: int,
-    on_start: Callable[[], object] = lambda: None,
 ) -> Round:
     """Start the four arms, let them decode interleaved, and end them."""
     done = Round(times={str(metric): {arm: [] for arm in ARMS} for metric in metrics})
@@ -111,7 +110,6 @@ def run_round(
         for worker in (workers[arm] for _ in range(WARMUP_TURNS) for arm in ARMS):
             for each in workloads.values():
                 worker.run(each)
-        on_start()
         for turn in range(turns):
             for arm in ORDERS[(number + turn) % len(ORDERS)]:
                 _take_turn(done, arm, workers[arm], metrics, workloads)

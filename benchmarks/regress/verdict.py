@@ -5,8 +5,8 @@ zero, and exchanging base and head changes the sign and nothing else.
 
 One round is one sample of four fresh processes, two of each revision, interleaved. The time of a process is the
 ``QUANTILE`` of all its times: how fast it goes while nothing else has the processor. The time of a revision is that of
-its faster process, for one in twenty of equal code was up to a third slower from its first token to its last. The round's
-*change* is the head's time to the base's, its *noises* are what the two processes of each revision differ by.
+its faster process, for one in twenty of equal code was up to a third slower from its first token to its last. The
+round's *change* is the head's time to the base's, its *noises* are what the two processes of each revision differ by.
 
 Rounds are independent, turns of a round are not. So a confidence interval is Student's over the rounds (Biometrika 6,
 1908); within a round a bootstrap of its turns shows how far it can be relied on (Efron, Annals of Statistics 7, 1979).

@@ -39,7 +39,8 @@ ACTIVATIONS = (
     "relu",
 )
 
-# What each rope type reads besides rope_type, rope_theta and partial_rotary_factor: the required keys, then all keys.
+# What each rope type reads besides rope_type, rope_theta and partial_rotary_factor: the keys it cannot do
+# without, then all.
 _ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),

@@ -9,7 +9,7 @@ Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``k`` KV hea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 
 from fastllama import ops
 from fastllama.model.llama import Llama, LlamaDecoderLayer
+from fastllama.quantization.matrix import Matrix, shared
 
 ACTIVATION_OPS = {
     "silu": "silu",
@@ -31,43 +32,18 @@ ACTIVATION_OPS = {
 }
 
 
-def fuse_linears(linears: Sequence[nn.Linear]) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """One weight ``[Σ n, k]`` (and bias) holding the linears' rows one below the other; they become views of it."""
-
-    def fuse(parameters: list[torch.Tensor]) -> nn.Parameter:
-        joined = torch.cat([parameter.data for parameter in parameters])
-        sizes = [parameter.shape[0] for parameter in parameters]
-        for parameter, view in zip(parameters, joined.split(sizes), strict=True):
-            parameter.data = view
-        return nn.Parameter(joined, requires_grad=False)
-
-    weight = fuse([linear.weight for linear in linears])
-    bias = None if linears[0].bias is None else fuse([linear.bias for linear in linears])
-    return weight, bias
-
-
-def _shared(parameter: torch.Tensor) -> nn.Parameter:
-    """A parameter over the same memory that wants no gradient, whatever the original wants."""
-    return nn.Parameter(parameter.data, requires_grad=False)
-
-
-def _shared_linear(linear: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """The same for a linear's weight and bias."""
-    return _shared(linear.weight), None if linear.bias is None else _shared(linear.bias)
-
-
 class FusedLayer(nn.Module):
-    """One decoder layer in five operations."""
+    """One decoder layer in five operations: four matrices and two norms."""
 
     def __init__(self, layer: LlamaDecoderLayer, hidden_act: str) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
-        self.qkv_weight, self.qkv_bias = fuse_linears((attention.q_proj, attention.k_proj, attention.v_proj))
-        self.gate_up_weight, self.gate_up_bias = fuse_linears((mlp.gate_proj, mlp.up_proj))
-        self.o_weight, self.o_bias = _shared_linear(attention.o_proj)
-        self.down_weight, self.down_bias = _shared_linear(mlp.down_proj)
-        self.input_norm = _shared(layer.input_layernorm.weight)
-        self.post_norm = _shared(layer.post_attention_layernorm.weight)
+        self.qkv = Matrix.joined((attention.q_proj, attention.k_proj, attention.v_proj))
+        self.o = Matrix.of(attention.o_proj)
+        self.gate_up = Matrix.joined((mlp.gate_proj, mlp.up_proj))
+        self.down = Matrix.of(mlp.down_proj)
+        self.input_norm = shared(layer.input_layernorm.weight)
+        self.post_norm = shared(layer.post_attention_layernorm.weight)
         self.eps = layer.input_layernorm.eps
         self.activation = ACTIVATION_OPS[hidden_act]
 
@@ -81,17 +57,18 @@ class FusedLayer(nn.Module):
         v_cache_bksd: torch.Tensor,
         arrived_p: torch.Tensor,
     ) -> torch.Tensor:
-        qkv_btn = ops.linear(x_btm, self.qkv_weight, self.qkv_bias, self.input_norm, self.eps)
+        qkv_btn = self.qkv(x_btm, self.input_norm, self.eps)
         heads_btn = ops.rotary_attention(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd, arrived_p)
-        x_btm = ops.linear(heads_btn, self.o_weight, self.o_bias, residual=x_btm)
-        ffn_btf = ops.gate_up(x_btm, self.gate_up_weight, self.gate_up_bias, self.post_norm, self.eps, self.activation)
-        return ops.linear(ffn_btf, self.down_weight, self.down_bias, residual=x_btm)
+        x_btm = self.o(heads_btn, residual=x_btm)
+        ffn_btf = self.gate_up.gated(x_btm, self.post_norm, self.eps, self.activation)
+        return self.down(ffn_btf, residual=x_btm)
 
-    def weights(self, no_bias: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The layer's weights as :func:`fastllama.ops.layers` takes them, with ``no_bias`` where there is no bias."""
-        for field in ops.LAYER_FIELDS:
-            weight = getattr(self, field)
-            yield no_bias if weight is None else weight
+    def weights(self) -> ops.Layer:
+        """The layer's weights as :func:`fastllama.ops.layers` takes them."""
+        qkv, o, gate_up, down = (
+            ops.Weights(matrix.kind, matrix.tensors) for matrix in (self.qkv, self.o, self.gate_up, self.down)
+        )
+        return ops.Layer(self.input_norm, qkv, o, self.post_norm, gate_up, down)
 
 
 class FusedDecoder(nn.Module):
@@ -104,17 +81,15 @@ class FusedDecoder(nn.Module):
     def __init__(self, model: Llama) -> None:
         super().__init__()
         decoder = model.model
-        self.embedding = _shared(decoder.embed_tokens.weight)
+        self.embedding = shared(decoder.embed_tokens.weight)
         self.layers = nn.ModuleList(
             FusedLayer(cast(LlamaDecoderLayer, layer), model.config.hidden_act) for layer in decoder.layers
         )
-        self.norm = _shared(decoder.norm.weight)
+        self.norm = shared(decoder.norm.weight)
         # A tied head must stay the same Parameter: two parameters over one memory confuse CUDA graphs.
         tied = model.lm_head.weight is decoder.embed_tokens.weight
-        self.head = self.embedding if tied else _shared(model.lm_head.weight)
+        self.head = Matrix(self.embedding) if tied else Matrix.of(model.lm_head)
         self.eps, self.activation = decoder.norm.eps, ACTIVATION_OPS[model.config.hidden_act]
-        self.no_bias: torch.Tensor
-        self.register_buffer("no_bias", self.embedding.new_empty(0), persistent=False)
 
     def forward(
         self,
@@ -126,16 +101,16 @@ class FusedDecoder(nn.Module):
         v_caches: Sequence[torch.Tensor],
         arrived_p: torch.Tensor,
     ) -> torch.Tensor:
-        """Write t tokens a row into the caches (in place) and return the hidden state ``[b, m]`` of the last."""
+        """Write t tokens a row into the caches (in place) and return their hidden states ``[b, t, m]``."""
         x_btm = nn.functional.embedding(ids_bt, self.embedding)
         if ops.runs_layers_at_once(x_btm):
-            weights = [weight for layer in self.layers for weight in cast(FusedLayer, layer).weights(self.no_bias)]
+            weights = [cast(FusedLayer, layer).weights() for layer in self.layers]
             args = (x_btm, cos_sd, sin_sd, position_bt, weights, k_caches, v_caches)
-            return ops.layers(*args, self.eps, self.activation)[:, -1]
+            return ops.layers(*args, self.eps, self.activation)
         for layer, k_cache_bksd, v_cache_bksd in zip(self.layers, k_caches, v_caches, strict=True):
             x_btm = layer(x_btm, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd, arrived_p)
-        return x_btm[:, -1]
+        return x_btm
 
-    def logits(self, x_bm: torch.Tensor) -> torch.Tensor:
-        """Logits ``[b, v]`` of hidden states, in their dtype."""
-        return ops.linear(x_bm.contiguous(), self.head, None, self.norm, self.eps)
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits ``[..., v]`` of hidden states ``[..., m]``, in their dtype."""
+        return self.head(x.contiguous(), self.norm, self.eps)

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 import fastllama
 from fastllama.causal_lm import LlamaForCausalLM
 from fastllama.config import GenerationConfig, LlamaConfig
-from fastllama.engine.decoder import fuse_linears
 from fastllama.loading import load as loading
 from fastllama.loading import safetensors as reading
 from fastllama.loading import save
 from fastllama.loading.load import load_model
 from fastllama.loading.names import RANDOM_SHAPES, CheckpointError, CheckpointNotFoundError, resolve, resolve_folder
 from fastllama.loading.save import save_model
+from fastllama.quantization.matrix import Matrix
 
 SHAPE = {
     "vocab_size": 96,
@@ -353,7 +353,7 @@ def test_a_hub_id_in_the_cache_loads_offline(model, folder):
     cached = Path(constants.HF_HUB_CACHE) / "models--some--cached-model"
     (cached / "refs").mkdir(parents=True, exist_ok=True)
     (cached / "refs/main").write_text("c0ffee")
-    shutil.copytree(folder, cached / "snapshots/c0ffee")
+    shutil.copytree(folder, cached / "snapshots/c0ffee", dirs_exist_ok=True)
     same_parameters(model, load("some/cached-model"))
     assert resolve_folder("some/cached-model") == cached / "snapshots/c0ffee"
 
@@ -445,7 +445,7 @@ def test_parameters_that_are_views_of_a_fused_matrix_are_saved_right(model, tmp_
     reference = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for layer in model.model.layers:
         attention = layer.self_attn
-        fuse_linears((attention.q_proj, attention.k_proj, attention.v_proj))
+        Matrix.joined((attention.q_proj, attention.k_proj, attention.v_proj))
     attention.o_proj.weight.data = attention.o_proj.weight.data.t().contiguous().t()
     for shard in ("5GB", 5000):
         save_model(model, tmp_path, max_shard_size=shard)

@@ -151,8 +151,7 @@ void check_arguments(const Tensor& qkv, const Tensor& cos, const Tensor& sin, co
 
 }  // namespace
 
-Tensor rotary_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor key_cache, Tensor value_cache,
-                        Tensor /* arrived: nobody waits here for other threads */) {
+Tensor rotary_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor key_cache, Tensor value_cache) {
   const int64_t batch = qkv.size(0), kv_heads = key_cache.size(1), dim = key_cache.size(3);
   const Shape shape{qkv.size(1), qkv.size(2) / dim - 2 * kv_heads, kv_heads, dim, key_cache.size(2)};
   check_arguments(qkv, cos, sin, positions, key_cache, value_cache, shape);

@@ -11,6 +11,7 @@ Bytes moved per layer: the live keys and values once, 2 · Σ_r (p_r + 1) · k �
 length, never the capacity. The decode kernels (``cpu.cpp``; :mod:`fastllama_kernels.attention.triton`, which
 registers itself for CUDA when imported) take a few query tokens a row; for long prefills on a CPU ``prefill_attention``
 runs torch's flash attention on the live part of the cache.
+The kernel of a GPU is an op of its own, ``rotary_attention_split``: its programs share counters.
 
 Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``h`` query heads, ``k`` KV heads, ``d`` head dim,
 ``n`` = (h + 2k)·d packed features, ``p`` counters.
@@ -25,7 +26,7 @@ MAX_TOKENS = 8  # query tokens a row up to which the decode kernel beats flash a
 MAX_HEAD_DIM = 256  # of the kernel on a GPU
 
 _ARGS = "Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) key_cache, Tensor(b!) value_cache"
-torch.library.define("fastllama::rotary_attention", f"({_ARGS}, Tensor(c!) arrived) -> Tensor")
+torch.library.define("fastllama::rotary_attention", f"({_ARGS}) -> Tensor")
 torch.library.define("fastllama::prefill_attention", f"({_ARGS}) -> Tensor")
 
 
@@ -107,12 +108,9 @@ def _prefill_attention(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cac
 
 
 @torch.library.register_fake("fastllama::rotary_attention")
-def _attention_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd, arrived_p):
-    return _prefill_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
-
-
 @torch.library.register_fake("fastllama::prefill_attention")
-def _prefill_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd):
+def attention_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd):
+    """Shape and dtype of the heads' outputs."""
     b, t, n = qkv_btn.shape
     return qkv_btn.new_empty((b, t, n - 2 * k_cache_bksd.shape[1] * k_cache_bksd.shape[3]))
 
@@ -129,19 +127,16 @@ def rotary_attention(
     position_bt: torch.Tensor,
     k_cache_bksd: torch.Tensor,
     v_cache_bksd: torch.Tensor,
-    arrived_p: torch.Tensor,
 ) -> torch.Tensor:
-    """The decode kernels, for at most MAX_TOKENS tokens a row: ``[b, t, h·d]``, in qkv's dtype.
+    """The CPU's decode kernel, for at most MAX_TOKENS tokens a row: ``[b, t, h·d]``, in qkv's dtype.
 
     Args:
         qkv_btn: packed projections, contiguous.
         cos_sd, sin_sd: float32 rotary tables, contiguous, at least as long as the cache.
         position_bt: int64 slot of each token, contiguous.
         k_cache_bksd, v_cache_bksd: the caches, contiguous, mutated; they may have more rows than ``qkv_btn``.
-        arrived_p: int32 zeros, one for each query head of each row. They count the programs of a kernel that have done
-            their part and are zeros again afterwards; the CPU kernel leaves them alone.
     """
-    args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd, arrived_p)
+    args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
     return torch.ops.fastllama.rotary_attention(*args)
 
 

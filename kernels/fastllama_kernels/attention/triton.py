@@ -4,7 +4,7 @@
 
     decode_attention     q as it is; the cache holds every key and value
     rotary_attention     of packed q, k, v: rotates queries and keys and writes keys and values to the cache as well
-                         (the op of :mod:`fastllama_kernels.attention.op`)
+                         (the formula of :mod:`fastllama_kernels.attention.op`; the op ``rotary_attention_split``)
 
 The queries that share a KV head are multiplied together, and the live slots of a row are split between programs: as
 many as fill the chip, none shorter than a tile. Lengths are read from device memory, so one launch serves all of them;
@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastllama_kernels.attention.op import MAX_TOKENS, masked_attention
+from fastllama_kernels.attention.op import MAX_TOKENS, attention_fake, masked_attention
 from fastllama_kernels.attention.rotary import Sizes, check_head_dim, check_packed, check_tables, rotated
 from fastllama_kernels.common import pdl, tiles
 from fastllama_kernels.common.checks import check, check_dtype
@@ -39,6 +39,11 @@ JOINED = 8192  # numbers of the splits' results that are joined at once
 torch.library.define(
     "fastllama::decode_attention",
     "(Tensor q, Tensor positions, Tensor key_cache, Tensor value_cache, Tensor? start=None) -> Tensor",
+)
+torch.library.define(  # the counters are scratch of this kernel alone: the op of a CPU has none
+    "fastllama::rotary_attention_split",
+    "(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+    "Tensor(c!) arrived) -> Tensor",
 )
 
 
@@ -408,7 +413,11 @@ def rotary_attention(
     v_cache_bksd: torch.Tensor,
     arrived_p: torch.Tensor,
 ) -> torch.Tensor:
-    """Rotary, KV write and attention ``[b, t, h·d]`` of packed projections; see :func:`launch`."""
+    """Rotary, KV write and attention ``[b, t, h·d]`` of packed projections; see :func:`launch`.
+
+    ``arrived_p`` counts the programs that have done their part: int32 zeros, one for each query head of each row, zeros
+    again afterwards. Launches that may run at the same time need counters of their own.
+    """
     made, out = launch(qkv_btn, position_bt, k_cache_bksd, v_cache_bksd, tables=(cos_sd, sin_sd), arrived=arrived_p)
     made.run()
     return out
@@ -419,6 +428,11 @@ def _decode_attention_fake(q_bthd, position_bt, k_cache_bksd, v_cache_bksd, star
     return torch.empty_like(q_bthd)
 
 
+@torch.library.register_fake("fastllama::rotary_attention_split")
+def _rotary_attention_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd, arrived_p):
+    return attention_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
+
+
 torch.library.impl("fastllama::decode_attention", "CPU", decode_attention_ref)
 torch.library.impl("fastllama::decode_attention", "CUDA", decode_attention)
-torch.library.impl("fastllama::rotary_attention", "CUDA", rotary_attention)
+torch.library.impl("fastllama::rotary_attention_split", "CUDA", rotary_attention)

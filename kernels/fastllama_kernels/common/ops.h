@@ -13,7 +13,6 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
               std::optional<Tensor> residual);
 Tensor gate_up(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> norm_weight, double eps,
                int64_t activation);
-Tensor rotary_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor key_cache, Tensor value_cache,
-                        Tensor arrived);
+Tensor rotary_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor key_cache, Tensor value_cache);
 
 }  // namespace fastllama

@@ -6,31 +6,69 @@
 #include <optional>
 #include <vector>
 
+#include "matrix.h"
 #include "ops.h"
 
 namespace fastllama {
 namespace {
 
-constexpr size_t kTensors = 10;  // of a layer, in the order of FIELDS of op.py
+constexpr size_t kMatrices = 4;  // of a layer
+constexpr size_t kNorms = 2;
 
-std::optional<Tensor> unless_empty(const Tensor& tensor) {
-  return tensor.numel() == 0 ? std::nullopt : std::optional<Tensor>(tensor);
+struct Layer {
+  Tensor input_norm;
+  Matrix qkv, o;
+  Tensor post_norm;
+  Matrix gate_up, down;
+};
+
+// Takes tensors and kinds from their lists, in the order of Layer.
+class Reader {
+ public:
+  Reader(const std::vector<Tensor>& tensors, const std::vector<int64_t>& kinds)
+      : tensor_(tensors.data()), kind_(kinds.data()) {}
+
+  Layer layer() {  // braces are read from left to right
+    return Layer{norm(), matrix(), matrix(), norm(), matrix(), matrix()};
+  }
+
+ private:
+  const Tensor& norm() { return *tensor_++; }
+
+  Matrix matrix() {
+    const Matrix next{*kind_, tensor_};
+    tensor_ += tensors_of(*kind_++);
+    return next;
+  }
+
+  const Tensor* tensor_;
+  const int64_t* kind_;
+};
+
+void check_lists(const std::vector<Tensor>& weights, const std::vector<int64_t>& kinds,
+                 const std::vector<Tensor>& key_caches, const std::vector<Tensor>& value_caches) {
+  const size_t count = key_caches.size();
+  STD_TORCH_CHECK(value_caches.size() == count && kinds.size() == count * kMatrices, "fastllama: got ", kinds.size(),
+                  " matrices and ", value_caches.size(), " value caches for ", count, " key caches, expected ",
+                  kMatrices, " and 1 for each");
+  size_t expected = count * kNorms;
+  for (const int64_t kind : kinds) expected += tensors_of(kind);
+  STD_TORCH_CHECK(weights.size() == expected, "fastllama: got ", weights.size(), " weights for matrices of these kinds "
+                  "and their norms, expected ", expected);
 }
 
 Tensor layers(Tensor x, Tensor cos, Tensor sin, Tensor positions, std::vector<Tensor> weights,
-              std::vector<Tensor> key_caches, std::vector<Tensor> value_caches, double eps, int64_t activation) {
-  const size_t count = key_caches.size();
-  STD_TORCH_CHECK(value_caches.size() == count && weights.size() == count * kTensors, "fastllama: got ",
-                  weights.size(), " weights and ", value_caches.size(), " value caches for ", count,
-                  " key caches, expected ", kTensors, " and 1 for each");
-  for (size_t i = 0; i < count; ++i) {
-    const Tensor* w = weights.data() + i * kTensors;
-    const Tensor qkv = linear(x, w[1], unless_empty(w[2]), w[0], eps, std::nullopt);
-    const Tensor heads =
-        rotary_attention(qkv, cos, sin, positions, key_caches[i], value_caches[i], /*arrived=*/positions);
-    x = linear(heads, w[3], unless_empty(w[4]), std::nullopt, 0.0, x);
-    const Tensor ffn = gate_up(x, w[6], unless_empty(w[7]), w[5], eps, activation);
-    x = linear(ffn, w[8], unless_empty(w[9]), std::nullopt, 0.0, x);
+              std::vector<int64_t> kinds, std::vector<Tensor> key_caches, std::vector<Tensor> value_caches, double eps,
+              int64_t activation) {
+  check_lists(weights, kinds, key_caches, value_caches);
+  Reader reader(weights, kinds);
+  for (size_t i = 0; i < key_caches.size(); ++i) {
+    const Layer layer = reader.layer();
+    const Tensor qkv = layer.qkv.multiply(x, layer.input_norm, eps, std::nullopt);
+    const Tensor heads = rotary_attention(qkv, cos, sin, positions, key_caches[i], value_caches[i]);
+    x = layer.o.multiply(heads, std::nullopt, 0.0, x);
+    const Tensor ffn = layer.gate_up.multiply_gated(x, layer.post_norm, eps, activation);
+    x = layer.down.multiply(ffn, std::nullopt, 0.0, x);
   }
   return x;
 }

@@ -6,6 +6,10 @@ with the operations of :mod:`fastllama_kernels.linear.op` and :mod:`fastllama_ke
 them there is nothing but a function call in C++ (``cpu.cpp``), where Python would need as long as a small model's
 kernels.
 
+A matrix is a kind and the tensors that this kind has. The kernel takes the tensors of all layers as one list, and a
+list of kinds that says how to read it: for each layer the input norm, the tensors of q/k/v, those of o, the post norm,
+the tensors of gate/up, those of down; four kinds.
+
 Bytes moved: as those operations. On a GPU there is no use for it: a graph replays their kernels without Python.
 
 Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``k`` KV heads, ``d`` head dim, ``m`` model dim.
@@ -13,27 +17,58 @@ Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``k`` KV hea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from fastllama_kernels.linear.op import ACTIVATIONS
 
-FIELDS = (  # of a layer, in the order that the kernel takes them
-    "input_norm", "qkv_weight", "qkv_bias", "o_weight", "o_bias",
-    "post_norm", "gate_up_weight", "gate_up_bias", "down_weight", "down_bias",
-)  # fmt: skip
+DENSE, DENSE_BIAS = range(2)  # numbered as in common/matrix.h
+TENSORS = {DENSE: ("weight",), DENSE_BIAS: ("weight", "bias")}  # of a matrix of each kind, in their order
+
+
+class Weights(NamedTuple):
+    """One matrix: its kind and the tensors that TENSORS names for it."""
+
+    kind: int
+    tensors: tuple[torch.Tensor, ...]
+
+
+class Layer(NamedTuple):
+    """The weights of one layer, in the order that the kernel takes them."""
+
+    input_norm: torch.Tensor
+    qkv: Weights
+    o: Weights
+    post_norm: torch.Tensor
+    gate_up: Weights
+    down: Weights
+
 
 torch.library.define(
     "fastllama::layers",
-    "(Tensor x, Tensor cos, Tensor sin, Tensor positions, Tensor[] weights, Tensor(a!)[] key_caches, "
+    "(Tensor x, Tensor cos, Tensor sin, Tensor positions, Tensor[] weights, int[] kinds, Tensor(a!)[] key_caches, "
     "Tensor(b!)[] value_caches, float eps, int activation) -> Tensor",
 )
 
 
 @torch.library.register_fake("fastllama::layers")
-def _layers_fake(x_btm, cos_sd, sin_sd, position_bt, weights, k_caches, v_caches, eps, activation):
+def _layers_fake(x_btm, cos_sd, sin_sd, position_bt, weights, kinds, k_caches, v_caches, eps, activation):
     return torch.empty_like(x_btm)
+
+
+def flatten(layers: Iterable[Layer]) -> tuple[list[torch.Tensor], list[int]]:
+    """The tensors of all layers, and the kinds of their matrices, as the kernel takes them."""
+    tensors, kinds = [], []
+    for layer in layers:
+        for weights in layer:
+            if isinstance(weights, Weights):
+                tensors.extend(weights.tensors)
+                kinds.append(weights.kind)
+            else:
+                tensors.append(weights)
+    return tensors, kinds
 
 
 def layers(
@@ -41,7 +76,7 @@ def layers(
     cos_sd: torch.Tensor,
     sin_sd: torch.Tensor,
     position_bt: torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[Layer],
     k_caches: Sequence[torch.Tensor],
     v_caches: Sequence[torch.Tensor],
     eps: float,
@@ -51,12 +86,13 @@ def layers(
 
     Args:
         x_btm: hidden states before them; few rows, few tokens (see the operations).
-        cos_sd, sin_sd, position_bt: as :func:`fastllama_kernels.attention.op.rotary_attention` takes them.
-        weights: FIELDS of every layer, one after the other; an empty tensor for a bias that is not there.
+        cos_sd, sin_sd, position_bt: as ``rotary_attention`` of :mod:`fastllama_kernels.attention.op` takes them.
+        weights: of every layer.
         k_caches, v_caches: of every layer, mutated.
         eps: of every norm.
         activation: of every gate, one of ACTIVATIONS.
     """
     number = list(ACTIVATIONS).index(activation)
-    args = (x_btm, cos_sd, sin_sd, position_bt, list(weights), list(k_caches), list(v_caches), eps, number)
-    return torch.ops.fastllama.layers(*args)
+    tensors, kinds = flatten(weights)
+    caches = (list(k_caches), list(v_caches))
+    return torch.ops.fastllama.layers(x_btm, cos_sd, sin_sd, position_bt, tensors, kinds, *caches, eps, number)

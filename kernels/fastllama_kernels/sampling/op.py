@@ -106,6 +106,17 @@ def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def row_seed(seed: int, row: int) -> int:
+    """The seed of a row of a call, a signed 64-bit integer: rows sample independently, row 0 whatever the batch.
+
+    Args:
+        seed: of the call, any integer.
+        row: its number in the batch, from 0.
+    """
+    mixed = (seed & (2**63 - 1)) ^ (row * _MIX1)
+    return (mixed + 2**63) % 2**64 - 2**63
+
+
 @torch.library.register_fake("fastllama::sample")
 def _sample_fake(logits_bv, temperature_b, top_k_b, top_p_b, min_p_b, seed_b, position_b):
     return torch.empty_like(position_b)

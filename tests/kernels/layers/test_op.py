@@ -7,7 +7,7 @@ import torch
 
 from fastllama_kernels.attention.op import rotary_attention
 from fastllama_kernels.common import build
-from fastllama_kernels.layers.op import layers
+from fastllama_kernels.layers.op import DENSE, DENSE_BIAS, Layer, Weights, flatten, layers
 from fastllama_kernels.linear.op import gate_up, linear
 
 LAYERS, M, F, HEADS, KV_HEADS, D, SLOTS = 3, 24, 40, 4, 2, 8, 20
@@ -25,14 +25,17 @@ def draw(b, t, dtype, bias) -> tuple:
     def tensor(*shape) -> torch.Tensor:
         return (torch.randn(shape) / shape[-1] ** 0.5).to(dtype)
 
-    none = torch.empty(0, dtype=dtype)
-    weights = []
-    for _ in range(LAYERS):
-        packed, inner = (HEADS + 2 * KV_HEADS) * D, HEADS * D
-        for shape in ((packed, M), (M, inner), (2 * F, M), (M, F)):
-            if shape[1] == M:
-                weights.append(torch.rand(M).to(dtype))
-            weights += [tensor(*shape), tensor(shape[0]) if bias else none]
+    def matrix(n: int, k: int) -> Weights:
+        return Weights(DENSE_BIAS, (tensor(n, k), tensor(n))) if bias else Weights(DENSE, (tensor(n, k),))
+
+    packed, inner = (HEADS + 2 * KV_HEADS) * D, HEADS * D
+    weights = [
+        Layer(
+            torch.rand(M).to(dtype), matrix(packed, M), matrix(M, inner),
+            torch.rand(M).to(dtype), matrix(2 * F, M), matrix(M, F),
+        )
+        for _ in range(LAYERS)
+    ]  # fmt: skip
     angle = torch.rand(SLOTS, D)
     position = torch.arange(t).repeat(b, 1) + 3
     caches = [[tensor(b, KV_HEADS, SLOTS, D) for _ in range(LAYERS)] for _ in range(2)]
@@ -40,15 +43,12 @@ def draw(b, t, dtype, bias) -> tuple:
 
 
 def one_by_one(x, cos, sin, position, weights, k_caches, v_caches, activation) -> torch.Tensor:
-    for index, (k_cache, v_cache) in enumerate(zip(k_caches, v_caches, strict=True)):
-        own = weights[10 * index : 10 * index + 10]
-        norm, qkv, qkv_bias, o, o_bias, post_norm, up, up_bias, down, down_bias = (
-            w if w.numel() else None for w in own
-        )
-        packed = linear(x, qkv, qkv_bias, norm, EPS)
-        heads = rotary_attention(packed, cos, sin, position, k_cache, v_cache, torch.zeros(0, dtype=torch.int32))
-        x = linear(heads, o, o_bias, residual=x)
-        x = linear(gate_up(x, up, up_bias, post_norm, EPS, activation), down, down_bias, residual=x)
+    for layer, k_cache, v_cache in zip(weights, k_caches, v_caches, strict=True):
+        qkv, o, up, down = ((*weights.tensors, None)[:2] for weights in (layer.qkv, layer.o, layer.gate_up, layer.down))
+        packed = linear(x, *qkv, layer.input_norm, EPS)
+        heads = rotary_attention(packed, cos, sin, position, k_cache, v_cache)
+        x = linear(heads, *o, residual=x)
+        x = linear(gate_up(x, *up, layer.post_norm, EPS, activation), *down, residual=x)
     return x
 
 
@@ -65,12 +65,25 @@ def test_it_is_its_operations_one_after_the_other(dtype, b, t, bias, activation)
 
 def test_a_number_of_weights_that_does_not_fit_the_caches_is_refused() -> None:
     x, cos, sin, position, weights, k_caches, v_caches = draw(1, 1, torch.float32, False)
-    with pytest.raises(RuntimeError, match="got 29 weights and 3 value caches for 3 key caches, expected 10 and 1"):
+    with pytest.raises(RuntimeError, match="got 8 matrices and 3 value caches for 3 key caches, expected 4 and 1"):
         layers(x, cos, sin, position, weights[:-1], k_caches, v_caches, EPS, "silu")
     with pytest.raises(RuntimeError, match="2 value caches"):
         layers(x, cos, sin, position, weights, k_caches, v_caches[:-1], EPS, "silu")
 
 
-def test_schema_and_fake_are_right() -> None:
-    args = draw(1, 1, torch.float32, False)
-    torch.library.opcheck(torch.ops.fastllama.layers.default, (*args, EPS, 0))
+def test_tensors_that_do_not_fit_their_kinds_are_refused() -> None:
+    x, cos, sin, position, weights, *caches = draw(1, 1, torch.float32, False)
+    tensors, kinds = flatten(weights)
+    with pytest.raises(RuntimeError, match="got 17 weights for matrices of these kinds and their norms, expected 18"):
+        torch.ops.fastllama.layers(x, cos, sin, position, tensors[1:], kinds, *caches, EPS, 0)
+    with pytest.raises(RuntimeError, match=r"got 18 weights .* expected 19"):
+        torch.ops.fastllama.layers(x, cos, sin, position, tensors, [DENSE_BIAS, *kinds[1:]], *caches, EPS, 0)
+    with pytest.raises(RuntimeError, match="there is no matrix of kind 99"):
+        torch.ops.fastllama.layers(x, cos, sin, position, tensors, [99, *kinds[1:]], *caches, EPS, 0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_schema_and_fake_are_right(bias) -> None:
+    x, cos, sin, position, weights, *caches = draw(1, 1, torch.float32, bias)
+    args = (x, cos, sin, position, *flatten(weights), *caches, EPS, 0)
+    torch.library.opcheck(torch.ops.fastllama.layers.default, args)

@@ -1,11 +1,11 @@
-"""The seeds of a batch's rows, and what a draw depends on: its row's settings, seed and position, nothing else."""
+"""The seeds of a batch's rows, and what a sample depends on: its row's settings, seed and position, nothing else."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fastllama.sampling import SamplingParams, row_seeds, sample
+from fastllama.ops import SamplingParams, row_seed, sample
 
 
 def params(rows: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) -> SamplingParams:
@@ -14,7 +14,7 @@ def params(rows: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) ->
         torch.full((rows,), top_k),
         torch.full((rows,), float(top_p)),
         torch.full((rows,), float(min_p)),
-        row_seeds(seed, rows),
+        torch.tensor([row_seed(seed, row) for row in range(rows)]),
     )
 
 
@@ -43,6 +43,19 @@ def test_a_draw_depends_on_seed_and_position_not_on_the_batch(top_p) -> None:
 
 
 def test_rows_have_seeds_of_their_own_the_first_one_whatever_the_batch() -> None:
-    assert len(set(row_seeds(7, 64).tolist())) == 64
-    assert torch.equal(row_seeds(7, 64)[:3], row_seeds(7, 3))
-    assert not torch.equal(row_seeds(-1, 4), row_seeds(1, 4))
+    assert len({row_seed(7, row) for row in range(64)}) == 64
+    assert row_seed(7, 0) == 7
+    assert row_seed(-1, 3) != row_seed(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("seed", "seeds"),
+    [
+        (7, [7, -4658895280553007682, 9128953512603536245, 4470058232050528556]),
+        (-1, [2**63 - 1, -4564476756301768122]),
+        (2**70 + 3, [3, -4658895280553007686]),
+    ],
+)
+def test_a_rows_seed_never_changes_and_is_a_signed_64_bit_integer(seed, seeds) -> None:
+    assert [row_seed(seed, row) for row in range(len(seeds))] == seeds
+    assert torch.tensor([row_seed(seed, row) for row in range(1000)]).dtype == torch.int64

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from fastllama_benchmarks.harness import Unavailable
-from fastllama_benchmarks.regress.worktrees import files_of, git, remove, repository, resolve
+from fastllama_benchmarks.regress.revisions import files_of, git, remove, repository, resolve
+from fastllama_benchmarks.workload import Unavailable
 
 AUTHOR = ("-c", "user.name=somebody", "-c", "user.email=somebody@localhost")
 
 
 def commit(repo: Path, message: str, **files: str) -> str:
-    """Commits files of this text and tells the id."""
+    """Commits files of this text and returns the id."""
     for name, text in files.items():
         (repo / name).write_text(text)
     git(repo, "add", "--all")
@@ -61,7 +61,7 @@ def test_a_revision_is_whatever_git_knows(repo: Path, name: str) -> None:
     revision = resolve(repo, name)
     assert (revision.name, revision.subject, revision.dirty) == (name, "The first", False)
     assert revision.commit == git(repo, "rev-parse", "v1")
-    assert str(revision) == revision.key == revision.commit[:12]
+    assert str(revision) == revision.commit[:12]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "0" * 40, "v1:code", "", "-q"])
@@ -144,14 +144,14 @@ def test_the_checkout_is_taken_as_it_is(repo: Path, tmp_path: Path, name: str) -
     assert (revision.subject, revision.dirty, revision.is_checkout) == ("The second", True, True)
     with files_of(repo, revision, tmp_path / "tree") as tree:
         (repo / "code").write_text("changed again, while it is being measured")
-        found = {path.name: path.read_text() for path in tree.iterdir()}
+        found = {path.name: path.read_text() for path in tree.iterdir() if path.name != ".git"}
     assert found == {".gitignore": "built\n", "code": "changed", "new": "not added yet"}
 
 
 def test_files_that_were_deleted_in_the_checkout_are_not_there(repo: Path, tmp_path: Path) -> None:
     (repo / "code").unlink()
     with files_of(repo, resolve(repo, "."), tmp_path / "tree") as tree:
-        assert [path.name for path in tree.iterdir()] == [".gitignore"]
+        assert sorted(path.name for path in tree.iterdir()) == [".git", ".gitignore"]
 
 
 def test_the_key_of_a_checkout_follows_its_content(repo: Path) -> None:
@@ -162,4 +162,5 @@ def test_the_key_of_a_checkout_follows_its_content(repo: Path) -> None:
     (repo / "code").write_text("two")
     os.utime(repo / "code")
     assert changed.key != clean.key == resolve(repo, ".").key
+    assert git(repo, "status", "--porcelain") == ""
     assert len(changed.key) == len(resolve(repo, "v1").key)  # equally long paths: an environment's size matters

@@ -1,4 +1,4 @@
-"""gpt-fast as a peer: our weights in its layout decode the same tokens, and what it cannot do is told.
+"""gpt-fast as a peer: our weights in its layout decode the same tokens, and what it cannot do is one line.
 
 The checkout here is one that the test writes: a small network with gpt-fast's names, its fused q, k and v, and a rotary
 embedding that turns neighbouring dimensions, written in complex numbers.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Iterator
-from itertools import pairwise
+from contextlib import closing
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +18,10 @@ import torch
 
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.config import RopeParameters
-from fastllama.loading.save import save_model
-from fastllama_benchmarks.harness import Unavailable, Workload, reason
-from fastllama_benchmarks.ours import Eager
-from fastllama_benchmarks.peers import gpt_fast_worker as worker
-from fastllama_benchmarks.peers.gpt_fast import open_gpt_fast
+from fastllama_benchmarks.contenders import Task, gpt_fast
+from fastllama_benchmarks.contenders.fastllama import Eager
+from fastllama_benchmarks.contenders.remote import Remote
+from fastllama_benchmarks.workload import Unavailable, Workload, reason
 
 LLAMA3 = RopeParameters(
     "llama3", 10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
@@ -219,6 +217,13 @@ def load_module(file: Path) -> ModuleType:
     return module
 
 
+def task_of(model: LlamaForCausalLM, checkout: Path, workspace: Path, batch: int = 1, slots: int = 12) -> Task:
+    """What gpt-fast decodes the model's weights with, written and ready."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    asked = Task("", dtype, batch=batch, slots=slots, gpt_fast=str(checkout), workspace=str(workspace), lent=model)
+    return gpt_fast.prepare(asked)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4}, {"rope": LLAMA3, "num_hidden_layers": 3}],
@@ -228,9 +233,7 @@ def test_a_network_that_turns_neighbours_computes_our_logits_with_the_converted_
     tmp_path: Path, checkout: Path, overrides: dict[str, Any]
 ) -> None:
     ours = random_llama(**overrides)
-    save_model(ours, tmp_path / "weights")
-    task = worker.Task(str(checkout), str(tmp_path / "weights"), "cpu", 1, 2, 48)
-    theirs = worker.load(load_module(checkout / "model.py"), task)
+    theirs = gpt_fast.load_model(load_module(checkout / "model.py"), task_of(ours, checkout, tmp_path, 2, 48))
     theirs.setup_caches(2, 48)
     ids_bt = torch.randint(96, (2, 40))
     with torch.no_grad():
@@ -238,112 +241,87 @@ def test_a_network_that_turns_neighbours_computes_our_logits_with_the_converted_
 
 
 def test_weights_keep_their_dtype(tmp_path: Path, checkout: Path) -> None:
-    save_model(random_llama().to(torch.bfloat16), tmp_path)
-    theirs = worker.load(load_module(checkout / "model.py"), worker.Task(str(checkout), str(tmp_path), "cpu", 1, 1, 8))
+    task = task_of(random_llama().to(torch.bfloat16), checkout, tmp_path)
+    theirs = gpt_fast.load_model(load_module(checkout / "model.py"), task)
     assert {parameter.dtype for parameter in theirs.parameters()} == {torch.bfloat16}
 
 
-@pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Any]:
-    """Opens contenders on a folder and closes them after the test."""
-    contenders = []
-
-    def open_one(model: LlamaForCausalLM, folder: Path, workload: Workload) -> Any:
-        contenders.append(open_gpt_fast(model, folder, workload, tmp_path))
-        return contenders[-1]
-
-    yield open_one
-    for contender in contenders:
-        contender.close()
-
-
-def test_the_worker_decodes_what_the_eager_forward_does(checkout: Path, opened: Any) -> None:
+def test_the_worker_decodes_what_the_eager_forward_does(tmp_path: Path, checkout: Path) -> None:
     model = random_llama(rope=LLAMA3, tie_word_embeddings=True)
-    workload = Workload.random(96, 3, 20, 12)
-    contender = opened(model, checkout, workload)
-    contender.run(workload)
-    run = contender.run(workload)
-    assert run.tokens == Eager(model).run(workload).tokens
-    assert run.ttft > 0
-    assert len(run.tpot) == 11
-    assert min(run.tpot) > 0
-    assert contender.name == "gpt-fast"
-    assert contender.info["threads"] == torch.get_num_threads()
-    assert contender.run(Workload.random(96, 3, 20, 1)).tpot == ()
-    with pytest.raises(Unavailable, match=r"^opened for 3 rows and 32 slots, got another workload$"):
-        contender.run(Workload.random(96, 3, 20, 13))
-
-
-def test_what_breaks_in_the_checkout_is_told_in_one_line(checkout: Path, opened: Any) -> None:
-    workload = Workload.random(96, 1, 8, 4)
-    (checkout / "generate.py").write_text("raise ImportError('no flex attention in this torch')")
-    with pytest.raises(Unavailable) as raised:
-        opened(random_llama(), checkout, workload).run(workload)
-    assert reason(raised.value) == "gpt-fast ended with code 1: ImportError: no flex attention in this torch"
-
-
-def test_a_version_for_one_sequence_refuses_a_batch(checkout: Path, opened: Any) -> None:
-    workload = Workload.random(96, 2, 8, 4)
-    generate = (checkout / "generate.py").read_text()
-    (checkout / "generate.py").write_text(generate.replace("max_new_tokens, batch_size", "max_new_tokens"))
-    with pytest.raises(Unavailable, match="one sequence at a time, not 2"):
-        opened(random_llama(), checkout, workload).run(workload)
-
-
-def test_a_version_without_rope_scaling_refuses_llama3(checkout: Path) -> None:
-    fields = dataclasses.fields(load_module(checkout / "model.py").ModelArgs)
-    older = dataclasses.make_dataclass("ModelArgs", [field.name for field in fields if field.name != "rope_scaling"])
-    with pytest.raises(Unavailable, match="this version of gpt-fast has no rope_scaling"):
-        worker.model_args(older, random_llama(rope=LLAMA3).config, 8)
-    assert worker.model_args(older, random_llama().config, 100).block_size == 100
+    workload, eager = Workload.random(96, 3, 20, 12), Eager()
+    eager.load(Task("", "float32", lent=model))
+    contender = Remote("gpt-fast")
+    with closing(contender):
+        contender.load(task_of(model, checkout, tmp_path, 3, 32))
+        contender.run(workload)
+        run = contender.run(workload)
+        assert run.tokens == eager.run(workload).tokens
+        assert run.ttft > 0
+        assert len(run.tpot) == 11
+        assert min(run.tpot) > 0
+        assert contender.info["threads"] == torch.get_num_threads()
+        assert contender.run(Workload.random(96, 3, 20, 1)).tpot == ()
+        with pytest.raises(Unavailable, match=r"^opened for 3 rows and 32 slots, got another workload$"):
+            contender.run(Workload.random(96, 3, 20, 13))
 
 
 @pytest.mark.parametrize(
-    ("overrides", "named"),
+    ("old", "new", "batch", "why"),
     [
-        ({"head_dim": 16}, "hidden_size = heads x head_dim, got 32 and 4 x 16"),
-        ({"hidden_act": "gelu"}, "not gelu"),
-        ({"attention_bias": True}, "no biases"),
-        ({"mlp_bias": True}, "no biases"),
-        ({"rope": RopeParameters("linear", 10000.0, factor=2.0)}, "not linear"),
+        (
+            "",
+            "raise ImportError('no flex attention in this torch')\n",
+            1,
+            "ImportError: no flex attention in this torch",
+        ),
+        (
+            "max_new_tokens, batch_size",
+            "max_new_tokens",
+            2,
+            "this version of gpt-fast decodes one sequence at a time, not 2",
+        ),
+    ],
+    ids=["broken", "one sequence"],
+)
+def test_what_the_checkout_cannot_do_is_one_line(
+    tmp_path: Path, checkout: Path, old: str, new: str, batch: int, why: str
+) -> None:
+    source = (checkout / "generate.py").read_text()
+    (checkout / "generate.py").write_text(source.replace(old, new) if old else new)
+    contender = Remote("gpt-fast")
+    contender.load(task_of(random_llama(), checkout, tmp_path, batch))
+    with closing(contender), pytest.raises(Unavailable) as raised:
+        contender.run(Workload.random(96, batch, 8, 4))
+    assert reason(raised.value).endswith(why)
+
+
+def test_a_version_without_rope_scaling_refuses_llama3(tmp_path: Path, checkout: Path) -> None:
+    older = SimpleNamespace(ModelArgs=dataclasses.make_dataclass("ModelArgs", ["dim", "block_size"]))
+    with pytest.raises(Unavailable, match=r"this version of gpt-fast has no .*rope_scaling"):
+        gpt_fast.load_model(older, task_of(random_llama(rope=LLAMA3), checkout, tmp_path))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype", "named"),
+    [
+        ({"head_dim": 16}, torch.float32, "hidden_size = heads x head_dim, got 32 and 4 x 16"),
+        ({"hidden_act": "gelu"}, torch.float32, "not gelu"),
+        ({"attention_bias": True}, torch.float32, "no biases"),
+        ({"mlp_bias": True}, torch.float32, "no biases"),
+        ({"rope": RopeParameters("linear", 10000.0, factor=2.0)}, torch.float32, "not linear"),
+        ({}, torch.float64, "no float64"),
     ],
 )
 def test_what_gpt_fast_cannot_compute_is_refused_by_name(
-    tmp_path: Path, checkout: Path, overrides: dict[str, Any], named: str
+    tmp_path: Path, checkout: Path, overrides: dict[str, Any], dtype: torch.dtype, named: str
 ) -> None:
     with pytest.raises(Unavailable, match=named):
-        open_gpt_fast(random_llama(**overrides), checkout, Workload.random(96, 1, 8, 4), tmp_path)
+        task_of(random_llama(**overrides).to(dtype), checkout, tmp_path)
 
 
-def test_float64_is_refused(tmp_path: Path, checkout: Path) -> None:
-    with pytest.raises(Unavailable, match="no float64"):
-        open_gpt_fast(random_llama().double(), checkout, Workload.random(96, 1, 8, 4), tmp_path)
-
-
-def test_a_folder_without_gpt_fast_is_told_with_what_it_lacks(tmp_path: Path) -> None:
+def test_a_folder_without_gpt_fast_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "model.py").touch()
     with pytest.raises(Unavailable, match=r"is no checkout of gpt-fast: it has no generate\.py"):
-        open_gpt_fast(random_llama(), tmp_path, Workload.random(96, 1, 8, 4), tmp_path)
-
-
-def test_on_cuda_full_groups_of_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[int] = []
-    marked: list[float] = []
-
-    class StepsAsSeconds:
-        def __init__(self, device: torch.device) -> None:
-            pass
-
-        def mark(self) -> None:
-            marked.append(float(len(steps)))
-
-        def gaps(self) -> list[float]:
-            return [after - before for before, after in pairwise(marked)]
-
-    monkeypatch.setattr(worker, "Marks", StepsAsSeconds)
-    clock = worker.StepClock(torch.device("cuda"))
-    for step in range(40):
-        steps.append(step)
-        clock(torch.zeros(1))
-    assert marked == [1, 17, 33]
-    assert clock.seconds_per_step() == (1.0, 1.0)
+        task_of(random_llama(), tmp_path, tmp_path)
+    with pytest.raises(Unavailable, match="--gpt-fast DIR"):
+        gpt_fast.prepare(Task("", "float32"))

@@ -1,0 +1,1 @@
+"""A weight is an object: its tensors, its bytes, and what multiplies with it."""
