@@ -37,7 +37,9 @@ class Engine:
         if workload.capacity:
             from fastllama.causal_lm import engine_of
 
-            engine_of(self.model).reserve(workload.batch, workload.capacity)
+            runner = engine_of(self.model)
+            with runner.session():
+                runner.reserve(workload.batch, workload.capacity)
         ids_bt = workload.input_ids(self._device)
         arguments = (ids_bt, torch.ones_like(ids_bt))
         settings: dict[str, Any] = {"do_sample": False, "eos_token_id": ()}

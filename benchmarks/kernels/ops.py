@@ -21,7 +21,6 @@ from fastllama import LlamaConfig, ops
 from fastllama.engine.decoder import ACTIVATION_OPS
 from fastllama.loading.names import resolve
 from fastllama.model.rope import rotary_cos_sin
-from fastllama.sampling import SamplingParams, row_seeds, sample
 from fastllama_kernels.attention.op import rotary_attention_ref
 from fastllama_kernels.linear.op import gate_up_ref, linear_ref
 from fastllama_kernels.sampling.op import sample_ref
@@ -183,11 +182,11 @@ def _sampling(shapes: Shapes, name: str, label: str, calls: int, temperature: fl
     b, v, device = shapes.batch, shapes.config.vocab_size, shapes.device
     settings = {"temperature": temperature, "top_k": TOP_K, "top_p": TOP_P, "min_p": 0.0}
     rows = {name: torch.full((b,), value, device=device) for name, value in settings.items()}
-    params = SamplingParams(**rows, seed=row_seeds(0, b).to(device))
+    params = ops.SamplingParams(**rows, seed=torch.arange(b, device=device))
     logits_bv = shapes.normal(b, v)
     peaks = min(PEAKS, v)  # distinct in any dtype, for which of two equal logits comes first is irrelevant
     logits_bv[:, :: v // peaks][:, :peaks] = 8 + torch.arange(peaks, device=device) / 8
-    run = lambda position_b, logits_bv: sample(logits_bv, params, position_b)  # noqa: E731
+    run = lambda position_b, logits_bv: ops.sample(logits_bv, params, position_b)  # noqa: E731
     references = {TORCH: lambda position_b, logits_bv: sample_ref(logits_bv, params, position_b)}
     shared, own = (torch.full((b,), shapes.live, device=device),), (logits_bv,)
     return StepOp(name, label, f"{v} logits", calls, logits_bv.nbytes, shared, own, run, references, in_cache=True)

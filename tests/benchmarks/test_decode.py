@@ -119,7 +119,7 @@ def test_a_capacity_is_made_room_for_and_compared_with_another_in_one_run(
     model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: set[tuple[int, int]] = set()
-    monkeypatch.setattr("fastllama.engine.runner.Engine.reserve", lambda self, rows, slots: asked.add((rows, slots)))
+    monkeypatch.setattr("fastllama.engine.runner.Runner.reserve", lambda self, rows, slots: asked.add((rows, slots)))
     found = compare(model, Workload.random(64, 2, 5, 3, capacity=99), rounds=1, beside=33)
     assert asked == {(2, 99), (2, 33)}
     assert found["peers"]["33 slots"]["parity"] is True

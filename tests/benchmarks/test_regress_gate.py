@@ -299,8 +299,8 @@ def test_settings_come_from_the_options(tmp_path: Path, monkeypatch: pytest.Monk
 class FakeWorker:
     """Takes part in rounds without a process; the head's steps take as long as given."""
 
-    def __init__(self, arm: str, head_step: float, log: list[str], device_type: str = "cpu") -> None:
-        self.name, self.info = arm, {"vocab_size": 9, "device_type": device_type}
+    def __init__(self, arm: str, head_step: float, log: list[str]) -> None:
+        self.name, self.info = arm, {"vocab_size": 9, "device_type": "cpu"}
         self._step, self._log = head_step if SIDES[arm] == HEAD else 1.0, log
         log.append(f"start {arm}")
 
@@ -349,16 +349,16 @@ def test_workers_are_ended_also_when_one_breaks() -> None:
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Measures with fake workers whose head is as slow as each round's number in a list says."""
 
-    def measure(steps: list[float], device_type: str = "cpu", **settings: object) -> Result:
+    def measure(steps: list[float], **settings: object) -> Result:
         log: list[str] = []
 
         def start(arm: str, dtype: str | None = None) -> FakeWorker:
             number = sum(line == f"start {arm}" for line in log)
-            return FakeWorker(arm, steps[min(number, len(steps) - 1)], log, device_type)
+            return FakeWorker(arm, steps[min(number, len(steps) - 1)], log)
 
         asked = replace(Settings(tmp_path, "main", ".", tmp_path, METRICS, turns=2), **settings)
         side = Side(BASE_REVISION, tmp_path, tmp_path)
-        it = Gate(asked, {BASE: side, HEAD: replace(side, revision=HEAD_REVISION)}, lambda message: None)
+        it = Gate(asked, {BASE: side, HEAD: side._replace(revision=HEAD_REVISION)}, lambda message: None)
         monkeypatch.setattr(it, "start", start)
         return it.measure(Result(asked, BASE_REVISION, HEAD_REVISION))
 
@@ -391,7 +391,7 @@ def test_no_extra_round_starts_when_the_time_is_over(measured: Callable[..., Res
 
 
 def test_on_cuda_the_threshold_is_not_calibrated(measured: Callable[..., Result]) -> None:
-    assert measured([1.0], device_type="cuda").verdicts["tpot-b1"].threshold == 0.03
+    assert measured([1.0], device="cuda").verdicts["tpot-b1"].threshold == 0.03
 
 
 def test_a_head_that_is_slower_in_one_metric_needs_no_more_rounds() -> None:
