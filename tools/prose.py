@@ -25,6 +25,7 @@ WORDS = {
     re.compile(rf"\b({words})\b".replace(" ", r"\s+"), re.IGNORECASE): instead
     for words, instead in {
         r"by turns": "interleaved",
+        r"beside": "compared with, next to",
         r"so many": "a number, as in: maximum number of tokens",
         r"(?<!math\.)floors?": "bound",
         r"tells?|told": "return, report, say",
