@@ -214,7 +214,7 @@ class Batches:
                 yield windows[order[i : i + phase.batch]]
 
     def _epoch_ids(self, rng: random.Random) -> list[int]:
-        """All files in a new order, cut anew before top-level statements; <s> begins a piece."""
+        """All files in a new order, cut again before top-level statements; <s> begins a piece."""
         pieces = []
         for text in rng.sample(self.texts, len(self.texts)):
             cuts = [m.start() for m in TOP_LEVEL_START.finditer(text)]
@@ -410,7 +410,7 @@ def load_checkpoint(folder: Path) -> tuple[LlamaForCausalLM, Any]:
 
 
 def corpus_figures(corpus: dict[str, str], tokenizer: Any) -> dict[str, Any]:
-    """How much is trained on, with a digest over paths and texts that tells one corpus from another."""
+    """How much is trained on, with a digest over paths and texts that identifies the corpus."""
     training = {path: text for path, text in corpus.items() if not is_held_out(path)}
     digest = hashlib.sha256()
     for path, text in corpus.items():
@@ -450,7 +450,7 @@ def train(work_dir: Path, corpus: dict[str, str], arguments: argparse.Namespace)
 
 
 def main() -> None:
-    """Train, save the checkpoint, measure what was saved and write the record beside it."""
+    """Train, save the checkpoint, measure what was saved and write the record next to it."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

@@ -91,7 +91,7 @@ def attend(
     """softmax(q·k / sqrt(d) + mask)·v with k and v shared by groups of query heads; softmax in float32.
 
     Returns:
-        The heads' outputs ``[b, h, t, d]`` and, if asked for, the attention weights ``[b, h, t, s]``.
+        The heads' outputs ``[b, h, t, d]`` and, if requested, the attention weights ``[b, h, t, s]``.
     """
     mask_b1ts = mask_b1ts[..., : k_bksd.shape[2]]
     if not output_attentions:
@@ -158,7 +158,7 @@ class LlamaModel(nn.Module):
         output_hidden_states: bool,
         cache_position: torch.Tensor | None,
     ) -> DecoderOutput:
-        """The arguments of ``LlamaForCausalLM.forward`` after its defaults were filled in."""
+        """Run the stack; the arguments are those of ``Llama.forward`` with its defaults filled in."""
         x_btm = self._embed(input_ids, inputs_embeds)
         b, t, _ = x_btm.shape
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
@@ -200,7 +200,7 @@ class LlamaModel(nn.Module):
 
     @staticmethod
     def _target_length(cache: Any, attention_mask: torch.Tensor | None, seen: int, cache_position: torch.Tensor) -> int:
-        """How many key slots the mask spans; also where a static cache that is too small is refused."""
+        """Number of key slots that the mask spans; raises CacheOverflowError for a static cache that is too small."""
         if not isinstance(cache, StaticCache):
             return seen
         capacity = cache.get_max_length()
@@ -247,7 +247,7 @@ class Llama(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.lm_head.weight.device
 
     @property
@@ -306,7 +306,7 @@ class Llama(nn.Module):
         num_logits_to_keep: int = 0,
         logits_to_keep: int | None = None,
     ) -> CausalLMOutput | tuple[Any, ...]:
-        """Logits of the next token at every position, and what else is asked for.
+        """Compute the logits of the next token at every position, and what else is requested.
 
         Args:
             input_ids: int64 ``[b, t]``; exactly one of this and ``inputs_embeds`` is given.

@@ -1,4 +1,4 @@
-"""What the JSON files beside a vocabulary say: special and added tokens, flags, chat templates."""
+"""The JSON files next to a vocabulary: special and added tokens, flags, chat templates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ADDED_TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 class TokenizerError(ValueError):
-    """A tokenizer's files are missing, broken, or of a kind that is not read."""
+    """A tokenizer's files are missing, broken, or of an unsupported kind."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class TokenizerSettings:
     """tokenizer_config.json and its companions, in one form.
 
     Attributes:
-        config: tokenizer_config.json as it stands, under special_tokens_map.json where that one counts.
+        config: tokenizer_config.json, overridden by special_tokens_map.json where it applies.
         named: special tokens with a role, e.g. ``{"bos_token": AddedToken("<s>")}``.
         extra: further special tokens, in the order listed.
         added: added tokens by id (``added_tokens_decoder``, or else added_tokens.json).
@@ -36,13 +36,13 @@ class TokenizerSettings:
 
 
 def read_settings(folder: Path) -> TokenizerSettings:
-    """Reads the JSON files of a folder; one that is missing says nothing.
+    """Read the JSON files of a folder; each of them may be missing.
 
-    special_tokens_map.json and added_tokens.json are of an older layout: they count only where
+    special_tokens_map.json and added_tokens.json belong to an older layout. They count only where
     tokenizer_config.json has no ``added_tokens_decoder`` (as in transformers).
 
     Raises:
-        TokenizerError: a file is no JSON object.
+        TokenizerError: a file does not hold a JSON object.
     """
     config = read_json(folder / "tokenizer_config.json")
     older_layout = "added_tokens_decoder" not in config
