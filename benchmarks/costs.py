@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
 
+import psutil
 import torch
 from torch._dynamo.utils import counters
 
 
 @dataclass
 class Compilations:
-    """What happened while :func:`counting` was open.
+    """What happened while :func:`counting` was open."""
 
-    Attributes:
-        graphs: functions that torch.compile has compiled.
-        recordings: CUDA graphs that were recorded.
-    """
-
-    graphs: int = 0
-    recordings: int = 0
+    graphs: int = 0  # functions that torch.compile has compiled
+    recordings: int = 0  # CUDA graphs
 
 
 @contextmanager
@@ -37,12 +34,9 @@ def counting() -> Iterator[Compilations]:
         counted.recordings += 1
         return genuine(self, *args, **kwargs)
 
-    CUDAGraphTreeManager.record_function = record_function
-    try:
+    with patch.object(CUDAGraphTreeManager, "record_function", record_function):
         yield counted
-    finally:
-        CUDAGraphTreeManager.record_function = genuine
-        counted.graphs = counters["stats"]["unique_graphs"] - before
+    counted.graphs = counters["stats"]["unique_graphs"] - before
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -50,26 +44,28 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        pass
+    with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 
 
-def peak_memory(device: torch.device) -> int | None:
+def peak_memory(device: torch.device) -> int:
     """Most bytes that were in use at once: of the device's memory on CUDA, else of this process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        with open("/proc/self/status") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return _peak_resident()
+    with suppress(OSError, StopIteration), open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return psutil.Process().memory_info().rss
 
 
-def _peak_resident() -> int | None:
-    """Where there is no /proc; kilobytes, on macOS bytes."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the caches next to memory, all of them together; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    found: dict[tuple[int, str], int] = {}
+    for folder in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
+        with suppress(OSError, ValueError):
+            level, shared, size = ((folder / name).read_text().strip() for name in ("level", "shared_cpu_list", "size"))
+            units = {"K": 2**10, "M": 2**20, "G": 2**30}
+            found[int(level), shared] = int(size.rstrip("KMG")) * units.get(size[-1:], 1)
+    last = max((level for level, _ in found), default=0)
+    return sum(size for (level, _), size in found.items() if level == last)

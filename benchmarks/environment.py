@@ -1,40 +1,72 @@
-"""Where a record was measured: commit, versions, device, clocks, threads."""
+"""Where a record was measured: commit, versions, processor, device, clocks, threads."""
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+
+from fastllama.cli.console import installed_version
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "TORCH", "PYTORCH_", "CUDA_", "TRITON_", "LD_PRELOAD")
+INSTRUCTION_SETS = (
+    "amx_tile", "amx_bf16", "amx_int8", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni", "avx2",
+    "fma", "f16c", "sve", "sve2", "bf16", "i8mm", "asimd",
+)  # fmt: skip
+PLACES = ("_DIR", "_PATH", "_HOME")  # where caches lie is irrelevant
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Everything about machine and software that figures may depend on, as plain values."""
     device = torch.device(device)
+    frequency = psutil.cpu_freq()
     return {
         **commit(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(),
         "system": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpu_mhz": _cpu_mhz(),
-        "cores": os.cpu_count(),
+        **processor(),
+        "cpu_mhz": frequency.current if frequency else None,
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
         "threads": torch.get_num_threads(),
         "device": str(device),
         "gpu": _gpu(device) if device.type == "cuda" else None,
-        "variables": {name: os.environ[name] for name in sorted(os.environ) if _matters(name)},
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(VARIABLES) and not name.endswith(PLACES)
+        },
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of the packages that decide what runs."""
+    found = {name: installed_version(name) for name in PACKAGES}
+    return {name: None if version == "not installed" else version for name, version in found.items()}
+
+
+@functools.cache
+def processor() -> dict[str, Any]:
+    """The processor's brand, and which of the instruction sets that matter to a decode it has."""
+    from cpuinfo import get_cpu_info  # asks the system through processes of its own: 0.2 s
+
+    found = get_cpu_info()
+    brand = found.get("brand_raw") or platform.processor() or platform.machine()
+    names = {"avx512bf16": "avx512_bf16", "avx512vnni": "avx512_vnni"}  # as cpuid has them
+    flags = {names.get(flag, flag) for flag in found.get("flags", ())}
+    return {"cpu": brand, "cpu_instruction_sets": [name for name in INSTRUCTION_SETS if name in flags]}
 
 
 def commit(root: Path = ROOT) -> dict[str, Any]:
@@ -47,17 +79,12 @@ def commit(root: Path = ROOT) -> dict[str, Any]:
     return {"commit": revision, "dirty": bool(changes)}
 
 
-def _matters(variable: str) -> bool:
-    """Whether figures may depend on a variable; where caches lie is nobody's business."""
-    return variable.startswith(VARIABLES) and not variable.endswith(("_DIR", "_PATH", "_HOME"))
-
-
 def _gpu(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
     gpu = f"GPU-{properties.uuid}"  # torch's index is another one than nvidia-smi's under CUDA_VISIBLE_DEVICES
-    told = _output(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", gpu])
-    values = [value.strip() for value in told.split(",")] if told else [None] * len(fields)
+    printed = _output(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", gpu])
+    values = [value.strip() for value in printed.split(",")] if printed else [None] * len(fields)
     return {
         "name": properties.name,
         "multiprocessors": properties.multi_processor_count,
@@ -67,23 +94,6 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_mhz() -> float | None:
-    told = _cpuinfo("cpu MHz")
-    return float(told) if told else None
-
-
-def _cpuinfo(field: str) -> str | None:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), None)
-    except OSError:
-        return None
-
-
 def _output(command: Sequence[str]) -> str | None:
     """What a command prints; None if it is missing or fails."""
     try:
@@ -91,10 +101,3 @@ def _output(command: Sequence[str]) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

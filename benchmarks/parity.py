@@ -11,7 +11,7 @@ Shape suffixes: ``t`` prompt tokens, ``n`` new tokens, ``v`` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,8 @@ from torch import nn
 
 from fastllama import LlamaForCausalLM
 
+from .workload import Rows, Workload
+
 FLOAT32_BOUND = 1e-5
 CHUNK = 512  # tokens of one forward
 MAX_ROWS = 2  # of a batch that are checked: the first and the last
@@ -27,36 +29,32 @@ MAX_ROWS = 2  # of a batch that are checked: the first and the last
 
 @dataclass(frozen=True)
 class Parity:
-    """The outcome for one contender.
+    """The outcome for one contender."""
 
-    Attributes:
-        passed: whether every checked token was within the bound.
-        worst_gap: largest distance of a token's float32 logit below the highest.
-        bound: what it may be.
-        tokens: how many were checked.
-        best: how many of them have the highest float32 logit.
-        note: in one line, what failed or why nothing was checked.
-    """
+    passed: bool  # whether every checked token was within the bound
+    worst_gap: float = 0.0  # largest distance of a token's float32 logit below the highest
+    bound: float = 0.0  # what it may be
+    tokens: int = 0  # that were checked
+    best: int = 0  # of them, how many have the highest float32 logit
+    note: str = ""  # in one line, what failed or why nothing was checked
 
-    passed: bool
-    worst_gap: float = 0.0
-    bound: float = 0.0
-    tokens: int = 0
-    best: int = 0
-    note: str = ""
+
+def check_all(
+    model: LlamaForCausalLM, workload: Workload, tokens: Mapping[str, Rows | None]
+) -> dict[str, Parity | None]:
+    """The parity of each contender's tokens; None for those that report none. Equal tokens are checked once."""
+    checked = {
+        rows: check(model, workload.prompts, rows, workload.new_tokens)
+        for rows in set(tokens.values())
+        if rows is not None
+    }
+    return {name: None if rows is None else checked[rows] for name, rows in tokens.items()}
 
 
 def check(
     model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], new_tokens: int
 ) -> Parity:
-    """Check greedy tokens.
-
-    Args:
-        model: the weights that should have decoded them.
-        prompts: token ids of each row, without padding.
-        tokens: new token ids of each row.
-        new_tokens: how many each row should have.
-    """
+    """Check greedy tokens."""
     lengths = sorted({len(row) for row in tokens})
     if len(tokens) != len(prompts) or lengths != [new_tokens]:
         return Parity(False, note=f"{len(tokens)} rows of {lengths} tokens in place of {len(prompts)} of {new_tokens}")
@@ -66,17 +64,10 @@ def check(
     rows = sorted({0, len(prompts) - 1})[:MAX_ROWS]
     found = [_check_row(model, prompts[row], tokens[row]) for row in rows]
     worst = max(found, key=lambda parity: parity.worst_gap / parity.bound)
-    passed = all(parity.passed for parity in found)
-    return Parity(
-        passed,
-        worst.worst_gap,
-        worst.bound,
-        sum(parity.tokens for parity in found),
-        sum(parity.best for parity in found),
-        ""
-        if passed
-        else f"a token lies {worst.worst_gap:.3g} below the best logit, rounding explains {worst.bound:.3g}",
-    )
+    passed = all(each.passed for each in found)
+    tokens, best = sum(each.tokens for each in found), sum(each.best for each in found)
+    note = f"a token lies {worst.worst_gap:.3g} below the best logit, rounding explains {worst.bound:.3g}"
+    return Parity(passed, worst.worst_gap, worst.bound, tokens, best, "" if passed else note)
 
 
 def _check_row(model: LlamaForCausalLM, prompt: Sequence[int], tokens: Sequence[int]) -> Parity:

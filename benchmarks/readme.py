@@ -1,269 +1,143 @@
 """README.md's figures, from committed records: nobody types them.
 
-    python -m benchmarks.readme            # write the table between the markers
-    python -m benchmarks.readme --check    # say in one line, and by exiting with 1, if it is not what the records say
+    fastllama bench report --readme            # or python -m benchmarks.readme: fill the region between the markers
+    fastllama bench report --readme --check    # exit with 1 if it is not what the records say
 
-ROWS below says what each row shows and which record it takes: the newest that fits. A row without a record is left out.
+One table of :data:`ROWS`, where each row was measured, and who wins and where fastllama loses. A row without a record
+is left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from . import labels
-from .ours import OURS
-from .peers.gpt_fast import NAME as GPT_FAST
-from .peers.llama_cpp import NAME as LLAMA_CPP
-from .peers.transformers import EAGER as TRANSFORMERS
-from .peers.transformers import STATIC
+import pandas as pd
+import typer
+
+from .contenders import FASTLLAMA, GPT_FAST, LLAMA_CPP, STATIC, TRANSFORMERS, title_of
 from .records import RECORDS, RecordError, read_all
+from .report import Record, command, markdown, newest, number, origin
 
-ROOT = Path(__file__).resolve().parent.parent
+README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
-PEERS = {TRANSFORMERS: "transformers", STATIC: "static+compile", GPT_FAST: "gpt-fast", LLAMA_CPP: "llama.cpp"}
-NOT_RUN = "not run"
-LIVE, FEW_SLOTS, MANY_SLOTS = 64, 128, 8192
-
-Record = Mapping[str, Any]
+PEERS = {
+    title_of(TRANSFORMERS): "transformers",
+    title_of(STATIC): "transformers, compiled",
+    GPT_FAST: "gpt-fast",
+    LLAMA_CPP: "llama.cpp",
+}
+SPOKEN = {title_of(STATIC): "compiled transformers"}
+ONE_B, EIGHT_B = "random:llama-3.2-1b", "random:llama-3.1-8b"
+ROWS: dict[str, dict[str, Any]] = {
+    "Llama-3.2-1B shape, bf16": {"model": ONE_B, "device": "cpu", "prompt_len": 64},
+    "Llama-3.2-1B shape, bf16, GPU": {"model": ONE_B, "device": "cuda", "prompt_len": 512},
+    "Llama-3.1-8B shape, bf16, GPU": {"model": EIGHT_B, "device": "cuda", "prompt_len": 512},
+}
+LONG_PROMPT = 512
+MARKS = "¹²³"
 
 
 class ReadmeError(ValueError):
     """README.md cannot be filled; the message is one line."""
 
 
-@dataclass(frozen=True)
-class Cells:
-    """What a row shows.
-
-    Attributes:
-        values: of each contender by name, as text.
-        ratio: fastllama's speed over that of transformers.
-        mbu: memory-bandwidth utilisation.
-    """
-
-    values: dict[str, str]
-    ratio: str = ""
-    mbu: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table.
-
-    Attributes:
-        label: what it shows, with its unit.
-        fields: what a record must say to be shown; ``device`` without its number.
-        cells: makes the cells of the newest such record; None where it lacks what the row shows.
-    """
-
-    label: str
-    fields: Mapping[str, Any]
-    cells: Callable[[Record], Cells | None]
+def figures(records: Iterable[Record]) -> str:
+    """The region: table, origins, sentences; empty where there is no record to show."""
+    known = [record for record in records if not record.get("sweep")]  # a point of an old sweep is no plain decode
+    asked = {label: {"kind": "decode", "dtype": "bfloat16", "batch": 1, **fields} for label, fields in ROWS.items()}
+    shown = {label: found for label, fields in asked.items() if (found := newest(known, **fields))}
+    if not shown:
+        return ""
+    marks = MARKS if len(shown) > 1 else [""]
+    peers = [name for name in PEERS if any("ratio" in record["peers"].get(name, {}) for record in shown.values())]
+    rows, origins, sentences = [], [], []
+    for mark, (label, record) in zip(marks, shown.items(), strict=False):
+        rows.append([label + mark, number(record["tokens_per_second"]), *(_cell(record, name) for name in peers)])
+        origins.append(f"{mark} {origin(record)}: `{command(record)}`".strip())
+        sentences.append(" ".join(_sentences(f"{label}: " * (len(shown) > 1), record, known)))
+    table = pd.DataFrame(rows, columns=["tokens/s, batch 1", FASTLLAMA, *(PEERS[name] for name in peers)])
+    return "\n\n".join([markdown(table), "  \n".join(origins), *sentences])
 
 
-# ---- what a record shows -------------------------------------------------------------------------------------------
+def _cell(record: Record, name: str) -> str:
+    """A peer's figure; one without says why, and one that reports no tokens is marked as unchecked."""
+    peer = record["peers"].get(name, {})
+    if "ratio" not in peer:
+        return "not run"
+    return (
+        "wrong output" if peer["parity"] is False else number(peer["tokens_per_second"]) + r"\*" * (not peer["parity"])
+    )
 
 
-def decode_cells(record: Record) -> Cells:
-    """Tokens per second."""
-    return _speed_cells(record, "tokens_per_second", percent(record["mbu"]))
+def _sentences(label: str, record: Record, known: Sequence[Record]) -> Iterator[str]:
+    """Who wins, how near the bound fastllama is, and where it loses."""
+    right = {name: peer for name, peer in record["peers"].items() if name in PEERS and peer.get("parity") is not False}
+    ratios = {SPOKEN.get(name, name): peer["ratio"] for name, peer in right.items() if peer.get("ratio")}
+    wins = {name: ratio for name, ratio in ratios.items() if ratio >= 1}
+    parts = [f"{100 * (1 - ratio):.0f} % slower than {name}" for name, ratio in ratios.items() if ratio < 1]
+    if wins:
+        low, high = (f"{bound(wins.values()):.2f}" for bound in (min, max))
+        parts.insert(0, f"{low if low == high else f'{low} to {high}'} times as fast as {_listed(wins)}")
+    if parts:
+        yield f"{label}fastllama is {', and '.join(parts)}, at {100 * record['mbu']:.0f} % memory-bandwidth utilisation."
+    same = {name: record[name] for name in ("model", "dtype")} | {"device": record["device"].split(":")[0]}
+    prompts = [each for each in known if each["kind"] in ("decode", "prefill") and each["batch"] == 1]
+    prompt = _slower(newest(prompts, prompt_len=LONG_PROMPT, **same), "ms", lambda entry: entry["ttft_ms"])
+    start = newest(known, kind="startup", **same)
+    start = _slower(start, "s", lambda entry: entry["phases"]["empty"]["to_first_token"])
+    losses = [prompt and f"a prompt of {LONG_PROMPT} tokens takes {prompt}"]
+    losses += [start and f"a first start, on empty compile caches, takes {start}"]
+    if any(losses):
+        yield f"It loses where {', and where '.join(filter(None, losses))}."
+    if any(peer.get("parity", True) is None for peer in right.values()):
+        yield r"\* reports no tokens: its output is not checked."
 
 
-def prefill_cells(record: Record) -> Cells:
-    """Milliseconds to the first token."""
-    return _speed_cells(record, "ttft_ms", "")
+def _slower(record: Record | None, unit: str, value: Any) -> str:
+    """Both times, where the record says that transformers takes less."""
+    peer = record["peers"].get(TRANSFORMERS, {}) if record else {}
+    if "ratio" not in peer or value(peer) >= value(record):
+        return ""
+    return f"{number(value(record))} {unit} (transformers {number(value(peer))} {unit})"
 
 
-def _speed_cells(record: Record, name: str, mbu: str) -> Cells:
-    ratio = _ratio(record)
-    values = _values(record, lambda entry: number(entry[name]))
-    return Cells(values, "" if ratio is None else times(ratio), mbu)
+def _listed(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
-def startup_cells(record: Record) -> Cells:
-    """Seconds from a process's start to its first token, on empty and on warm caches."""
-
-    def on_each(seconds: Callable[[str], str]) -> str:
-        return " / ".join(map(seconds, ("empty", "warm")))
-
-    ratio = _ratio(record)
-    values = _values(record, lambda entry: on_each(lambda c: number(entry["phases"][c]["to_first_token"])))
-    return Cells(values, "" if ratio is None else on_each(lambda caches: times(ratio[caches])))
-
-
-def capacity_cells(record: Record) -> Cells | None:
-    """Milliseconds a token in many slots and, by turns with that, in few; None where there is no latter."""
-    few = record["peers"].get(f"{FEW_SLOTS} slots", {})
-    if not few.get("parity"):
-        return None
-    both = (entry["tpot_ms"]["p50"] for entry in (record, few))
-    return Cells({OURS: " / ".join(map(number, both))}, "", percent(record["mbu"]))
-
-
-def _values(record: Record, text: Callable[[Record], str]) -> dict[str, str]:
-    """A cell for fastllama and each peer; those without a figure say why."""
-    values = {OURS: text(record)}
-    for name, peer in record["peers"].items():
-        if "unavailable" in peer:
-            values[name] = NOT_RUN
-        elif peer["parity"] is None:
-            values[name] = f"{text(peer)} (unchecked)"
-        else:
-            values[name] = text(peer) if peer["parity"] else "wrong output"
-    return values
-
-
-def _ratio(record: Record) -> Any:
-    """That to transformers; None where it has no right output."""
-    peer = record["peers"].get(TRANSFORMERS, {})
-    return peer.get("ratio") if peer.get("parity") else None
-
-
-# ---- the rows ------------------------------------------------------------------------------------------------------
-
-
-def _fields(kind: str, model: str, dtype: str = "bfloat16", device: str = "cpu", **others: Any) -> dict[str, Any]:
-    return {"kind": kind, "model": model, "dtype": dtype, "device": device, "quantize": None, "sweep": None} | others
-
-
-DEMO, ONE_B, EIGHT_B = "demo", "random:llama-3.2-1b", "random:llama-3.1-8b"
-CAPACITY = {"sweep": "capacity", "sweep_value": MANY_SLOTS, "live_tokens": LIVE}
-
-ROWS = (
-    Row("demo checkpoint (5.5M), tokens/s", _fields("decode", DEMO, batch=1, prompt_len=64), decode_cells),
-    Row("1.24B, tokens/s", _fields("decode", ONE_B, batch=1, prompt_len=64), decode_cells),
-    Row(
-        "1.24B, 512-token prompt to first token, ms", _fields("prefill", ONE_B, batch=1, prompt_len=512), prefill_cells
-    ),
-    Row("1.24B, process to first token, empty / warm caches, s", _fields("startup", ONE_B), startup_cells),
-    Row(
-        f"1.24B, {LIVE} live tokens in {MANY_SLOTS} slots / in {FEW_SLOTS}, ms a token",
-        _fields("decode", ONE_B, batch=1, **CAPACITY),
-        capacity_cells,
-    ),
-    Row("1.24B on a GPU, tokens/s", _fields("decode", ONE_B, device="cuda", batch=1, prompt_len=512), decode_cells),
-    Row("8.03B on a GPU, tokens/s", _fields("decode", EIGHT_B, device="cuda", batch=1, prompt_len=512), decode_cells),
-)
-
-
-# ---- the table -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Table:
-    """The table as it grows, and the notes below it that say where each row was measured."""
-
-    rows: list[tuple[str, Cells, Record, int]] = field(default_factory=list)
-    origins: list[str] = field(default_factory=list)
-
-    def add(self, label: str, cells: Cells, record: Record) -> None:
-        """Add a row; rows of one machine, commit and day share a note."""
-        origin = ", ".join(f(record) for f in (labels.machine, labels.software, labels.revision, labels.day))
-        if origin not in self.origins:
-            self.origins.append(origin)
-        self.rows.append((label, cells, record, self.origins.index(origin) + 1))
-
-    def markdown(self) -> str:
-        """The table and its notes; empty where there is no row."""
-        if not self.rows:
-            return ""
-        ran = {name for _, cells, *_ in self.rows for name, text in cells.values.items() if text != NOT_RUN}
-        shown = [OURS, *(name for name in PEERS if name in ran)]
-        header = ["", *(PEERS.get(name, name) for name in shown), "ratio", "MBU", "measured by", "on"]
-        lines = [_line(header), "|" + "---|" * len(header)]
-        for label, cells, record, origin in self.rows:
-            values = [cells.values.get(name, "") for name in shown]
-            lines.append(_line([label, *values, cells.ratio, cells.mbu, f"`{labels.command(record)}`", str(origin)]))
-        notes = [f"{at}. {origin}" for at, origin in enumerate(self.origins, start=1)]
-        return "\n".join([*lines, "", *notes])
-
-
-def figures(records: Iterable[Record], rows: Sequence[Row] = ROWS) -> str:
-    """The rows that there are records for, as Markdown."""
-    known, table = list(records), Table()
-    for row in rows:
-        record = newest(known, row.fields)
-        cells = row.cells(record) if record is not None else None
-        if record is not None and cells is not None:
-            table.add(row.label, cells, record)
-    return table.markdown()
-
-
-def newest(records: Iterable[Record], fields: Mapping[str, Any]) -> Record | None:
-    """The record with these fields that was measured last; of equally old ones the last in the files."""
-
-    def fits(record: Record) -> bool:
-        found = {**record, "device": record["device"].split(":")[0]}
-        return all(found.get(name) == value for name, value in fields.items())
-
-    return max(enumerate(filter(fits, records)), key=lambda pair: (pair[1]["time"], pair[0]), default=(0, None))[1]
-
-
-def fill(text: str, table: str) -> str:
-    """The text with the table in place of what is between the markers.
-
-    Raises:
-        ReadmeError: the markers are not there, once each and in order.
-    """
-    before, begin, rest = text.partition(BEGIN)
+def fill(page: str, region: str) -> str:
+    """The page with the region in place of what is between the markers, which must be there once each and in order."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in after:
         raise ReadmeError(f"expected {BEGIN} and, below it, {END}, once each")
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}" if table else f"{before}{BEGIN}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{region}\n\n{END}{after}" if region else f"{before}{BEGIN}\n{END}{after}"
 
 
-def number(value: float) -> str:
-    """Three digits, or all there are before the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
-
-
-def percent(fraction: float) -> str:
-    """A fraction as a whole percentage."""
-    return f"{100 * fraction:.0f} %"
-
-
-def times(ratio: float) -> str:
-    """A ratio with two decimals."""
-    return f"{ratio:.2f} x"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|"
-
-
-# ---- the command ---------------------------------------------------------------------------------------------------
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write or check README.md; the exit status."""
-    parser = argparse.ArgumentParser("benchmarks.readme", description="README.md's figures from committed records.")
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 if there is something to write"
-    )
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
-    parser.add_argument("--records", type=Path, default=RECORDS, metavar="DIR", help="folder of .jsonl files")
-    options = parser.parse_args(arguments)
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Only report a README that is out of date.")] = False,
+    page: Annotated[Path, typer.Option("--readme", metavar="FILE", help="Page to fill.")] = README,
+    folder: Annotated[Path, typer.Option("--records", metavar="DIR", help="Folder of records.")] = RECORDS,
+) -> None:
+    """Fill README.md's figures from committed records."""
+    problem = ""
     try:
-        present = options.readme.read_text(encoding="utf-8")
-        wanted = fill(present, figures(read_all(options.records)))
+        present = page.read_text(encoding="utf-8")
+        wanted = fill(present, figures(read_all(folder)))
+        if not check:
+            page.write_text(wanted, encoding="utf-8")
+        elif present != wanted:
+            problem = f"{page.name} is not what the records say: run fastllama bench report --readme"
     except (ReadmeError, RecordError, OSError) as error:
-        return _fail(f"{options.readme.name}: {error}" if isinstance(error, ReadmeError) else str(error))
-    if options.check:
-        told = f"{options.readme.name} is not what the records say: run python -m benchmarks.readme"
-        return 0 if present == wanted else _fail(told)
-    options.readme.write_text(wanted, encoding="utf-8")
-    return 0
-
-
-def _fail(message: str) -> int:
-    sys.stderr.write(f"readme: {message}\n")
-    return 1
+        problem = f"{page.name}: {error}" if isinstance(error, ReadmeError) else str(error)
+    if problem:
+        sys.stderr.write(f"readme: {problem}\n")
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

@@ -1,6 +1,6 @@
 """Records of measurements: one JSON object a line, in files that only grow.
 
-The fields are listed in docs/benchmarks.md. ``schema`` is raised when one changes its meaning or goes away; new ones do
+The fields are listed in docs/measuring.md. ``schema`` is raised when one changes its meaning or goes away; new ones do
 not raise it.
 """
 
@@ -16,63 +16,41 @@ from typing import Any
 SCHEMA = 1
 RECORDS = Path(__file__).resolve().parent / "records"
 
-COMMON: dict[str, type | tuple[type, ...]] = {
-    "schema": int,
-    "kind": str,
-    "time": str,
-    "model": str,
-    "dtype": str,
-    "device": str,
-    "parity": bool,
-    "environment": dict,
-}
-SPEED: dict[str, type | tuple[type, ...]] = {
-    "batch": int,
-    "prompt_len": int,
-    "new_tokens": int,
-    "capacity": (int, type(None)),
-    "rounds": int,
-    "tokens_per_second": float,
+Types = dict[str, tuple[type, ...]]
+NUMBER, INT_OR_NONE = (float, int), (int, type(None))
+COMMON: Types = dict.fromkeys(("kind", "time", "model", "dtype", "device"), (str,)) | {
+    "schema": (int,), "parity": (bool,), "environment": (dict,),
+}  # fmt: skip
+DECODE: Types = {
+    **dict.fromkeys(("batch", "prompt_len", "new_tokens", "rounds", "bytes_per_step"), (int,)),
+    **dict.fromkeys(("compiles_after_warmup", "recordings_after_warmup"), (int,)),
+    **dict.fromkeys(("tokens_per_second", "ttft_ms", "bandwidth_gb_s", "memory_bandwidth_gb_s"), NUMBER),
+    **dict.fromkeys(("mbu", "floor_ms"), NUMBER),
+    **dict.fromkeys(("capacity", "peak_memory_bytes"), INT_OR_NONE),
     "tpot_ms": (dict, type(None)),
-    "ttft_ms": float,
-    "bytes_per_step": int,
-    "bandwidth_gb_s": float,
-    "memory_bandwidth_gb_s": float,
-    "mbu": float,
-    "floor_ms": float,
-    "peak_memory_bytes": (int, type(None)),
-    "compiles_after_warmup": int,
-    "recordings_after_warmup": int,
-    "peers": dict,
+    "peers": (dict,),
 }
-KINDS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "decode": SPEED,
-    "prefill": {name: SPEED[name] for name in ("batch", "prompt_len", "rounds", "tokens_per_second", "peers")},
-    "startup": {"phases": dict, "peers": dict},
-    "kernels": {"kernels": list, "memory_bandwidth_gb_s": float},
+LAUNCHES = ("host_us_per_step", "kernels_per_step", "copies_per_step", "kernel_us_per_step")
+KINDS: dict[str, Types] = {
+    "decode": DECODE,
+    # No longer written: what a prompt takes is a column of a decode.
+    "prefill": {name: DECODE[name] for name in ("batch", "prompt_len", "rounds", "tokens_per_second", "peers")},
+    "startup": {"phases": (dict,), "peers": (dict,)},
+    "kernels": {"kernels": (list,), "memory_bandwidth_gb_s": NUMBER},
     "launches": {
-        "batch": int,
-        "prompt_len": int,
-        "capacity": int,
-        "host_us_per_step": (float, type(None)),
-        "kernels_per_step": (float, type(None)),
-        "copies_per_step": (float, type(None)),
-        "kernel_us_per_step": (float, type(None)),
-        "top_kernels": list,
+        **dict.fromkeys(("batch", "prompt_len", "capacity"), (int,)),
+        **dict.fromkeys(LAUNCHES, (*NUMBER, type(None))),
+        "top_kernels": (list,),
     },
 }
 
 
 class RecordError(ValueError):
-    """A record that may not be kept, or a file that holds something else than records."""
+    """A record that may not be kept, or a file that holds something other than records."""
 
 
 def new_record(kind: str, fields: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of this moment.
-
-    Raises:
-        RecordError: a field is missing or of another type.
-    """
+    """A record of this moment."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     record = {"schema": SCHEMA, "kind": kind, "time": now} | dict(fields) | {"environment": dict(environment)}
     validate(record)
@@ -86,21 +64,17 @@ def validate(record: Mapping[str, Any]) -> None:
         raise RecordError(f"records of schema {SCHEMA} are known, this one says {schema!r}")
     if kind not in KINDS:
         raise RecordError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    faults = [
-        f"{name} is {'missing' if name not in record else type(record[name]).__name__}, expected {_names(types)}"
-        for name, types in (COMMON | KINDS[kind]).items()
-        if not _fits(record.get(name), types)
-    ]
+    faults = []
+    for name, types in (COMMON | KINDS[kind]).items():
+        value, expected = record.get(name), " or ".join(each.__name__ for each in types)
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            faults.append(f"{name} is {type(value).__name__ if name in record else 'missing'}, expected {expected}")
     if faults:
         raise RecordError(f"not a {kind} record: {'; '.join(faults)}")
 
 
 def append(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Add one record to a file, which is made if it is not there; nothing that is there changes.
-
-    Raises:
-        RecordError: the record does not follow the schema, or its outputs failed the parity gate.
-    """
+    """Add one record to a file, which is made if it is not there; nothing that is there changes."""
     validate(record)
     if not record["parity"]:
         raise RecordError("refused: the outputs failed the parity gate, so the figures mean nothing")
@@ -113,11 +87,7 @@ def append(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a file, oldest first.
-
-    Raises:
-        RecordError: a line is no record, by number.
-    """
+    """The records of a file, oldest first."""
     found = []
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -133,13 +103,3 @@ def read_all(folder: str | os.PathLike[str] = RECORDS) -> Iterator[dict[str, Any
     """The records of every file of a folder."""
     for path in sorted(Path(folder).glob("*.jsonl")):
         yield from read(path)
-
-
-def _fits(value: Any, types: type | tuple[type, ...]) -> bool:
-    if types is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
-    return isinstance(value, types) and (types is bool or not isinstance(value, bool))
-
-
-def _names(types: type | tuple[type, ...]) -> str:
-    return " or ".join(kind.__name__ for kind in (types if isinstance(types, tuple) else (types,)))

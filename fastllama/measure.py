@@ -1,7 +1,7 @@
 """How fast a model decodes, and how fast the memory of the machine would let it.
 
 Decoding one token reads every weight and the live part of the KV cache once. So bytes per step over memory
-bandwidth is the floor of the time per token, and MBU (memory-bandwidth utilisation) is how near a decode is.
+bandwidth bounds the time per token, and MBU (memory-bandwidth utilisation) is how near a decode is.
 Times are seconds, sizes bytes, bandwidths bytes per second.
 """
 
@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 
+from fastllama import ops
 from fastllama.config import LlamaConfig
 from fastllama.model.llama import Llama
 
 GIB = 1 << 30
-READ_BYTES = GIB  # large beside any processor cache
+READ_BYTES = GIB  # far larger than any processor cache
 BANDWIDTH_PASSES = 7
 
 
-# ---- the floor ---------------------------------------------------------------------------------------------
+# ---- the bound ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Bandwidth:
 class BandwidthProbe:
     """Measures the memory bandwidth of a device, now and again, over the same buffers.
 
-    On the CPU a streaming read of 1 GiB, or of a quarter of the free memory where that is less, with all of
-    torch's threads. On CUDA a copy within the device of 1 GiB, or of an eighth of the free memory; it counts
-    twice, being read and written.
+    On the CPU a streaming read of 1 GiB, or of a quarter of the free memory where that is less, with all of torch's
+    threads: by a kernel that only reads, or by torch's sum where the C++ kernels cannot be built. On CUDA a copy within
+    the device of 1 GiB, or of an eighth of the free memory; it counts twice, being read and written.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -51,23 +51,35 @@ class BandwidthProbe:
             self._method = f"copy of {nbytes / GIB:.2g} GiB within the device"
         else:
             nbytes = min(READ_BYTES, free_memory() // 4)
-            self._method = f"read of {nbytes / GIB:.2g} GiB, {torch.get_num_threads()} threads"
+            reader = ops.memory_reader()
+            self._read_bytes = reader or torch.sum
+            by = "" if reader else " by torch's sum"
+            self._method = f"read of {nbytes / GIB:.2g} GiB{by}, {torch.get_num_threads()} threads"
         self._source = torch.ones(nbytes // 8, dtype=torch.int64, device=device)
         self._target = torch.empty_like(self._source) if self._is_cuda else None
-        self._seconds: list[float] = []
+        self._seconds: list[list[float]] = []  # of each pass of each sample
 
     def sample(self, passes: int = 3) -> None:
-        """Go over the memory so many times."""
-        for _ in range(passes):
-            self._seconds.append(self._copy() if self._is_cuda else _seconds(self._source.sum))
+        """Go over the memory that number of times."""
+        self._seconds.append([self._copy() if self._is_cuda else self._read() for _ in range(passes)])
 
     @property
     def best(self) -> Bandwidth:
         """The fastest pass so far, as STREAM reports it; samples if there was none."""
         if not self._seconds:
             self.sample(BANDWIDTH_PASSES)
+        return Bandwidth(max(self.readings), self._method)
+
+    @property
+    def readings(self) -> tuple[float, ...]:
+        """Bytes per second of the fastest pass of each sample; where they differ much, the run was disturbed."""
         moved = self._source.nbytes * (2 if self._is_cuda else 1)
-        return Bandwidth(moved / min(self._seconds), self._method)
+        return tuple(moved / min(seconds) for seconds in self._seconds)
+
+    def _read(self) -> float:
+        start = time.perf_counter()
+        self._read_bytes(self._source)
+        return time.perf_counter() - start
 
     def _copy(self) -> float:
         assert self._target is not None
@@ -120,7 +132,7 @@ def weight_bytes_per_step(model: Llama, batch: int = 1, itemsize: int | None = N
 
 
 def kv_cache_bytes(config: LlamaConfig, tokens: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Bytes of the keys and values of so many tokens in each of ``batch`` sequences."""
+    """Bytes of the keys and values of ``tokens`` tokens in each of ``batch`` sequences."""
     heads, dim = config.num_key_value_heads or config.num_attention_heads, config.head_dim or 0
     return 2 * config.num_hidden_layers * heads * dim * tokens * batch * itemsize
 
@@ -191,9 +203,3 @@ def quantiles(values: Sequence[float]) -> Quantiles:
         return Quantiles(0.0, 0.0, 0.0)
     found = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
     return Quantiles(*found.tolist())
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastllama_kernels.attention import op as attention_op
-from fastllama_kernels.common import activations, build, calls, shapes
+from fastllama_kernels.common import activations, bandwidth, build, calls, shapes
 from fastllama_kernels.layers import op as layers_op
 from fastllama_kernels.linear import op as linear_op
 from fastllama_kernels.sampling import op as sampling_op
@@ -364,3 +364,8 @@ def kernels_per_step(
 
     in_layers = layers * sum(launches(call.op) for call in calls.STEP if call.in_layer)
     return (launches("layers") or in_layers) + sum(launches(call.op) for call in calls.STEP if not call.in_layer)
+
+
+def memory_reader() -> Callable[[torch.Tensor], int] | None:
+    """What reads a CPU tensor with all threads and does nothing else; None where the C++ kernels cannot be built."""
+    return bandwidth.read_bytes if build.load() is None else None

@@ -11,7 +11,8 @@ from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.causal_lm import engine_of
 from fastllama.engine import graphs
 from fastllama.engine.decoder import FusedDecoder
-from fastllama.engine.runner import Request
+from fastllama.generation.loop import decode
+from fastllama.generation.request import Request
 from fastllama_kernels.common import pdl
 
 pytestmark = pytest.mark.gpu
@@ -53,9 +54,8 @@ def test_a_16_bit_step_errs_no_more_than_twice_what_the_eager_forward_does(monke
     exact.load_state_dict(ours.state_dict())  # the same weights, rounded
     seen, genuine = [], FusedDecoder.logits
     monkeypatch.setattr(FusedDecoder, "logits", lambda net, x: seen.append(genuine(net, x)) or seen[-1])
-    monkeypatch.setattr(
-        "fastllama.engine.graphs._compile", lambda step, graphs: step
-    )  # so that every step's logits are seen
+    plain = graphs.CompiledStep  # not compiled, so that every step's logits are seen
+    monkeypatch.setattr("fastllama.engine.graphs._compile", lambda step, graphs: plain(step, step))
     monkeypatch.setenv(graphs.SWITCH, graphs.INDUCTOR)
     ids = torch.randint(0, 512, (rows, 33), device="cuda")
     tokens = ours.generate(ids, max_new_tokens=64)
@@ -78,9 +78,9 @@ def test_dependent_launches_change_no_token(monkeypatch) -> None:
 
 
 def test_replays_never_wait_for_the_device(model) -> None:
-    request = Request([torch.randint(0, 512, (10,))], max_new_tokens=65)
-    list(engine_of(model).decode(request, poll_every=8))
-    bursts = engine_of(model).decode(request, poll_every=8)
+    requests = [Request(torch.randint(0, 512, (10,)), max_new_tokens=65)]
+    list(decode(engine_of(model), requests, poll_every=8))
+    bursts = decode(engine_of(model), requests, poll_every=8)
     tokens = [next(bursts)]
     try:
         torch.cuda.set_sync_debug_mode("error")  # raises at whatever waits for the device, but for events

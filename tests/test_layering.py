@@ -20,7 +20,6 @@ LAYERS = (
     "quantization",
     "loading",
     "tokenizer",
-    "sampling",
     "engine",
     "generation",
     "causal_lm",

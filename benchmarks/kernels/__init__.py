@@ -1,1 +1,1 @@
-"""``bench kernels``: each operation of a decode step, beside torch's."""
+"""``bench kernels``: each operation of a decode step, what it replaces, and the memory's bandwidth."""

@@ -6,35 +6,28 @@ Rounds go on past the first few only while a metric is inconclusive: noise costs
 from __future__ import annotations
 
 import fcntl
-import functools
-import hashlib
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..harness import Unavailable, Workload
-from ..remote import Remote
-from .environments import Requirements, interpreter, prune
+from ..contenders import FASTLLAMA, Task
+from ..contenders.remote import Remote
+from ..rounds import Say
+from ..workload import Unavailable, Workload
 from .outputs import Difference, compare, first_difference, prompts
-from .rounds import BASE, HEAD, SIDES, Metric, Round, run_round
+from .revisions import Revision, files_of, repository, resolve
+from .rounds import BASE, HEAD, SIDES, Metric, Round, lead_in, run_round
 from .verdict import THRESHOLD, Outcome, Verdict, estimate, judge
-from .worktrees import Revision, files_of, repository, resolve
 
-START = Path(__file__).with_name("start.py")
-CACHES = {
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",
-    "TORCH_EXTENSIONS_DIR": "extensions",
-    "TRITON_CACHE_DIR": "triton",
-}
+CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TORCH_EXTENSIONS_DIR": "extensions", "TRITON_CACHE_DIR": "triton"}
+REQUIREMENTS = ("pyproject.toml", "requirements-dev.lock")
 REFERENCE_DTYPE = "float32"
 BUSY = 0.5  # load for each core that is worth a note
-KEPT_REVISIONS, KEPT_ENVIRONMENTS = 16, 4  # in the cache folder, by last use
-
-Say = Callable[[str], None]
 
 
 class BaseUnavailable(Unavailable):
@@ -43,42 +36,27 @@ class BaseUnavailable(Unavailable):
 
 @dataclass(frozen=True)
 class Settings:
-    """What to compare, and how.
-
-    Attributes:
-        repo: a folder in the repository.
-        base, head: revisions; ``.`` is the checkout as it is.
-        model, dtype, device: what decodes; the device is CUDA where there is one if None.
-        metrics: what is judged.
-        prompt_len, new_tokens: of every decode.
-        rounds, max_rounds: so many at least, and at most.
-        turns: runs of each arm and batch size in a round.
-        minutes: after so many no further round is started, once there were ``rounds``.
-        threshold: slowdown as a fraction; None: ``verdict.THRESHOLD`` on CUDA, calibrated on a CPU.
-        accept_different_outputs: measure although outputs differ.
-        python: interpreter for both; None: an environment for each set of requirements.
-        threads: of each worker; None: as many as torch takes.
-        cache: folder for environments, worktrees and what was compiled.
-    """
+    """What to compare, and how."""
 
     repo: Path
-    base: str
+    base: str  # revisions; ``.`` is the checkout as it is
     head: str
-    cache: Path
+    cache: Path  # for worktrees and what was compiled
     metrics: tuple[Metric, ...]
     model: str = "demo"
     dtype: str = "bfloat16"
-    device: str | None = None
+    device: str = "cpu"
     prompt_len: int = 128
     new_tokens: int = 64
     rounds: int = 3
     max_rounds: int = 12
-    turns: int = 8
-    minutes: float = 15.0
-    threshold: float | None = None
+    turns: int = 8  # runs of each arm and batch size in a round
+    minutes: float = 15.0  # after which no round beyond ``rounds`` is started
+    threshold: float | None = None  # a fraction; None: ``verdict.THRESHOLD`` on CUDA, calibrated on a CPU
     accept_different_outputs: bool = False
-    python: Path | None = None
-    threads: int | None = None
+    python: Path = Path(sys.executable)  # of both
+    threads: int | None = None  # of each worker
+    slowdown: float = 0.0  # fraction by which every step of the head is made longer, to prove that it is seen
 
     @property
     def batches(self) -> list[int]:
@@ -90,46 +68,25 @@ class Settings:
         return Workload.random(vocab_size, batch, self.prompt_len, self.new_tokens)
 
 
-@dataclass(frozen=True)
-class Side:
-    """One of the two revisions, ready to decode.
-
-    Attributes:
-        revision: which.
-        tree: folder with its files.
-        python: interpreter of its environment.
-        caches: folder for what is compiled from it.
-        requirements: what it needs; None where that cannot be read.
-    """
+class Side(NamedTuple):
+    """One of the two revisions, ready to decode."""
 
     revision: Revision
-    tree: Path
-    python: Path
-    caches: Path
-    requirements: Requirements | None
+    tree: Path  # its files
+    caches: Path  # for what is compiled from them
 
 
 @dataclass(frozen=True)
 class Result:
-    """What an invocation of the gate has found.
-
-    Attributes:
-        settings: as asked for.
-        base, head: the revisions.
-        difference: where their float32 outputs part; None: nowhere.
-        timed_difference: where those in the timed dtype part.
-        rounds: what was measured; empty where outputs differ.
-        verdicts: of each metric by name.
-        notes: what a reader should know besides, one line each.
-    """
+    """What an invocation of the gate has found."""
 
     settings: Settings
     base: Revision
     head: Revision
-    difference: Difference | None = None
-    timed_difference: Difference | None = None
-    rounds: tuple[Round, ...] = ()
-    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
+    difference: Difference | None = None  # of float32 outputs
+    timed_difference: Difference | None = None  # of those in the timed dtype
+    rounds: tuple[Round, ...] = ()  # none where outputs differ
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)  # by metric
     notes: tuple[str, ...] = ()
 
     @property
@@ -142,6 +99,11 @@ class Result:
         """Whether the head must not be merged: other outputs, or slower."""
         return self.refused or self.has(Outcome.SLOWER)
 
+    @property
+    def undecided(self) -> bool:
+        """Whether a metric is inconclusive."""
+        return self.has(Outcome.UNDECIDED)
+
     def has(self, outcome: Outcome) -> bool:
         """Whether a metric came out so."""
         return any(verdict.outcome is outcome for verdict in self.verdicts.values())
@@ -153,25 +115,23 @@ class Result:
 
 
 def run(settings: Settings, say: Say) -> Result:
-    """Compare two revisions.
-
-    Args:
-        settings: which, and how.
-        say: told what is going on.
-
-    Raises:
-        BaseUnavailable: the base cannot be measured.
-        Unavailable: there is no such revision, or the head cannot be measured.
-    """
+    """Compare two revisions."""
     load = os.getloadavg()[0]
     repo = repository(settings.repo)
     base, head = resolve(repo, settings.base), resolve(repo, settings.head)
     with ExitStack() as stack:
-        stack.enter_context(_alone(settings.cache, say))
-        sides = _ready(stack, repo, {BASE: base, HEAD: head}, settings, say)
+        stack.enter_context(alone(settings.cache, say))
+        sides = {}
+        for side, revision in {BASE: base, HEAD: head}.items():
+            say(f"checking out the {side} {revision}")
+            home = settings.cache / "revisions" / revision.key
+            same = next((each for each in sides.values() if each.revision.key == revision.key), None)
+            tree = same.tree if same else stack.enter_context(files_of(repo, revision, home / "tree"))
+            (home / "caches").mkdir(exist_ok=True)
+            sides[side] = Side(revision, tree, home / "caches")
         gate = Gate(settings, sides, say)
         difference = gate.compare_outputs()
-        result = Result(settings, base, head, difference, notes=tuple(_notes(sides, settings, load)))
+        result = Result(settings, base, head, difference, notes=tuple(notes(sides, settings, load)))
         if result.refused:
             return result
         gate.warm_up()
@@ -185,20 +145,26 @@ class Gate:
         self._settings, self._sides, self._say = settings, sides, say
 
     def start(self, arm: str, dtype: str | None = None) -> Remote:
-        """Start the worker of an arm."""
+        """Start the worker of an arm: a process of this package's own worker that imports the revision's fastllama.
+
+        It decodes a little of each batch size before it is ready, the largest first, which sizes the cache.
+        """
         settings, side = self._settings, self._sides[SIDES[arm]]
-        options = {
-            "--tree": side.tree,
-            "--model": settings.model,
-            "--dtype": dtype or settings.dtype,
-            "--prompt-len": settings.prompt_len,
-            "--new-tokens": settings.new_tokens,
-        }
-        command = [str(side.python), str(START), *(str(part) for pair in options.items() for part in pair)]
-        command += ["--batches", *map(str, settings.batches)]
-        command += ["--device", settings.device] if settings.device else []
-        name = f"the {SIDES[arm]} {side.revision}"
-        return Remote(name, command, env=_environment(side, settings.threads))
+        paths = os.pathsep.join(map(str, (side.tree, side.tree / "kernels")))
+        folders = {name: str(side.caches / name.lower()) for name in CACHES}
+        threads = {"OMP_NUM_THREADS": str(settings.threads)} if settings.threads else {}
+        worker = Remote(
+            FASTLLAMA,
+            name=f"the {SIDES[arm]} {side.revision}",
+            python=settings.python,
+            env={**os.environ, "PYTHONPATH": paths, **folders, **threads},
+            tree=side.tree,
+            warm_up=[lead_in(settings.workload(2, batch)) for batch in reversed(settings.batches)],
+        )
+        slowdown = settings.slowdown if SIDES[arm] == HEAD else 0.0
+        asked = (settings.model, dtype or settings.dtype, settings.device)
+        worker.load(Task(*asked, threads=settings.threads, slowdown=slowdown))
+        return worker
 
     def compare_outputs(self) -> Difference | None:
         """The parity gate in float32."""
@@ -208,43 +174,29 @@ class Gate:
             return compare(base, head, prompts(vocab_size, self._settings.batches, self._settings.prompt_len))
 
     def warm_up(self) -> None:
-        """Have everything compiled into the caches by processes that are not measured.
-
-        A process that compiles is not like one that finds everything there. Where an earlier run has left a mark that
-        it warmed the same, there is nothing to do.
-        """
-        marks = {self._mark(side) for side in self._sides.values()}
-        if self._settings.dtype != REFERENCE_DTYPE and not all(mark.exists() for mark in marks):
+        """Compile everything in processes that are not measured: one that compiles is not like one that does not."""
+        if self._settings.dtype != REFERENCE_DTYPE:
             self._say(f"warming up in {self._settings.dtype}")
             with self._both(self._settings.dtype):
                 pass
-        for mark in marks:
-            mark.touch()
 
     def measure(self, result: Result) -> Result:
         """Rounds until there is a verdict, or until there were enough."""
         settings, rounds = self._settings, []
         verdicts: dict[str, Verdict] = {}
         end = time.monotonic() + 60 * settings.minutes
-        while len(rounds) < settings.rounds or self._go_on(len(rounds), verdicts, end):
-            number = len(rounds)
-            name = (
-                f"round {number + 1} of {settings.rounds}" if number < settings.rounds else f"extra round {number + 1}"
-            )
-            self._say(f"{name}: starting")
-            measuring = functools.partial(self._say, f"{name}: measuring")
-            rounds.append(run_round(number, self.start, settings.metrics, settings.workload, settings.turns, measuring))
-            verdicts = verdicts_of(rounds, self._threshold(rounds[0]))
-        difference = _timed_difference(rounds[0], settings)
+
+        def go_on() -> bool:
+            return not is_decided(verdicts) and len(rounds) < settings.max_rounds and time.monotonic() < end
+
+        threshold = settings.threshold or (THRESHOLD if settings.device.startswith("cuda") else None)
+        while len(rounds) < settings.rounds or go_on():
+            self._say(f"round {len(rounds) + 1} of at least {settings.rounds}")
+            sizes = (settings.metrics, settings.workload, settings.turns)
+            rounds.append(run_round(len(rounds), self.start, *sizes))
+            verdicts = verdicts_of(rounds, threshold)
+        difference = timed_difference(rounds[0], settings)
         return replace(result, timed_difference=difference, rounds=tuple(rounds), verdicts=verdicts)
-
-    def _go_on(self, rounds: int, verdicts: Mapping[str, Verdict], end: float) -> bool:
-        return not is_decided(verdicts) and rounds < self._settings.max_rounds and time.monotonic() < end
-
-    def _threshold(self, first: Round) -> float | None:
-        if self._settings.threshold is None and first.info[BASE]["device_type"] == "cuda":
-            return THRESHOLD
-        return self._settings.threshold
 
     @contextmanager
     def _both(self, dtype: str) -> Iterator[tuple[Remote, Remote]]:
@@ -258,11 +210,6 @@ class Gate:
                 raise BaseUnavailable(str(error)) from None
             yield base, head
 
-    def _mark(self, side: Side) -> Path:
-        settings = self._settings
-        what = (settings.model, settings.dtype, settings.device, settings.batches, settings.threads, str(side.python))
-        return side.caches / f"warm-{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}"
-
 
 def is_decided(verdicts: Mapping[str, Verdict]) -> bool:
     """Whether more rounds could not change what becomes of the head."""
@@ -275,72 +222,33 @@ def verdicts_of(rounds: Sequence[Round], threshold: float | None) -> dict[str, V
     return {metric: judge([estimate(each.times[metric]) for each in rounds], threshold) for metric in rounds[0].times}
 
 
-def _timed_difference(first: Round, settings: Settings) -> Difference | None:
-    for batch in settings.batches:
-        base, head = first.tokens[BASE][batch], first.tokens[HEAD][batch]
-        if difference := first_difference(base, head, settings.prompt_len):
-            return difference
-    return None
+def timed_difference(first: Round, settings: Settings) -> Difference | None:
+    """Where the timed outputs part, in the first batch size in which they do."""
+    base, head = first.tokens[BASE], first.tokens[HEAD]
+    found = (first_difference(base[batch], head[batch], settings.prompt_len) for batch in settings.batches)
+    return next(filter(None, found), None)
 
 
-def _ready(
-    stack: ExitStack, repo: Path, revisions: Mapping[str, Revision], settings: Settings, say: Say
-) -> dict[str, Side]:
-    """Files, environment and caches of every revision; one that is there twice is made ready once."""
-    kept, made, sides = settings.cache / "revisions", {}, {}
-    for side, revision in revisions.items():
-        if revision.key not in made:
-            say(f"checking out the {side} {revision}")
-            home = kept / revision.key
-            tree = stack.enter_context(files_of(repo, revision, home / "tree"))
-            os.utime(home)
-            made[revision.key] = _side(side, revision, tree, home / "caches", settings, say)
-        sides[side] = replace(made[revision.key], revision=revision)
-    prune(kept.iterdir(), KEPT_REVISIONS)
-    environments = settings.cache / "environments"
-    prune(environments.iterdir() if environments.exists() else (), KEPT_ENVIRONMENTS)
-    return sides
-
-
-def _side(side: str, revision: Revision, tree: Path, caches: Path, settings: Settings, say: Say) -> Side:
-    caches.mkdir(parents=True, exist_ok=True)
-    try:
-        requirements = Requirements.of(tree)
-    except Unavailable as error:
-        if settings.python is None:
-            raise (BaseUnavailable if side == BASE else Unavailable)(f"the {side} {revision}: {error}") from None
-        requirements = None
-    if settings.python is not None:
-        return Side(revision, tree, settings.python, caches, requirements)
-    assert requirements is not None
-    python = interpreter(requirements, settings.cache / "environments", say)
-    return Side(revision, tree, python, caches, requirements)
-
-
-def _environment(side: Side, threads: int | None) -> dict[str, str]:
-    """The worker's: the revision's own code and caches, and nothing else that could be imported first."""
-    paths = os.pathsep.join(map(str, (side.tree, side.tree / "kernels")))
-    folders = {name: str(side.caches / folder) for name, folder in CACHES.items()}
-    number = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    return os.environ | {"PYTHONPATH": paths} | folders | number
-
-
-def _notes(sides: Mapping[str, Side], settings: Settings, load: float) -> Iterator[str]:
+def notes(sides: Mapping[str, Side], settings: Settings, load: float) -> Iterator[str]:
+    """What a reader should know besides the verdicts."""
     base, head = sides[BASE], sides[HEAD]
     cores = os.cpu_count() or 1
     if load > BUSY * cores:
         yield f"Something else was running: before this began, the load was {load:.1f} on {cores} cores."
+    if settings.slowdown:
+        yield f"Every step of the head was made {100 * settings.slowdown:g} % longer on purpose."
     if base.revision.key == head.revision.key:
         yield "Base and head are the same files: whatever differs is noise."
-    if base.requirements != head.requirements:
-        if settings.python is not None:
-            yield f"The revisions have different requirements; both ran on what {settings.python} has installed."
-        else:
-            yield "The revisions have different requirements, and each ran in an environment of its own."
+    elif any(_text(base.tree / name) != _text(head.tree / name) for name in REQUIREMENTS):
+        yield f"The revisions have different requirements; both ran on what {settings.python} has installed."
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 @contextmanager
-def _alone(folder: Path, say: Say) -> Iterator[None]:
+def alone(folder: Path, say: Say) -> Iterator[None]:
     """Hold the cache folder: two runs at once would share worktrees, and each would be the other's noise."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:

@@ -1,41 +1,31 @@
 """The parity gate: do base and head decode the same tokens?
 
 The speed of different outputs cannot be compared. In float32 the greedy tokens of two correct implementations are
-equal, so there equality is required. In 16-bit precision they part wherever two logits all but tie, so there a
-difference is only told.
+equal, so there equality is required. In 16-bit precision they part wherever two logits nearly tie, so there a
+difference is only reported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
-from ..harness import Contender, Unavailable, Workload
+from ..workload import Contender, Rows, Unavailable, Workload
 
-Rows = tuple[tuple[int, ...], ...]
-
-PROMPT_LENGTHS = (1, 17)  # beside the one that is timed
+PROMPT_LENGTHS = (1, 17)  # besides the one that is timed
 NEW_TOKENS = 48
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two decodes part first.
+    """Where two decodes part first."""
 
-    Attributes:
-        token: index of the first new token that differs.
-        row: of the batch.
-        batch: rows of the batch.
-        prompt_len: tokens of each prompt.
-        base: the base's token; None where it has none.
-        head: the head's.
-    """
-
-    token: int
+    token: int  # index of the first new token that differs
     row: int
     batch: int
     prompt_len: int
-    base: int | None
+    base: int | None  # its token; None where it has none
     head: int | None
 
     def __str__(self) -> str:
@@ -53,33 +43,22 @@ def prompts(vocab_size: int, batches: Sequence[int], prompt_len: int) -> list[Wo
 
 
 def compare(base: Contender, head: Contender, workloads: Sequence[Workload]) -> Difference | None:
-    """Decode with both and tell where they part first; None where they do not.
-
-    Raises:
-        Unavailable: one of them cannot decode, or does not tell its tokens.
-    """
+    """Decode with both; where they part first, or None."""
     for workload in workloads:
-        found = [contender.run(workload).tokens for contender in (base, head)]
-        if found[0] is None or found[1] is None:
-            raise Unavailable("a worker did not tell its tokens")
-        difference = first_difference(found[0], found[1], workload.prompt_len)
-        if difference:
+        ours, theirs = (contender.run(workload).tokens for contender in (base, head))
+        if ours is None or theirs is None:
+            raise Unavailable("a worker did not report its tokens")
+        if difference := first_difference(ours, theirs, workload.prompt_len):
             return difference
     return None
 
 
 def first_difference(base: Rows, head: Rows, prompt_len: int) -> Difference | None:
     """The earliest token that differs between two batches of equal size."""
-    differences = []
-    for row, (ours, theirs) in enumerate(zip(base, head, strict=True)):
-        length = max(len(ours), len(theirs))
-        pairs = zip(_padded(ours, length), _padded(theirs, length), strict=True)
-        at = next((index for index, (one, other) in enumerate(pairs) if one != other), None)
-        if at is not None:
-            tokens = (_padded(ours, length)[at], _padded(theirs, length)[at])
-            differences.append(Difference(at, row, len(base), prompt_len, *tokens))
-    return min(differences, key=lambda difference: difference.token, default=None)
-
-
-def _padded(tokens: tuple[int, ...], length: int) -> tuple[int | None, ...]:
-    return tokens + (None,) * (length - len(tokens))
+    found = [
+        Difference(at, row, len(base), prompt_len, *pair)
+        for row, both in enumerate(zip(base, head, strict=True))
+        for at, pair in enumerate(zip_longest(*both))
+        if pair[0] != pair[1]
+    ]
+    return min(found, key=lambda difference: difference.token, default=None)

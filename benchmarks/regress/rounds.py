@@ -1,10 +1,9 @@
-"""One round: two fresh processes of the base and two of the head, which take turns at the same decodes.
+"""One round: two fresh processes of the base and two of the head, interleaved on the same decodes.
 
-Fresh, because how fast a process decodes depends on where its memory happened to fall. Two, because that tells what
-equal code differs by here and now, and because now and then a process is slow from its first token to its last. By
-turns, because the machine is not equally fast at all times. The processes start in an order that rotates over the
-rounds and take turns in one that rotates over the turns, so that none is always the first or always comes after the
-same other.
+Fresh, because how fast a process decodes depends on where its memory happened to fall. Two, because that shows what
+equal code differs by here and now, and because now and then a process is slow from its first token to its last.
+Interleaved, because the machine is not equally fast at all times. The processes start in an order that rotates over the
+rounds and decode in one that rotates over the turns, so that none is always the first or always follows the same other.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from ..harness import Run, Workload
-from ..remote import Remote
+from ..workload import Contender, Decode, Rows, Workload
 from .verdict import ARMS
 
 BASE, HEAD, HEAD_AGAIN, BASE_AGAIN = ARMS
@@ -32,6 +31,7 @@ ORDERS = (
 GROUP = 8  # decode steps that are timed as one
 FIRST_TOKENS = 3  # more runs of a turn, up to the first token only, where that is judged
 WARMUP_TURNS = 2  # the first may compile, the second sees what the first allocated
+LEAD_IN = (16, 8)  # tokens of the prompts and new ones of the decode before each timed one
 
 Times = dict[str, dict[str, list[list[float]]]]  # metric → arm → turn → seconds
 
@@ -45,11 +45,7 @@ class Metric:
 
     @classmethod
     def parse(cls, name: str) -> Metric:
-        """``tpot-b1`` and the like.
-
-        Raises:
-            ValueError: it is no such name.
-        """
+        """The metric of a name like ``tpot-b1``; ValueError for any other."""
         found = re.fullmatch(r"(tpot|ttft)-b([1-9]\d*)", name)
         if not found:
             raise ValueError(f"{name!r} is no metric: write tpot-bN or ttft-bN for a batch of N, such as tpot-b1")
@@ -61,10 +57,9 @@ class Metric:
     @property
     def title(self) -> str:
         """For a reader."""
-        what = "decode step" if self.kind == "tpot" else "first token"
-        return f"{what}, batch {self.batch}"
+        return f"{'decode step' if self.kind == 'tpot' else 'first token'}, batch {self.batch}"
 
-    def of(self, run: Run) -> list[float]:
+    def of(self, run: Decode) -> list[float]:
         """Its values in one run, in seconds."""
         return [run.ttft] if self.kind == "ttft" else step_seconds(run.tpot)
 
@@ -79,53 +74,42 @@ def step_seconds(tpot: Sequence[float]) -> list[float]:
     return [statistics.fmean(tpot[start : start + size]) for start in starts]
 
 
+def lead_in(workload: Workload) -> Workload:
+    """The beginning of a workload: it brings the weights back into the caches that another arm has just used, and
+    outlasts the spinning of that arm's idle threads."""
+    prompt_len, new_tokens = LEAD_IN
+    prompts = tuple(prompt[:prompt_len] for prompt in workload.prompts)
+    return Workload(prompts, min(new_tokens, workload.new_tokens))
+
+
 @dataclass
 class Round:
-    """What one round has measured.
-
-    Attributes:
-        times: of every metric and arm.
-        tokens: of every arm's first run of each batch size.
-        info: what the worker of each arm said of itself.
-    """
+    """What one round has measured."""
 
     times: Times = field(default_factory=dict)
-    tokens: dict[str, dict[int, tuple[tuple[int, ...], ...]]] = field(default_factory=dict)
-    info: dict[str, dict] = field(default_factory=dict)
+    tokens: dict[str, dict[int, Rows]] = field(default_factory=dict)  # of every arm's first run of each batch size
+    info: dict[str, dict[str, Any]] = field(default_factory=dict)  # what the worker of each arm said of itself
 
 
 def run_round(
     number: int,
-    start: Callable[[str], Remote],
+    start: Callable[[str], Contender],
     metrics: Sequence[Metric],
     workload: Callable[[int, int], Workload],
     turns: int,
-    on_start: Callable[[], object] = lambda: None,
 ) -> Round:
-    """Start the four arms, let them take turns, and end them.
-
-    Args:
-        number: of the round, from 0; rotates the orders.
-        start: starts the worker of an arm.
-        metrics: what to measure.
-        workload: makes what is decoded from the vocabulary's size and a batch size.
-        turns: runs of each arm and batch size.
-        on_start: called when all of them are warm.
-
-    Raises:
-        Unavailable: a worker could not start or broke.
-    """
+    """Start the four arms, let them decode interleaved, and end them."""
     done = Round(times={str(metric): {arm: [] for arm in ARMS} for metric in metrics})
-    workers: dict[str, Remote] = {}
+    workers: dict[str, Contender] = {}
     try:
         for arm in ORDERS[number % len(ORDERS)]:
             workers[arm] = start(arm)
         done.info = {arm: workers[arm].info for arm in ARMS}
-        workloads = _workloads(done.info, metrics, workload)
+        vocab_size = min(info["vocab_size"] for info in done.info.values())
+        workloads = {batch: workload(vocab_size, batch) for batch in sorted({metric.batch for metric in metrics})}
         for worker in (workers[arm] for _ in range(WARMUP_TURNS) for arm in ARMS):
             for each in workloads.values():
                 worker.run(each)
-        on_start()
         for turn in range(turns):
             for arm in ORDERS[(number + turn) % len(ORDERS)]:
                 _take_turn(done, arm, workers[arm], metrics, workloads)
@@ -135,17 +119,11 @@ def run_round(
     return done
 
 
-def _workloads(
-    info: Mapping[str, Mapping], metrics: Sequence[Metric], workload: Callable[[int, int], Workload]
-) -> dict[int, Workload]:
-    vocab_size = min(each["vocab_size"] for each in info.values())
-    return {batch: workload(vocab_size, batch) for batch in sorted({metric.batch for metric in metrics})}
-
-
 def _take_turn(
-    done: Round, arm: str, worker: Remote, metrics: Sequence[Metric], workloads: Mapping[int, Workload]
+    done: Round, arm: str, worker: Contender, metrics: Sequence[Metric], workloads: Mapping[int, Workload]
 ) -> None:
     for batch, workload in workloads.items():
+        worker.run(lead_in(workload))
         run = worker.run(workload)
         done.tokens.setdefault(arm, {}).setdefault(batch, run.tokens or ())
         for metric in metrics:

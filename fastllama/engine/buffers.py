@@ -1,39 +1,99 @@
-"""The memory of an engine: every tensor that changes from token to token, allocated once.
+"""The memory of an engine: every tensor that changes from token to token, allocated once, row by row.
+
+A slot is one row of the batch. It is loaded with a request, decodes, ends, and can be loaded again while others decode.
 
 Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``d`` head dim, ``n`` output tokens, ``e`` EOS ids,
-``p`` counters.
+``p`` counters, ``v`` vocabulary, ``r`` rows that are loaded.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 
+from fastllama import ops
 from fastllama.config import LlamaConfig
 from fastllama.model.cache import StaticCache
 from fastllama.model.rope import rotary_cos_sin, static_length
-from fastllama.sampling import SamplingParams
 
-PREFILL_CHUNKS = (8, 32, 128, 512)
 MAX_EOS_IDS = 16
 
 
+class Sampling(NamedTuple):
+    """How one row turns logits into tokens: the fields of :class:`fastllama.ops.SamplingParams`, one number each."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
+class Row(Protocol):
+    """What a slot is loaded with, checked: see :class:`fastllama.generation.request.Request`."""
+
+    @property
+    def prompt(self) -> torch.Tensor:
+        """int64 ``[tokens]`` on the CPU, at least one token."""
+        ...
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The row ends after that many."""
+        ...
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its tokens are sampled."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The row ends with one of these; at most MAX_EOS_IDS."""
+        ...
+
+    @property
+    def pad_token_id(self) -> int:
+        """What the row gives after its end."""
+        ...
+
+
 class Rows(NamedTuple):
-    """The persistent buffers of a decode step, cut to its batch."""
+    """The persistent buffers of a decode step, cut to some slots.
+
+    ids_b1: the newest token of each row, not in the cache yet.
+    position_b1: where that token goes in the cache.
+    finished_b: whether the row has ended, or idles.
+    step_b: how many new tokens the row has.
+    output_bn: these tokens.
+    limit_b, eos_be, pad_b: when the row ends, and what it gives then; unused EOS entries are -1.
+    params: how it samples.
+    """
 
     ids_b1: torch.Tensor
     position_b1: torch.Tensor
     finished_b: torch.Tensor
+    step_b: torch.Tensor
     output_bn: torch.Tensor
-    step_1: torch.Tensor
-    params: SamplingParams
-    eos_e: torch.Tensor
-    pad_1: torch.Tensor
+    limit_b: torch.Tensor
+    eos_be: torch.Tensor
+    pad_b: torch.Tensor
+    params: ops.SamplingParams
+
+    def cut(self, first: int, last: int) -> Rows:
+        """Views of the slots from ``first`` to before ``last``."""
+        fields = {name: _static(x[first:last]) for name, x in self._asdict().items() if name != "params"}
+        return Rows(**fields, params=ops.SamplingParams(*(_static(x[first:last]) for x in self.params)))
 
 
 class Memory(NamedTuple):
-    """What both steps read and write besides their rows: rotary tables, KV caches, and what kernels count with."""
+    """What a step reads and writes besides its rows: rotary tables, KV caches, and what CUDA's kernels count with."""
 
     cos_sd: torch.Tensor
     sin_sd: torch.Tensor
@@ -41,79 +101,192 @@ class Memory(NamedTuple):
     v_caches: list[torch.Tensor]
     arrived_p: torch.Tensor
 
+    def cut(self, first: int, last: int) -> Memory:
+        """The caches of the slots from ``first`` to before ``last``."""
+        k_caches, v_caches = ([cache[first:last] for cache in caches] for caches in (self.k_caches, self.v_caches))
+        return self._replace(k_caches=k_caches, v_caches=v_caches)
 
-class State:
-    """Every buffer of an engine, allocated once for ``batch_size`` rows of ``max_cache_len`` slots."""
+
+class Chunk(NamedTuple):
+    """The persistent input of a prefill or verify step."""
+
+    ids_bt: torch.Tensor
+    position_bt: torch.Tensor
+
+
+class Buffers:
+    """Every buffer of an engine, allocated once.
+
+    Args:
+        config: of the network.
+        batch_size: slots.
+        max_cache_len: tokens a slot can hold.
+        chunk_sizes: tokens a row of the prefill and verify steps.
+        device, dtype: of the network's weights.
+    """
 
     def __init__(
-        self, config: LlamaConfig, batch_size: int, max_cache_len: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: LlamaConfig,
+        batch_size: int,
+        max_cache_len: int,
+        chunk_sizes: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         b, s = batch_size, max_cache_len
-        self.config = config
+        self.config, self.device, self.dtype = config, device, dtype
         self.cache = StaticCache(config, b, s, device, dtype)
-        self.rope_key: int | None = None
-        self._rope_limit = static_length(config)
-
-        def buffer(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
-            return _static(torch.zeros(shape, dtype=dtype, device=device))
-
-        table = (s, config.head_dim)
         self.memory = Memory(
-            buffer(*table, dtype=torch.float32),
-            buffer(*table, dtype=torch.float32),
+            self._new(s, config.head_dim, dtype=torch.float32),
+            self._new(s, config.head_dim, dtype=torch.float32),
             [_static(x) for x in self.cache.key_cache],
             [_static(x) for x in self.cache.value_cache],
-            buffer(b * config.num_attention_heads, dtype=torch.int32),
+            self._new(b * config.num_attention_heads, dtype=torch.int32),
         )
-        params = SamplingParams(
-            temperature=buffer(b, dtype=torch.float32),
-            top_k=buffer(b),
-            top_p=buffer(b, dtype=torch.float32),
-            min_p=buffer(b, dtype=torch.float32),
-            seed=buffer(b),
-        )
-        self._all_rows = Rows(
-            ids_b1=buffer(b, 1),
-            position_b1=buffer(b, 1),
-            finished_b=buffer(b, dtype=torch.bool),
-            output_bn=buffer(b, s),
-            step_1=buffer(1),
-            params=params,
-            eos_e=buffer(MAX_EOS_IDS),
-            pad_1=buffer(1),
+        numbers = {name: self._new(b, dtype=torch.float32) for name in ("temperature", "top_p", "min_p")}
+        self._slots = Rows(
+            ids_b1=self._new(b, 1),
+            position_b1=self._new(b, 1),
+            finished_b=self._new(b, dtype=torch.bool),
+            step_b=self._new(b),
+            output_bn=self._new(b, s),
+            limit_b=self._new(b),
+            eos_be=self._new(b, MAX_EOS_IDS),
+            pad_b=self._new(b),
+            params=ops.SamplingParams(**numbers, top_k=self._new(b), seed=self._new(b)),
         )
         self._rows: dict[int, Rows] = {}
-        self._all_chunks = {t: (buffer(b, t), buffer(b, t)) for t in PREFILL_CHUNKS}
-        self._chunks: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._whole_chunks = {t: Chunk(self._new(b, t), self._new(b, t)) for t in chunk_sizes}
+        self._chunks: dict[tuple[int, int], Chunk] = {}
+        self._logits: dict[tuple[int, int], torch.Tensor] = {}
+        self._rope_limit = static_length(config)
+        self._rope_key: int | None = None
+        self.idle()
+        self.set_rope(1)
+
+    def _new(self, *shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
+        with torch.inference_mode(False):  # or they could not be updated outside of it
+            return _static(torch.zeros(shape, dtype=dtype, device=self.device))
+
+    # ---- views: the same ones each time, so that a step is always called on the tensors it was compiled for --------
 
     def rows(self, b: int) -> Rows:
-        """The first b rows of every buffer: the same views each time."""
+        """The first b slots."""
         if b not in self._rows:
-            whole = self._all_rows
-            cut = {name: _static(getattr(whole, name)[:b]) for name in ("ids_b1", "position_b1", "finished_b")}
-            params = SamplingParams(*(_static(x[:b]) for x in whole.params))
-            self._rows[b] = whole._replace(**cut, output_bn=_static(whole.output_bn[:b]), params=params)
+            self._rows[b] = self._slots.cut(0, b)
         return self._rows[b]
 
-    def chunk(self, b: int, t: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and positions ``[b, t]`` of a prefill chunk: the same views each time."""
+    def slots(self, first: int, last: int) -> Rows:
+        """The slots from ``first`` to before ``last``, as views of their own."""
+        return self._slots.cut(first, last)
+
+    def chunk(self, b: int, t: int) -> Chunk:
+        """Ids and positions of t tokens of the first b slots."""
         if (b, t) not in self._chunks:
-            ids_bt, position_bt = self._all_chunks[t]
-            self._chunks[b, t] = _static(ids_bt[:b]), _static(position_bt[:b])
+            self._chunks[b, t] = Chunk(*(_static(x[:b]) for x in self._whole_chunks[t]))
         return self._chunks[b, t]
 
+    def logits(self, b: int, t: int) -> torch.Tensor:
+        """Logits ``[b, t, v]`` of a verify step, allocated when they are first asked for."""
+        if (b, t) not in self._logits:
+            self._logits[b, t] = self._new(b, t, self.config.vocab_size, dtype=self.dtype)
+        return self._logits[b, t]
+
+    # ---- what they hold --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def idle(self) -> None:
+        """Let every slot idle in its first cache slot, whatever was going on, and no kernel have begun to count."""
+        self._slots.finished_b.fill_(True)
+        self._slots.position_b1.zero_()
+        self._slots.ids_b1.zero_()
+        self.memory.arrived_p.zero_()
+
+    @torch.no_grad()
+    def load(self, rows: Mapping[int, Row]) -> None:
+        """Set everything that belongs to these slots, each to begin with the last token of its prompt."""
+        at_r = torch.tensor(list(rows), device=self.device)
+        wanted = list(rows.values())
+        eos_re = torch.full((len(rows), MAX_EOS_IDS), -1)
+        for eos_e, row in zip(eos_re, wanted, strict=True):
+            eos_e[: len(row.eos_token_ids)] = torch.tensor(row.eos_token_ids, dtype=torch.long)
+        values = {
+            "ids_b1": torch.stack([row.prompt[-1:] for row in wanted]),
+            "position_b1": torch.tensor([[len(row.prompt) - 1] for row in wanted]),
+            "finished_b": torch.zeros(len(rows), dtype=torch.bool),
+            "step_b": torch.zeros(len(rows), dtype=torch.long),
+            "limit_b": torch.tensor([row.max_new_tokens for row in wanted]),
+            "eos_be": eos_re,
+            "pad_b": torch.tensor([row.pad_token_id for row in wanted]),
+        }
+        for name, value in values.items():
+            getattr(self._slots, name).index_copy_(0, at_r, value.to(self.device))
+        for name in Sampling._fields:
+            buffer_b = getattr(self._slots.params, name)
+            settings = torch.tensor([getattr(row.sampling, name) for row in wanted], dtype=buffer_b.dtype)
+            buffer_b.index_copy_(0, at_r, settings.to(self.device))
+
+    @torch.no_grad()
+    def free(self, slot: int) -> None:
+        """Let a slot idle."""
+        self._slots.finished_b[slot] = True
+        self._slots.position_b1[slot] = 0
+
+    @torch.no_grad()
+    def repeat_newest(self, chunk: Chunk) -> None:
+        """Fill a chunk with each row's newest token, over and over, at its place.
+
+        A step over such a chunk writes to the cache what the row's next step writes there anyway.
+        """
+        b = len(chunk.ids_bt)
+        chunk.ids_bt.copy_(self._slots.ids_b1[:b].expand_as(chunk.ids_bt))
+        chunk.position_bt.copy_(self._slots.position_b1[:b].expand_as(chunk.position_bt))
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Steps run inside leave every row as it was, so that steps can be compiled while rows decode."""
+        kept = [x.clone() for x in (self._slots.ids_b1, self._slots.finished_b)]
+        try:
+            self._slots.finished_b.fill_(True)
+            yield
+        finally:
+            for buffer, value in zip((self._slots.ids_b1, self._slots.finished_b), kept, strict=True):
+                buffer.copy_(value)
+
+    @torch.no_grad()
     def set_rope(self, seq_len: int) -> None:
         """Fill the rotary tables as they are for a sequence of ``seq_len`` tokens; most rope types have but one."""
         key = 0  # one set of frequencies for all lengths up to the limit
         if self._rope_limit is not None and seq_len > self._rope_limit:
             key = seq_len if self.config.rope.rope_type == "dynamic" else 1
-        if key == self.rope_key:
+        if key == self._rope_key:
             return
-        slots_1s = torch.arange(self.cache.max_cache_len, device=self.memory.cos_sd.device)[None]
+        slots_1s = torch.arange(self.cache.max_cache_len, device=self.device)[None]
         cos_1sd, sin_1sd = rotary_cos_sin(self.config, slots_1s, seq_len)
         self.memory.cos_sd.copy_(cos_1sd[0])
         self.memory.sin_sd.copy_(sin_1sd[0])
-        self.rope_key = key
+        self._rope_key = key
+
+
+class Snapshot:
+    """A copy of some tokens as they are when the steps launched so far are done; on CUDA made without waiting."""
+
+    def __init__(self, tokens_bn: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tokens_bn.is_cuda:
+            self._tokens_bn = torch.empty(tokens_bn.shape, dtype=torch.long, pin_memory=True)
+            self._tokens_bn.copy_(tokens_bn, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._tokens_bn = tokens_bn.clone()
+
+    def read(self) -> torch.Tensor:
+        """The tokens on the host ``[b, n]``, as soon as they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tokens_bn
 
 
 def _static(tensor: torch.Tensor) -> torch.Tensor:

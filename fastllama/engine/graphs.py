@@ -5,7 +5,7 @@ Two ways to record it, chosen by the environment variable ``FASTLLAMA_CUDA_GRAPH
     inductor    (default) torch.compile's ``reduce-overhead`` mode records and replays. Its graphs belong to the thread
                 that recorded them, so they run on a thread of their own.
     explicit    the compiled step is recorded here as one ``torch.cuda.CUDAGraph``. A replay is one call, on any
-                thread.
+                thread. All graphs share one pool of memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,8 +30,23 @@ WARMUP_RUNS = 2  # of a step on CUDA before it is recorded: the first compiles, 
 Step = Callable[..., None]
 
 
+class StepKey(NamedTuple):
+    """What a step is compiled for: ``prefill``, ``decode`` or ``verify``, rows, and tokens a row."""
+
+    kind: str
+    batch: int
+    tokens: int
+
+
+class CompiledStep(NamedTuple):
+    """A step's function of its own, and what torch.compile made of it."""
+
+    function: types.FunctionType
+    run: Step
+
+
 class Steps:
-    """The compiled steps of an engine, by key. A step is always called on the tensors it was first called on.
+    """The compiled steps of an engine. A step is always called on the tensors it was first called on.
 
     Args:
         device: where the steps run.
@@ -43,12 +58,13 @@ class Steps:
     def __init__(self, device: torch.device) -> None:
         self._kind = _chosen_kind() if device.type == "cuda" else None
         self._device = device
-        self._steps: dict[tuple[Any, ...], Step] = {}
+        self._steps: dict[StepKey, CompiledStep] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self._kind == EXPLICIT else None
         self._worker = cuda_graph_thread() if self._kind == INDUCTOR else None
 
     @property
-    def keys(self) -> tuple[tuple[Any, ...], ...]:
-        """Of the steps there are."""
+    def keys(self) -> tuple[StepKey, ...]:
+        """What has been compiled."""
         return tuple(self._steps)
 
     @property
@@ -56,19 +72,26 @@ class Steps:
         """How often a step has to run until it only replays."""
         return 1 if self._kind is None else WARMUP_RUNS + 1
 
-    def call(self, key: tuple[Any, ...], step: Step, *args: Any) -> Callable[[], None]:
+    def bound(self, key: StepKey, step: Step, *args: Any) -> Callable[[], None]:
         """One run of the step of this key on these arguments; the first run compiles it."""
         compiled = self._steps.get(key)
         if compiled is None:
-            compiled = _compile(step, graphs=self._kind != EXPLICIT)
-            self._steps[key] = compiled = CapturedStep(compiled, self._device) if self._kind == EXPLICIT else compiled
+            compiled = self._steps[key] = self._compile(step)
         if self._worker is not None:
-            return functools.partial(self._on_worker, compiled, args)
-        return functools.partial(call_plainly, compiled, args)
+            return functools.partial(self._on_worker, compiled.run, args)
+        return functools.partial(call_plainly, self._device.type, compiled.run, args)
 
     def clear(self) -> None:
         """Forget all steps and give their graphs back."""
+        for step in self._steps.values():
+            torch._dynamo.eval_frame.remove_from_cache(step.function)  # it would keep all that was compiled for it
         self._steps.clear()
+
+    def _compile(self, step: Step) -> CompiledStep:
+        compiled = _compile(step, graphs=self._kind != EXPLICIT)
+        if self._kind != EXPLICIT:
+            return compiled
+        return compiled._replace(run=RecordedStep(compiled.run, self._device, self._pool))
 
     def _on_worker(self, step: Step, args: tuple[Any, ...]) -> None:
         assert self._worker is not None
@@ -81,11 +104,17 @@ class Steps:
             raise
 
 
-class CapturedStep:
-    """A compiled step that is recorded as a CUDA graph after some runs, and replayed from then on."""
+class RecordedStep:
+    """A compiled step that is recorded as a CUDA graph after some runs, and replayed from then on.
 
-    def __init__(self, step: Step, device: torch.device) -> None:
-        self._step, self._device = step, device
+    Args:
+        step: to record.
+        device: where it runs.
+        pool: the memory its graph shares with other graphs; none of them is replayed while another one is.
+    """
+
+    def __init__(self, step: Step, device: torch.device, pool: Any) -> None:
+        self._step, self._device, self._pool = step, device, pool
         self._runs = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -99,10 +128,36 @@ class CapturedStep:
             graph = torch.cuda.CUDAGraph()
             stream = torch.cuda.Stream(self._device)  # torch's own one may be of another device
             # Other threads may use the device meanwhile.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 self._step(*args)
             self._graph = graph
         self._graph.replay()
+
+
+class CallOrder:
+    """Puts the calls of an engine in order on the device, whatever CUDA streams they are made on.
+
+    What a call has launched may still run when the call has ended: the next one waits for it, on the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._done: torch.cuda.Event | None = None
+
+    @contextmanager
+    def call(self) -> Iterator[torch.cuda.Stream | None]:
+        """One call; gives the stream on which all of it is to be launched, None where there are no streams."""
+        if self._device.type != "cuda":
+            yield None
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if self._done is not None:
+            stream.wait_event(self._done)
+        try:
+            yield stream
+        finally:
+            self._done = torch.cuda.Event()
+            self._done.record(stream)
 
 
 def _chosen_kind() -> str:
@@ -112,11 +167,11 @@ def _chosen_kind() -> str:
     return kind
 
 
-def _compile(step: Step, graphs: bool) -> Step:
+def _compile(step: Step, graphs: bool) -> CompiledStep:
     """Compile a step under a code object of its own.
 
     Dynamo keeps compiled code per code object, scans it linearly and stops at a limit; with one code object per step,
-    there is one entry, no limit to meet, and the entry goes when the step goes.
+    there is one entry, no limit to meet, and the entry can go when the step goes.
 
     A step is only ever called on the buffers it was compiled for. To check them again at each call would cost a small
     model a tenth of its time, so nothing is checked; what was set globally at the time (threads, matmul precision)
@@ -127,7 +182,7 @@ def _compile(step: Step, graphs: bool) -> Step:
     options |= {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     options |= {"size_asserts": False, "alignment_asserts": False}
     options |= {"triton.enable_pdl": False}  # Inductor's kernels need not wait, ours rely on it that all before them do
-    return torch.compile(fresh, fullgraph=True, dynamic=False, options=options)
+    return CompiledStep(fresh, torch.compile(fresh, fullgraph=True, dynamic=False, options=options))
 
 
 def cuda_graph_thread() -> ThreadPoolExecutor:
@@ -155,9 +210,8 @@ def plain_mode() -> Iterator[None]:
         yield
 
 
-def call_plainly(step: Step, args: tuple[Any, ...]) -> None:
+def call_plainly(device_type: str, step: Step, args: tuple[Any, ...]) -> None:
     """Run a step without gradients, outside inference mode, in the weights' own dtype whatever autocast says."""
-    device_type = args[0].embedding.device.type
     is_on = torch.is_autocast_enabled(device_type)
     no_autocast = torch.autocast(device_type, enabled=False) if is_on else nullcontext()
     with torch.inference_mode(False), torch.no_grad(), no_autocast:
@@ -166,4 +220,4 @@ def call_plainly(step: Step, args: tuple[Any, ...]) -> None:
 
 def _call_on_stream(stream: torch.cuda.Stream, step: Step, args: tuple[Any, ...]) -> None:
     with torch.cuda.stream(stream):
-        call_plainly(step, args)
+        call_plainly("cuda", step, args)

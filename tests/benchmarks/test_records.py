@@ -27,8 +27,10 @@ def test_a_record_says_when_and_where_and_is_read_back(tmp_path: Path) -> None:
     append(record, tmp_path / "new" / "r.jsonl")
     assert read(tmp_path / "new" / "r.jsonl") == [record, record]
     assert record["schema"] == records.SCHEMA
-    assert {"commit", "dirty", "packages", "cpu", "threads", "system", "device"} <= record["environment"].keys()
-    assert record["environment"]["threads"] == torch.get_num_threads()
+    found = record["environment"]
+    assert {"commit", "dirty", "packages", "cpu", "cpu_instruction_sets", "threads", "system", "device"} <= found.keys()
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cpu"]
 
 
 def test_what_a_file_held_stays_as_it_was(tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_the_environment_tells_commit_and_changes(tmp_path: Path) -> None:
     assert commit(tmp_path)["dirty"] is True
 
 
-def test_variables_that_matter_are_told_and_places_are_not(monkeypatch) -> None:
+def test_variables_that_matter_are_kept_and_places_are_not(monkeypatch) -> None:
     monkeypatch.setenv("OMP_PROC_BIND", "close")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/home/somebody/cache")
     variables = environment()["variables"]

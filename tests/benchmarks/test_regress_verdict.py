@@ -12,13 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastllama_benchmarks.regress.rounds import BASE, HEAD, HEAD_AGAIN, ORDERS, SIDES, Metric, step_seconds
+from fastllama_benchmarks.regress import MIN_ROUNDS, ROUNDS_TO_FAIL
+from fastllama_benchmarks.regress.rounds import HEAD, HEAD_AGAIN, ORDERS, Metric, step_seconds
 from fastllama_benchmarks.regress.verdict import (
     ARMS,
-    MIN_ROUNDS,
-    ROUNDS_TO_FAIL,
     SIGHT,
-    T_975,
     THRESHOLD,
     Estimate,
     Outcome,
@@ -76,7 +74,7 @@ def test_recorded_runs_of_a_head_whose_steps_took_a_tenth_longer_fail(metric: st
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(("factor", "wrong"), [(1.0, Outcome.SLOWER), (1.1, Outcome.NO_SLOWER)])
-def test_no_draw_of_recorded_rounds_comes_out_wrong(metric: str, factor: float, wrong: Outcome) -> None:
+def test_no_sample_of_recorded_rounds_comes_out_wrong(metric: str, factor: float, wrong: Outcome) -> None:
     pool = [estimate(slowed(times, factor)) for rounds in recorded("equal", metric) for times in rounds]
     draw = random.Random(0)
     for count in (MIN_ROUNDS, ROUNDS_TO_FAIL, 8):
@@ -100,10 +98,6 @@ def test_one_outlying_round_of_equal_revisions_does_not_fail() -> None:
     assert judge(changes(0.0, 0.01, 0.5, 0.0, 0.01)).outcome is Outcome.UNDECIDED
 
 
-def test_a_slowdown_within_the_threshold_passes() -> None:
-    assert judge(changes(0.019, 0.020, 0.021, 0.020, 0.020)).outcome is Outcome.NO_SLOWER
-
-
 def test_the_threshold_that_was_asked_for_is_taken() -> None:
     estimates = changes(0.019, 0.020, 0.021, 0.020, 0.020)
     assert judge(estimates, 0.01).outcome is Outcome.SLOWER
@@ -120,11 +114,6 @@ def test_noise_between_processes_of_equal_code_raises_the_threshold() -> None:
     assert judge(noisy).outcome is Outcome.UNDECIDED  # it is no reason to let pass what is beyond the usual threshold
 
 
-def test_a_process_that_happens_to_be_slow_raises_no_threshold() -> None:
-    noises = [steady(0.0, 0.01), steady(0.0, 0.01), Estimate(0.0, (0.01, -0.4), 0.0)]
-    assert judge(noises).threshold == THRESHOLD
-
-
 def test_equal_code_stays_within_the_threshold_that_its_noise_asks_for() -> None:
     draw = random.Random(0)
     within = 0
@@ -133,10 +122,6 @@ def test_equal_code_stays_within_the_threshold_that_its_noise_asks_for() -> None
         found = judge([Estimate(min(h, i) - min(b, c), (c - b, i - h), 0.0) for b, h, i, c in processes])
         within += abs(found.change.mean) <= math.log1p(found.threshold)
     assert within / 2000 > 0.93  # 95 % if the noise were known, which is itself measured in eight pairs
-
-
-def test_noise_never_lowers_the_threshold_that_was_asked_for() -> None:
-    assert judge([steady(0.05, 0.2)] * 5, 0.03).outcome is Outcome.SLOWER
 
 
 def test_noise_that_would_hide_a_tenth_is_inconclusive() -> None:
@@ -176,37 +161,10 @@ def test_each_revision_is_as_fast_as_its_faster_process() -> None:
     assert found.error == pytest.approx(0.0, abs=1e-9)
 
 
-def test_moments_in_which_something_else_ran_hardly_move_a_round() -> None:
-    draw = random.Random(0)
-
-    def turns(step: float) -> list[list[float]]:
-        busy = [draw.random() < 0.6 for _ in range(12 * 7)]
-        times = [step * (draw.uniform(2, 90) if is_busy else draw.uniform(1, 1.01)) for is_busy in busy]
-        return [times[start : start + 7] for start in range(0, len(times), 7)]
-
-    found = estimate({arm: turns(1.1 if SIDES[arm] == HEAD else 1.0) for arm in ARMS})
-    assert found.change == pytest.approx(math.log(1.1), abs=0.005)
-
-
 def test_a_round_whose_turns_differ_has_a_large_error() -> None:
     steady, restless = [[1.0, 1.01]] * 12, [[1.0 + turn / 12] * 2 for turn in range(12)]
     assert estimate(dict.fromkeys(ARMS, steady)).error < 0.005
     assert estimate(dict.fromkeys(ARMS, steady) | {"head": restless, "head again": restless}).error > 0.03
-
-
-def density(x: float, freedom: int) -> float:
-    scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
-    return math.exp(scale - (freedom + 1) / 2 * math.log1p(x * x / freedom))
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 11, 30])
-def test_the_quantiles_are_students(freedom: int) -> None:
-    cut, steps = T_975[freedom - 1], 2000
-    width = cut / steps
-    odd = sum(density((2 * i + 1) * width, freedom) for i in range(steps // 2))
-    even = sum(density(2 * i * width, freedom) for i in range(1, steps // 2))
-    within = width / 3 * (density(0, freedom) + 4 * odd + 2 * even + density(cut, freedom))  # Simpson's rule
-    assert 2 * within == pytest.approx(0.95, abs=1e-4)
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
@@ -293,16 +251,7 @@ def test_what_happens_every_few_steps_is_in_every_time_of_a_step() -> None:
     assert step_seconds([2.0, 4.0]) == [3.0]
 
 
-@pytest.mark.parametrize("name", ["tpot-b1", "ttft-b1", "tpot-b4", "ttft-b32"])
-def test_metrics_are_named_by_what_they_time_and_the_batch(name: str) -> None:
-    assert str(Metric.parse(name)) == name
-
-
 @pytest.mark.parametrize("name", ["", "tpot", "tpot-b0", "latency-b1", "tpot-b1 "])
 def test_a_name_that_is_no_metric_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="is no metric"):
         Metric.parse(name)
-
-
-def test_each_revision_has_two_arms() -> None:
-    assert sorted(SIDES.values()) == [BASE, BASE, HEAD, HEAD]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 from fastllama.engine import graphs
-from fastllama.engine.graphs import cuda_graph_thread
+from fastllama.engine.graphs import CallOrder, CompiledStep, StepKey, cuda_graph_thread
 
 
 def containers_of_this_thread() -> int:
@@ -32,39 +33,123 @@ def test_an_unknown_way_to_record_graphs_is_refused(monkeypatch) -> None:
         graphs.Steps(torch.device("cuda"))
 
 
-def test_a_captured_step_runs_is_recorded_once_and_then_replays(monkeypatch) -> None:
-    done = []
+class FakeCuda:
+    """Stands in for torch.cuda's graphs, streams and events, and keeps what is done with them."""
 
-    class Graph:
-        def replay(self) -> None:
-            done.append("replay")
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: list = []
+        self.failures = 0
+        fake, log = self, self.done
 
-    @contextmanager
-    def recording(graph, stream, capture_error_mode):
-        done.append("record")
-        yield
+        class Graph:
+            def replay(self) -> None:
+                log.append("replay")
 
-    monkeypatch.setattr("torch.cuda.Stream", lambda device: None)
-    monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
-    monkeypatch.setattr("torch.cuda.graph", recording)
-    step = graphs.CapturedStep(lambda value: done.append(value), torch.device("cuda"))
+        class Stream:
+            def __init__(self, device=None) -> None:
+                pass
+
+            def wait_event(self, event) -> None:
+                log.append(("wait", self, event))
+
+        class Event:
+            def record(self, stream) -> None:
+                log.append(("record", stream, self))
+
+        @contextmanager
+        def recording(graph, pool, stream, capture_error_mode):
+            if fake.failures:
+                fake.failures -= 1
+                raise RuntimeError("no memory")
+            log.append(("capture", pool))
+            yield
+
+        self.stream = Stream
+        for name, stand_in in (("Stream", Stream), ("CUDAGraph", Graph), ("graph", recording), ("Event", Event)):
+            monkeypatch.setattr(f"torch.cuda.{name}", stand_in)
+        monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: "pool")
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
+
+
+def test_a_recorded_step_runs_is_recorded_once_and_then_replays(cuda) -> None:
+    step = graphs.RecordedStep(lambda value: cuda.done.append(value), torch.device("cuda"), "pool")
     for _ in range(graphs.WARMUP_RUNS + 3):
         step(7)
-    assert done == [7, 7, "record", 7, "replay", "replay", "replay"]
+    assert cuda.done == [7, 7, ("capture", "pool"), 7, "replay", "replay", "replay"]
 
 
-def test_a_step_that_cannot_be_recorded_is_recorded_at_the_next_call(monkeypatch) -> None:
-    @contextmanager
-    def failing(graph, stream, capture_error_mode):
-        raise RuntimeError("no")
-        yield
-
-    monkeypatch.setattr("torch.cuda.Stream", lambda device: None)
-    monkeypatch.setattr("torch.cuda.CUDAGraph", object)
-    step = graphs.CapturedStep(lambda: None, torch.device("cuda"))
+def test_a_step_whose_recording_failed_is_recorded_at_the_next_call(cuda) -> None:
+    step = graphs.RecordedStep(lambda: cuda.done.append("run"), torch.device("cuda"), "pool")
     for _ in range(graphs.WARMUP_RUNS):
         step()
-    monkeypatch.setattr("torch.cuda.graph", failing)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="no"):
-            step()
+    cuda.done.clear()
+    cuda.failures = 1
+    with pytest.raises(RuntimeError, match="no memory"):
+        step()
+    assert cuda.done == []
+    step()
+    step()
+    assert cuda.done == [("capture", "pool"), "run", "replay", "replay"]
+
+
+def test_all_recorded_steps_share_one_pool(cuda, monkeypatch) -> None:
+    monkeypatch.setenv(graphs.SWITCH, graphs.EXPLICIT)
+    pools = iter(["pool", "another pool"])
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(graphs, "_compile", lambda step, graphs: CompiledStep(step, step))
+    steps = graphs.Steps(torch.device("cuda"))
+    for batch in (4, 2, 1):
+        run = steps.bound(StepKey("decode", batch, 1), lambda: None)
+        for _ in range(graphs.WARMUP_RUNS + 1):
+            run()
+    assert [entry for entry in cuda.done if entry != "replay"] == [("capture", "pool")] * 3
+
+
+def test_a_call_waits_on_the_device_for_the_call_before_it_even_where_that_was_cut_short(cuda, monkeypatch) -> None:
+    order, streams = CallOrder(torch.device("cuda")), [cuda.stream(), cuda.stream(), cuda.stream()]
+    current = iter(streams)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: next(current))
+    with order.call() as stream:
+        assert stream is streams[0]
+        cuda.done.append("first")
+
+    def interrupted() -> None:
+        with order.call():
+            cuda.done.append("second")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with order.call():
+        cuda.done.append("third")
+    one, two, three = (entry[2] for entry in cuda.done if entry[0] == "record")
+    assert cuda.done == [
+        "first", ("record", streams[0], one),
+        ("wait", streams[1], one), "second", ("record", streams[1], two),
+        ("wait", streams[2], two), "third", ("record", streams[2], three),
+    ]  # fmt: skip
+
+
+def test_steps_that_are_cleared_are_freed_with_all_that_was_compiled_for_them() -> None:
+    def step(x: torch.Tensor) -> None:
+        x.add_(1)
+
+    steps, x = graphs.Steps(torch.device("cpu")), torch.zeros(3)
+    before = compiled_graphs()
+    for tokens in range(3):
+        steps.bound(StepKey("decode", 1, tokens), step, x)()
+    assert (compiled_graphs() - before, x.tolist()) == (3, [3.0] * 3)
+    steps.clear()
+    assert compiled_graphs() == before
+    steps.bound(StepKey("decode", 1, 0), step, x)()
+    assert x.tolist() == [4.0] * 3
+
+
+def compiled_graphs() -> int:
+    """How many graphs of Inductor are alive."""
+    gc.collect()
+    return sum(type(x).__name__ == "CompiledFxGraph" for x in gc.get_objects())

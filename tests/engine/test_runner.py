@@ -19,9 +19,13 @@ from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.causal_lm import engine_of
 from fastllama.config import RopeParameters
 from fastllama.engine import graphs as graphs_module
-from fastllama.engine import runner as engine_module
-from fastllama.engine.buffers import PREFILL_CHUNKS
-from fastllama.engine.runner import Engine, Request, batch_bucket, prefill_chunks
+from fastllama.engine import runner as runner_module
+from fastllama.engine.buffers import Sampling
+from fastllama.engine.runner import Runner
+from fastllama.engine.steps import PREFILL_CHUNKS, batch_bucket, prefill_chunks
+from fastllama.generation.loop import decode as decode_rows
+from fastllama.generation.request import Request
+from fastllama.ops import row_seed
 
 TINY = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -39,8 +43,12 @@ def prompts(*lengths: int) -> list[torch.Tensor]:
     return [torch.randint(0, 96, (length,)) for length in lengths]
 
 
-def decode(engine: Engine, rows: list[torch.Tensor], new: int, **settings) -> torch.Tensor:
-    return torch.cat(list(engine.decode(Request(rows, new, **settings))), dim=1)
+def decode(runner: Runner, rows: list[torch.Tensor], new: int, seed: int = 0, **settings) -> torch.Tensor:
+    ends = {name: settings.pop(name) for name in ("eos_token_ids", "pad_token_id") if name in settings}
+    requests = [
+        Request(prompt, new, Sampling(**settings, seed=row_seed(seed, row)), **ends) for row, prompt in enumerate(rows)
+    ]
+    return torch.cat(list(decode_rows(runner, requests)), dim=1)
 
 
 @pytest.mark.slow
@@ -180,6 +188,46 @@ def test_a_longer_call_makes_the_cache_grow_and_says_so(caplog) -> None:
     assert out.tolist() == eager_greedy(model, ids, 10).tolist()
 
 
+def test_caches_that_were_outgrown_leave_no_compiled_step_behind() -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(type(x).__name__ == "CompiledFxGraph" for x in gc.get_objects())
+
+    fresh, before = LlamaForCausalLM(TINY).eval(), alive()
+    fresh.warmup(max_cache_len=8)
+    for length in (10, 20, 40):
+        fresh.generate(torch.randint(0, 96, (1, length)), max_new_tokens=2)
+    assert fresh.engine.cache.max_cache_len > 40
+    assert alive() - before == 1
+    fresh.release()
+    assert alive() == before
+
+
+def test_warmup_compiles_the_largest_batch_first(caplog) -> None:
+    fresh = LlamaForCausalLM(TINY).eval()
+    with caplog.at_level(logging.INFO, "fastllama.engine"):
+        fresh.warmup(max_batch_size=4, max_cache_len=16)
+    assert [record.args[1] for record in caplog.records if "compiling" in record.message] == [4, 2, 1]
+
+
+def test_a_session_that_was_cut_short_leaves_every_slot_idle(model) -> None:
+    runner = engine_of(model)
+    request = Request(torch.tensor([3, 4, 5]), 9)
+
+    def interrupted() -> None:
+        with runner.session():
+            runner.reserve(2, 32)
+            runner.prefill({0: request, 1: request})
+            runner._buffers.memory.arrived_p.fill_(7)  # as a kernel that never ended leaves it
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with runner.session():
+        assert runner._buffers.rows(2).finished_b.all()
+        assert not runner._buffers.memory.arrived_p.any()
+
+
 def test_the_last_slot_of_the_cache_can_be_used(model) -> None:
     fresh = LlamaForCausalLM(TINY).eval()
     fresh.warmup(max_cache_len=12)
@@ -227,12 +275,12 @@ def test_an_interrupt_at_any_step_leaves_the_engine_usable(model, monkeypatch, k
     expected = decode(model.engine or warm(model), rows, 8)
     genuine, wanted, calls = graphs_module.call_plainly, kind == "prefill", itertools.count(1)
 
-    def interrupted(step, args) -> None:
-        genuine(step, args)
-        if step.__name__.startswith("_prefill") == wanted and next(calls) == at:
+    def interrupted(device_type, step, args) -> None:
+        genuine(device_type, step, args)
+        if step.__name__.startswith("prefill") == wanted and next(calls) == at:
             raise KeyboardInterrupt
 
-    for module in (graphs_module, engine_module):  # compiled steps, and those that run as they are
+    for module in (graphs_module, runner_module):  # compiled steps, and those that run as they are
         monkeypatch.setattr(module, "call_plainly", interrupted)
     with pytest.raises(KeyboardInterrupt):
         decode(model.engine, rows, 8)
@@ -240,7 +288,7 @@ def test_an_interrupt_at_any_step_leaves_the_engine_usable(model, monkeypatch, k
     assert torch.equal(decode(model.engine, rows, 8), expected)
 
 
-def warm(model: LlamaForCausalLM) -> Engine:
+def warm(model: LlamaForCausalLM) -> Runner:
     model.warmup()
     return model.engine
 
@@ -299,27 +347,11 @@ def test_callers_may_be_in_inference_mode_or_not(model) -> None:
         assert torch.equal(fresh.generate(ids, max_new_tokens=3), first)
 
 
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        (Request([], 1), "at least one prompt token"),
-        (Request([torch.zeros(0, dtype=torch.long)], 1), "at least one prompt token"),
-        (Request([torch.tensor([96])], 1), "token id 96, outside the vocabulary of 96"),
-        (Request([torch.tensor([-1])], 1), "token id -1"),
-        (Request([torch.tensor([1])], 1, pad_token_id=96), "pad_token_id is 96"),
-        (Request([torch.tensor([1])], 0), "max_new_tokens"),
-        (Request([torch.tensor([1])], 1, eos_token_ids=tuple(range(17))), "at most 16 EOS ids"),
-    ],
-)
-def test_a_request_that_cannot_be_decoded_is_refused(model, request_, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        next(Engine(model).decode(request_))
-
-
 def test_reserve_makes_room_and_compiles_nothing(model) -> None:
     model.release()
     engine = engine_of(model)
-    engine.reserve(3, 100)
+    with engine.session():
+        engine.reserve(3, 100)
     assert engine.cache is not None
     assert (engine.cache.batch_size, engine.cache.max_cache_len) == (4, 100)
     assert engine.compiled_steps == ()
@@ -344,7 +376,7 @@ def test_prefill_chunks_cover_the_prompt_and_only_the_last_is_padded(tokens) -> 
 def test_compiled_prefill_in_padded_chunks_equals_exact_prefill(model, monkeypatch, lengths) -> None:
     rows = prompts(*lengths)
     expected = decode(model.engine or warm(model), rows, 6)
-    monkeypatch.setattr(Engine, "_compiles_prefill", True)
+    monkeypatch.setattr(Runner, "_compiles_prefill", True)
     assert torch.equal(decode(model.engine, rows, 6), expected)
     assert any(key[0] == "prefill" for key in model.engine.compiled_steps) == (max(lengths) > 1)
 
@@ -356,7 +388,7 @@ def test_batches_run_in_powers_of_two() -> None:
 @pytest.mark.parametrize("compiled_prefill", [False, True])
 def test_without_kernels_torch_operators_decode_the_same_tokens(monkeypatch, compiled_prefill) -> None:
     monkeypatch.setattr("fastllama.ops._without_kernels", lambda device_type, dtype: "as on a device without kernels")
-    monkeypatch.setattr(Engine, "_compiles_prefill", compiled_prefill)
+    monkeypatch.setattr(Runner, "_compiles_prefill", compiled_prefill)
     fresh = LlamaForCausalLM(TINY).eval()
     ids = torch.randint(0, 96, (3, 20))
     assert fresh.generate(ids, max_new_tokens=8).tolist() == eager_greedy(fresh, ids, 8).tolist()
@@ -373,13 +405,13 @@ def test_autocast_around_a_call_changes_nothing(model) -> None:
 
 
 def test_threads_that_share_a_new_model_share_its_engine(monkeypatch) -> None:
-    fresh, made, genuine = LlamaForCausalLM(TINY).eval(), [], Engine.__init__
+    fresh, made, genuine = LlamaForCausalLM(TINY).eval(), [], Runner.__init__
 
     def counting(self, model) -> None:
         made.append(self)
         genuine(self, model)
 
-    monkeypatch.setattr(Engine, "__init__", counting)
+    monkeypatch.setattr(Runner, "__init__", counting)
     barrier = threading.Barrier(4)
 
     def call() -> None:

@@ -353,7 +353,7 @@ def test_a_hub_id_in_the_cache_loads_offline(model, folder):
     cached = Path(constants.HF_HUB_CACHE) / "models--some--cached-model"
     (cached / "refs").mkdir(parents=True, exist_ok=True)
     (cached / "refs/main").write_text("c0ffee")
-    shutil.copytree(folder, cached / "snapshots/c0ffee")
+    shutil.copytree(folder, cached / "snapshots/c0ffee", dirs_exist_ok=True)
     same_parameters(model, load("some/cached-model"))
     assert resolve_folder("some/cached-model") == cached / "snapshots/c0ffee"
 

@@ -1,0 +1,108 @@
+"""fastllama's two ways to decode: the compiled engine, and the eager forward; through the public interface alone.
+
+The regression gate times other revisions with this file, so nothing here may depend on how one of them is built.
+Shape suffixes: ``b`` batch, ``t`` tokens, ``n`` new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastllama import LlamaForCausalLM
+
+from ..workload import Decode, Workload, timed, timed_by_difference
+from . import EAGER, FASTLLAMA, title_of
+
+if TYPE_CHECKING:
+    from . import Task
+
+
+class Engine:
+    """The compiled engine: ``stream()`` on a CPU, ``generate()`` on CUDA."""
+
+    name = FASTLLAMA
+
+    def load(self, task: Task) -> None:
+        """Load the weights; the first run compiles."""
+        self._device, self._slowdown = task.device, task.slowdown
+        self.model = task.weights()
+        self.info: dict[str, Any] = {"vocab_size": self.model.config.vocab_size}
+
+    def run(self, workload: Workload) -> Decode:
+        """Decode once; the mask says that a random prompt's pad ids are tokens like any other."""
+        if workload.capacity:
+            from fastllama.causal_lm import engine_of
+
+            runner = engine_of(self.model)
+            with runner.session():
+                runner.reserve(workload.batch, workload.capacity)
+        ids_bt = workload.input_ids(self._device)
+        arguments = (ids_bt, torch.ones_like(ids_bt))
+        settings: dict[str, Any] = {"do_sample": False, "eos_token_id": ()}
+        if not self._device.startswith("cuda"):
+            steps = self.model.stream(*arguments, max_new_tokens=workload.new_tokens, **settings)
+            return timed(steps, self._slowdown)
+
+        def call(new_tokens: int) -> torch.Tensor:
+            return self.model.generate(*arguments, max_new_tokens=new_tokens, **settings)[:, workload.prompt_len :]
+
+        return timed_by_difference(call, workload.new_tokens, self._slowdown)
+
+    def close(self) -> None:
+        """Give back the engine's memory; a model that was lent stays."""
+        self.model.release()
+
+
+class EngineAt(Engine):
+    """A second engine over the same weights, but for a copy of the fused ones, with a cache of that number of slots."""
+
+    def __init__(self, slots: int) -> None:
+        self.name, self._slots = f"{slots} slots", slots
+
+    def load(self, task: Task) -> None:
+        """Share the weights of the task's model."""
+        model = task.weights()
+        with torch.device("meta"):
+            twin = LlamaForCausalLM(model.config)
+        twin.load_state_dict(model.state_dict(), assign=True)
+        twin.tie_weights()
+        super().load(replace(task, lent=twin.eval()))
+
+    def run(self, workload: Workload) -> Decode:
+        """Decode once, in that number of slots."""
+        return super().run(replace(workload, capacity=self._slots))
+
+
+class Eager:
+    """The public forward, uncompiled, with a cache that grows."""
+
+    name = title_of(EAGER)
+    info: dict[str, Any] = {}  # noqa: RUF012  (nothing to say)
+
+    def load(self, task: Task) -> None:
+        """Load the weights."""
+        self._model, self._device = task.weights(), task.device
+
+    def run(self, workload: Workload) -> Decode:
+        """Decode once."""
+        ids_bt = workload.input_ids(self._device)
+        if not self._device.startswith("cuda"):
+            return timed(self.steps(ids_bt, workload.new_tokens))
+        return timed_by_difference(lambda n: torch.stack(list(self.steps(ids_bt, n)), dim=1), workload.new_tokens)
+
+    @torch.inference_mode()
+    def steps(self, ids_bt: torch.Tensor, new_tokens: int) -> Iterator[torch.Tensor]:
+        """Greedy tokens ``[b]``, one step after the other."""
+        cache = None
+        for _ in range(new_tokens):
+            output = self._model(ids_bt, past_key_values=cache, use_cache=True, return_dict=True, num_logits_to_keep=1)
+            cache = output.past_key_values
+            ids_bt = output.logits[:, -1:].argmax(dim=-1)
+            yield ids_bt[:, 0]
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,113 @@
+"""transformers: its ``generate()`` as it comes, and with a static cache and a compiled forward."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import CompileConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from ..workload import Decode, Workload, rows_of, timed_by_difference
+from . import STATIC, TRANSFORMERS, title_of
+
+if TYPE_CHECKING:
+    import fastllama
+
+    from . import Task
+
+
+def twin_of(model: fastllama.LlamaForCausalLM) -> Any:
+    """transformers' model of the same config on the same weights, which are shared and not copied."""
+    config = LlamaConfig(**model.config.to_dict())
+    with torch.device("meta"):
+        twin: Any = LlamaForCausalLM(config)
+    twin.load_state_dict(model.state_dict(), strict=False, assign=True)
+    twin.tie_weights()
+    twin.model.rotary_emb = type(twin.model.rotary_emb)(config=config).to(model.device)
+    return twin.eval()
+
+
+class Transformers:
+    """Greedy ``generate()`` with its defaults."""
+
+    name = title_of(TRANSFORMERS)
+    info: dict[str, Any] = {}  # noqa: RUF012  (nothing to say)
+
+    def load(self, task: Task) -> None:
+        """Share the lent weights, or load the folder."""
+        if task.lent is not None:
+            self._model = twin_of(task.lent)
+        else:
+            loaded: Any = LlamaForCausalLM.from_pretrained(task.model, dtype=getattr(torch, task.dtype))
+            self._model = loaded.to(task.device)
+        self._model.generation_config = GenerationConfig(pad_token_id=0)  # none that ends at an EOS token
+
+    def run(self, workload: Workload) -> Decode:
+        """Decode once; on CUDA by the difference of two calls, for a streamer would wait for each token."""
+        ids_bt = workload.input_ids(self._model.device)
+        if ids_bt.is_cuda:
+            return timed_by_difference(lambda n: self._generate(ids_bt, n, workload), workload.new_tokens)
+        clock = _Clock()
+        # A streamer sees one row; all rows advance in the same step.
+        hook = {"streamer": clock} if workload.batch == 1 else {"stopping_criteria": [clock.criterion]}
+        tokens_bn = self._generate(ids_bt, workload.new_tokens, workload, **hook)
+        gaps = [after - before for before, after in pairwise(clock.times[: workload.new_tokens + 1])]
+        return Decode(rows_of(tokens_bn), gaps[0], tuple(gaps[1:]))
+
+    def close(self) -> None:
+        """Drop the model."""
+        self._model = None
+
+    def settings(self, workload: Workload) -> dict[str, Any]:
+        """What ``generate()`` is called with besides the prompt."""
+        return {}
+
+    def _generate(self, ids_bt: torch.Tensor, new_tokens: int, workload: Workload, **hook: Any) -> torch.Tensor:
+        settings = {"max_new_tokens": new_tokens, "do_sample": False, **self.settings(workload), **hook}
+        output_bt = self._model.generate(ids_bt, attention_mask=torch.ones_like(ids_bt), **settings)
+        return output_bt[:, ids_bt.shape[1] :]
+
+
+class StaticTransformers(Transformers):
+    """A static cache, made once and reset, and the forward compiled: the fastest way that transformers documents."""
+
+    name = title_of(STATIC)
+
+    def load(self, task: Task) -> None:
+        """As :meth:`Transformers.load`; the first run compiles."""
+        super().load(task)
+        self._cache: Any = None
+        self._shape: tuple[int, int] | None = None
+
+    def settings(self, workload: Workload) -> dict[str, Any]:
+        """The cache, empty, and the compiler's mode."""
+        slots = workload.capacity or workload.prompt_len + workload.new_tokens
+        if self._shape != (workload.batch, slots):
+            self._cache = StaticCache(config=self._model.config, max_cache_len=slots)
+            self._shape = (workload.batch, slots)
+        self._cache.reset()
+        compile_config: Any = CompileConfig(mode="reduce-overhead", fullgraph=True)
+        compile_config._compile_all_devices = True  # transformers compiles for CUDA alone unless told
+        return {"past_key_values": self._cache, "compile_config": compile_config}
+
+
+class _Clock:
+    """Notes when it was made and when each step's token came: as a streamer, or as a stopping criterion."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self.times.append(time.perf_counter())
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+    def criterion(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

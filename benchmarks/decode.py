@@ -1,0 +1,214 @@
+"""``bench decode``: fastllama, its peers and the bound interleaved in one run, outputs checked, over a grid."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+from fastllama import LlamaForCausalLM
+from fastllama.measure import BandwidthProbe, free_memory, kv_cache_bytes, quantiles, weight_bytes_per_step
+
+from .contenders import Task, open_peers
+from .contenders.fastllama import Engine, EngineAt
+from .costs import Compilations, counting, last_level_cache, peak_memory
+from .parity import Parity, check_all
+from .rounds import WARMUP_RUNS, Results, Say, interleave
+from .workload import Decode, Workload
+
+STEADY = 1.15  # largest over smallest reading of the bandwidth in a run that was not disturbed
+
+
+class CountedEngine(Engine):
+    """The engine, and what each of its runs has compiled and recorded."""
+
+    def __init__(self) -> None:
+        self.costs: list[Compilations] = []
+
+    def run(self, workload: Workload) -> Decode:
+        """Decode once."""
+        with counting() as cost:
+            done = super().run(workload)
+        self.costs.append(cost)
+        return done
+
+
+def compare(
+    model: LlamaForCausalLM,
+    workload: Workload,
+    *,
+    rounds: int,
+    warmups: int = WARMUP_RUNS,
+    peers: Sequence[str] = (),
+    places: Mapping[str, str | None] | None = None,
+    beside: int | None = None,
+    say: Say = lambda message: None,
+) -> dict[str, Any]:
+    """Decode the same workload with the engine and its peers, interleaved; the fields of a record.
+
+    Args:
+        model: lends its weights; its engine compiles now if it has not yet.
+        workload: what to decode.
+        rounds, warmups: timed and unmeasured runs of each, of fastllama one more.
+        peers: names of :data:`fastllama_benchmarks.contenders.NAMES`.
+        places: ``gpt_fast`` and ``llama_bench``, where those are.
+        beside: slots of a second engine that takes part, to compare capacities in one run.
+        say: hears what is about to run.
+    """
+    slots, dtype = workload.capacity or workload.prompt_len + workload.new_tokens, str(model.dtype)[len("torch.") :]
+    task = Task("", dtype, str(model.device), workload.batch, slots, lent=model, **(places or {}))
+    engine, probe = CountedEngine(), BandwidthProbe(model.device)
+    engine.load(task)
+    say("first run: fastllama")
+    start = time.perf_counter()
+    engine.run(workload)
+    first_run_s, peak = time.perf_counter() - start, peak_memory(model.device)
+    with tempfile.TemporaryDirectory(prefix="fastllama-peers-") as workspace:
+        opened, missing = open_peers(peers, replace(task, workspace=workspace))
+        if beside is not None:
+            opened.insert(0, EngineAt(beside))
+            opened[0].load(task)
+        try:
+            results = interleave([engine, *opened], workload, rounds, warmups=warmups, say=say, between=probe.sample)
+            info = {peer.name: peer.info or None for peer in opened if peer.name in results.runs}
+        finally:
+            for peer in opened:
+                peer.close()
+    results.first_seconds[engine.name] = first_run_s
+    say("checking the tokens")
+    sizes = ("batch", "prompt_len", "new_tokens", "capacity", "live_tokens")
+    found = {name: getattr(workload, name) for name in sizes} | bound_of(model, workload, probe)
+    found |= {
+        "rounds": rounds,
+        "peak_memory_bytes": peak,
+        "compiles_after_warmup": sum(cost.graphs for cost in engine.costs[-rounds:]),
+        "recordings_after_warmup": sum(cost.recordings for cost in engine.costs[-rounds:]),
+    }
+    parities = check_all(model, workload, {name: runs[0].tokens for name, runs in results.runs.items()})
+    found |= entries(workload, results, found, parities, info, missing | results.broken)
+    return found | {"disturbed": disturbances(found, found["bytes_per_step"] <= last_level_cache(model.device))}
+
+
+def bound_of(model: LlamaForCausalLM, workload: Workload, probe: BandwidthProbe) -> dict[str, Any]:
+    """What bounds the decode: the bytes that a step reads, half way through it, and how fast the memory was."""
+    batch, itemsize = workload.batch, model.dtype.itemsize
+    nbytes = weight_bytes_per_step(model, batch)
+    nbytes += kv_cache_bytes(model.config, workload.live_tokens, batch, itemsize)
+    return {
+        "bytes_per_step": nbytes,
+        "floor_ms": 1e3 * nbytes / probe.best.bytes_per_second,
+        "memory_bandwidth_gb_s": probe.best.bytes_per_second / 1e9,
+        "memory_bandwidth_method": probe.best.method,
+        "memory_bandwidth_readings_gb_s": [reading / 1e9 for reading in probe.readings],
+    }
+
+
+def entries(
+    workload: Workload,
+    results: Results,
+    bound: Mapping[str, Any],
+    parities: Mapping[str, Parity | None],
+    info: Mapping[str, Any],
+    missing: Mapping[str, str],
+) -> dict[str, Any]:
+    """fastllama's figures, and under ``peers`` those of the others, or why there are none."""
+    reference = next(iter(results.runs.values()))[0].tokens
+    assert reference is not None
+    ours, *others = (
+        {"name": name, "first_run_s": results.first_seconds[name]}
+        | figures(runs, workload, bound)
+        | agreement(runs[0], parities[name], reference[0])
+        for name, runs in results.runs.items()
+    )
+    for each in others:
+        speed = each["tokens_per_second"]
+        each |= {"ratio": ours["tokens_per_second"] / speed if speed else None, "info": info[each["name"]]}
+    peers = {each["name"]: each for each in others}
+    return ours | {"peers": peers | {name: {"unavailable": why} for name, why in missing.items()}}
+
+
+def figures(runs: Sequence[Decode], workload: Workload, bound: Mapping[str, Any]) -> dict[str, Any]:
+    """What the timed runs of one contender come to; docs/measuring.md explains the fields."""
+    steps = [seconds for run in runs for seconds in run.tpot]
+    ttft_ms = quantiles([1e3 * run.ttft for run in runs])
+    tpot_ms = quantiles([1e3 * seconds for seconds in steps]) if steps else None
+    achieved = bound["bytes_per_step"] / (tpot_ms.p50 / 1e3) / 1e9 if tpot_ms else 0.0
+    return {
+        "ttft_ms": ttft_ms.p50,
+        "ttft_ms_quantiles": asdict(ttft_ms),
+        "prompt_tokens_per_second": 1e3 * workload.batch * workload.prompt_len / ttft_ms.p50,
+        "tpot_ms": asdict(tpot_ms) if tpot_ms else None,
+        "tokens_per_second": workload.batch * len(steps) / sum(steps) if steps else 0.0,
+        "bandwidth_gb_s": achieved,
+        "mbu": achieved / bound["memory_bandwidth_gb_s"],
+    }
+
+
+def agreement(run: Decode, parity: Parity | None, reference: Sequence[int]) -> dict[str, Any]:
+    """Whether the tokens are right, and how many of the first row equal fastllama's before one differs."""
+    first = None if run.tokens is None else run.tokens[0]
+    return {
+        "parity": None if parity is None else parity.passed,
+        "parity_detail": None if parity is None else asdict(parity),
+        "same_tokens": None if first is None else common_prefix(first, reference),
+    }
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two decodes share before the first that differs."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+
+
+def disturbances(found: Mapping[str, Any], in_cache: bool) -> list[str]:
+    """Why the figures of a run may not hold, one line each."""
+    lines, readings = [], found["memory_bandwidth_readings_gb_s"]
+    if readings and max(readings) > STEADY * min(readings):
+        low, high = min(readings), max(readings)
+        lines.append(f"the memory bandwidth was between {low:.1f} and {high:.1f} GB/s within the run")
+    for each in (found, *found["peers"].values()):
+        if each.get("mbu", 0) > 1:
+            cause = "a step's bytes fit the processor's cache" if in_cache else "something slowed the readings"
+            lines.append(f"{each['name']} reached {100 * each['mbu']:.0f} % of the memory bandwidth: {cause}")
+    return lines
+
+
+class Point(NamedTuple):
+    """One decode of a grid."""
+
+    batch: int
+    prompt_len: int
+    new_tokens: int
+    capacity: int | None = None
+    beside: int | None = None  # slots of a second engine that takes part, where capacities are compared
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, prompt of {self.prompt_len}" + f", {self.capacity} slots" * bool(self.capacity)
+
+
+def grid(
+    batches: Sequence[int], prompt_lens: Sequence[int], capacities: Sequence[int | None], new_tokens: int
+) -> Iterator[Point]:
+    """Every combination; each capacity but the first takes part in one run with the first that holds the tokens."""
+    for batch, prompt_len, capacity in itertools.product(batches, prompt_lens, capacities):
+        roomy = (slots for slots in capacities if slots and slots >= prompt_len + new_tokens)
+        beside = next(roomy, None) if len(capacities) > 1 else None
+        yield Point(batch, prompt_len, new_tokens, capacity, None if beside == capacity else beside)
+
+
+def workload_of(model: LlamaForCausalLM, point: Point) -> Workload:
+    """The point's random prompts; ValueError where the capacity or, on a CPU, the free memory cannot hold the tokens.
+
+    A CPU's system would not refuse such an allocation, but end the process once the memory is written to.
+    """
+    batch, prompt_len, new_tokens, capacity, _ = point
+    needed = prompt_len + new_tokens
+    if capacity is not None and capacity < needed:
+        raise ValueError(f"{prompt_len} + {new_tokens} tokens do not fit {capacity} slots")
+    bucket = 1 << (batch - 1).bit_length()  # rows run in powers of two
+    nbytes = kv_cache_bytes(model.config, capacity or needed, bucket, model.dtype.itemsize)
+    if model.device.type == "cpu" and nbytes > free_memory():
+        raise ValueError(f"the KV cache takes {nbytes / 1e9:.3g} GB, {free_memory() / 1e9:.3g} GB are free")
+    return Workload.random(model.config.vocab_size, batch, prompt_len, new_tokens, capacity)

@@ -1,1 +1,0 @@
-"""``bench startup``: how long a fresh process takes to its first token."""

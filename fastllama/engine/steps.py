@@ -1,0 +1,80 @@
+"""The steps that are compiled: pure functions of the network, its rows and its memory, which they update in place.
+
+Shape suffixes: ``b`` batch, ``t`` query tokens, ``m`` model dim, ``v`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from fastllama import ops
+from fastllama.engine.buffers import Chunk, Memory, Rows
+from fastllama.engine.decoder import FusedDecoder
+
+PREFILL_CHUNKS = (8, 32, 128, 512)  # tokens a row
+VERIFY_TOKENS = (1, 2, 4, 8)
+
+
+def prefill(net: FusedDecoder, chunk: Chunk, memory: Memory) -> None:
+    """Write tokens to the cache."""
+    net(*chunk, *memory)
+
+
+def prefill_and_draw(net: FusedDecoder, chunk: Chunk, memory: Memory, rows: Rows) -> None:
+    """Write the last tokens of the rows' prompts to the cache and sample their first new ones."""
+    _draw(net, net(*chunk, *memory)[:, -1], rows)
+
+
+def decode(net: FusedDecoder, rows: Rows, memory: Memory) -> None:
+    """From the rows' newest tokens to their next ones."""
+    _draw(net, net(rows.ids_b1, rows.position_b1, *memory)[:, -1], rows)
+
+
+def verify(net: FusedDecoder, chunk: Chunk, memory: Memory, logits_btv: torch.Tensor) -> None:
+    """Write tokens to the cache, and the logits of what follows each of them to ``logits_btv``."""
+    logits_btv.copy_(net.logits(net(*chunk, *memory)))
+
+
+def _draw(net: FusedDecoder, x_bm: torch.Tensor, rows: Rows) -> None:
+    """From hidden states to next tokens; every row that has not ended is one token further."""
+    token_b = ops.sample(net.logits(x_bm), rows.params, rows.position_b1[:, 0] + 1)
+    token_b = torch.where(rows.finished_b, rows.pad_b, token_b)
+    rows.output_bn.scatter_(1, rows.step_b[:, None], token_b[:, None])
+    going_b = ~rows.finished_b
+    rows.position_b1.add_(going_b[:, None])  # a row that has ended stays where it is, inside its cache
+    rows.step_b.add_(going_b)
+    rows.finished_b.logical_or_((token_b[:, None] == rows.eos_be).any(dim=1) | (rows.step_b >= rows.limit_b))
+    rows.ids_b1.copy_(token_b[:, None])
+
+
+def prompt_chunks(prompts: Sequence[torch.Tensor], short_of: int, exact: bool) -> Iterator[Chunk]:
+    """The chunks that prefill these prompts, on the CPU.
+
+    Args:
+        prompts: of each row, int64 ``[tokens]``.
+        short_of: how many last tokens of each prompt are left out.
+        exact: as :func:`prefill_chunks` takes it.
+    """
+    last_b1 = torch.tensor([[max(len(prompt) - 1 - short_of, 0)] for prompt in prompts])
+    ids_bt = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
+    start = 0
+    for t in prefill_chunks(ids_bt.shape[1] - short_of, exact):
+        position_bt = torch.arange(start, start + t).minimum(last_b1)
+        yield Chunk(ids_bt.gather(1, position_bt), position_bt)
+        start += t
+
+
+def prefill_chunks(tokens: int, exact: bool) -> list[int]:
+    """Sizes of the chunks that a prefill of ``tokens`` tokens takes; unless ``exact``, the last one is padded."""
+    longest = max(PREFILL_CHUNKS)
+    full, rest = divmod(tokens, longest)
+    if rest and not exact:
+        rest = min(size for size in PREFILL_CHUNKS if size >= rest)
+    return [longest] * full + [rest] * (rest > 0)
+
+
+def batch_bucket(rows: int) -> int:
+    """The batch that ``rows`` rows run in: the next power of two."""
+    return 1 << (rows - 1).bit_length()

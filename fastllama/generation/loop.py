@@ -1,0 +1,63 @@
+"""A batch from its prompts to its end.
+
+Shape suffixes: ``b`` rows, ``n`` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+
+import torch
+
+from fastllama.engine.buffers import Snapshot
+from fastllama.engine.runner import Runner
+from fastllama.generation.request import Request
+from fastllama.generation.stopping import Stopping
+
+
+def decode(runner: Runner, requests: Sequence[Request], poll_every: int = 1) -> Generator[torch.Tensor, None, None]:
+    """Decode rows together until the last one ends; yields their new tokens, int64 ``[b, n]`` on the CPU, n ≥ 1.
+
+    A row that has ended gives its pad id. Holds the engine until the generator is exhausted or closed.
+
+    Args:
+        runner: of the model.
+        requests: one for each row.
+        poll_every: on CUDA, steps launched between two looks at their tokens: 1 shows tokens soonest, more costs
+            the host less. On a CPU, where nothing runs ahead, each step is looked at.
+
+    Raises:
+        RuntimeError: this thread already holds the engine in an unfinished iteration.
+    """
+    with runner.session():
+        needed = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        runner.reserve(len(requests), needed if runner.cache else max(needed, runner.default_cache_len))
+        stopping = Stopping(requests)
+        for tokens_bn in _bursts(runner, requests, poll_every if runner.runs_ahead else 1):
+            yield stopping.take(tokens_bn)
+            if stopping.all_ended:
+                return
+            runner.hold()  # an iterator may be handed to another thread
+
+
+def _bursts(runner: Runner, requests: Sequence[Request], burst: int) -> Iterator[torch.Tensor]:
+    """Prefill, then step after step, and yield what all rows have given since the last time.
+
+    On CUDA a burst of steps is launched before the tokens of the burst before it are read, so that the device never
+    waits for the host; what was launched past the end is dropped.
+    """
+    count, last = len(requests), max(request.max_new_tokens for request in requests)
+    done = runner.prefill(dict(enumerate(requests)))
+    if done:
+        yield runner.newest().read()[:count]
+    pending: Snapshot | None = None
+    for first in range(done, last, burst):
+        after = min(first + burst, last)
+        for _ in range(first, after):
+            runner.step()
+        taken = runner.newest() if burst == 1 else runner.output(first, after)
+        ready, pending = (pending, taken) if runner.runs_ahead else (taken, None)
+        if ready:
+            yield ready.read()[:count]
+    if pending:
+        yield pending.read()[:count]

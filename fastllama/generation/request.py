@@ -1,0 +1,163 @@
+"""From the arguments of a call to rows: checked once, unpadded, every setting resolved.
+
+Shape suffixes: ``b`` batch, ``t`` prompt tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastllama.config import GenerationConfig
+from fastllama.engine.buffers import GREEDY, MAX_EOS_IDS, Sampling
+from fastllama.ops import row_seed
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row to decode.
+
+    prompt: int64 ``[tokens]`` on the CPU, at least one token.
+    max_new_tokens: steps to decode at most.
+    sampling: temperature 0 is greedy.
+    eos_token_ids: the row ends when it gives one of these, and gives ``pad_token_id`` from then on.
+    """
+
+    prompt: torch.Tensor
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.prompt) < 1:
+            raise ValueError("every row needs at least one prompt token; give a BOS token to start from nothing")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if len(self.eos_token_ids) > MAX_EOS_IDS:
+            raise ValueError(f"at most {MAX_EOS_IDS} EOS ids are supported, got {len(self.eos_token_ids)}")
+
+
+def requests_of(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: GenerationConfig, vocab_size: int
+) -> list[Request]:
+    """The rows of a batch.
+
+    Args:
+        input_ids: integers ``[b, t]``.
+        attention_mask: ``[b, t]``, 0 where a prompt is padded; where there is none, pad ids may be padding.
+        config: of every row.
+        vocab_size: of the model.
+
+    Raises:
+        ValueError: ids or mask of another shape or dtype, ids outside the vocabulary, a row without tokens, no room for
+            a new token, more EOS ids than there is room for.
+    """
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.long, torch.int):
+        raise ValueError(
+            f"input_ids must be integers [batch, tokens], got {input_ids.dtype} of shape {tuple(input_ids.shape)}; "
+            'tokenize with return_tensors="pt"'
+        )
+    if attention_mask is None:
+        attention_mask = inferred_mask(input_ids, config)
+    prompts = unpad(input_ids.cpu().long(), None if attention_mask is None else attention_mask.cpu())
+    check_ids(prompts, vocab_size)
+    eos = config.eos_token_id
+    pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if eos else 0)
+    if not 0 <= pad < vocab_size:
+        raise ValueError(f"pad_token_id is {pad}, outside the vocabulary of {vocab_size}")
+    new_tokens = _new_tokens(input_ids.shape[1], config)
+    seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
+    return [
+        Request(prompt, new_tokens, sampling_of(config, row_seed(seed, row)), eos, pad)
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def sampling_of(config: GenerationConfig, seed: int) -> Sampling:
+    """How a row with this seed samples."""
+    return Sampling(
+        temperature=config.temperature if config.do_sample else 0.0,
+        top_k=config.top_k or 0,
+        top_p=1.0 if config.top_p is None else config.top_p,
+        min_p=config.min_p or 0.0,
+        seed=seed,
+    )
+
+
+def check_ids(prompts: Sequence[torch.Tensor], vocab_size: int) -> None:
+    """Raise ValueError where there is no prompt, or where one holds ids outside the vocabulary."""
+    ids = torch.cat(list(prompts)) if prompts else torch.empty(0)
+    if not len(ids):
+        raise ValueError("every row needs at least one prompt token; give a BOS token to start from nothing")
+    low, high = (int(end) for end in ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"input_ids hold token id {low if low < 0 else high}, outside the vocabulary of {vocab_size}: "
+            "is this the model's own tokenizer?"
+        )
+
+
+def _new_tokens(prompt_tokens: int, config: GenerationConfig) -> int:
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens
+    if config.max_length <= prompt_tokens:
+        raise ValueError(
+            f"the prompt has {prompt_tokens} tokens and max_length is {config.max_length}, which leaves no room for "
+            "a new one; raise max_length or give max_new_tokens"
+        )
+    return config.max_length - prompt_tokens
+
+
+def merge_settings(config: GenerationConfig, settings: dict[str, Any]) -> GenerationConfig:
+    """The generation config with a call's own settings over it; None leaves the config's value.
+
+    ``max_length`` given in the call overrules the config's ``max_new_tokens``. Where no length was set at all, 20 new
+    tokens are decoded, as in transformers.
+
+    Raises:
+        TypeError: for a setting that ``generate`` does not know, naming it.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    known = [field.name for field in dataclasses.fields(config)]
+    if unknown := sorted(set(given) - set(known)):
+        raise TypeError(f"generate() does not know {', '.join(unknown)}; it takes {', '.join(known)}")
+    if "max_length" in given and "max_new_tokens" not in given:
+        given["max_new_tokens"] = None
+    elif config.max_new_tokens is None and config.max_length == GenerationConfig.max_length:
+        given.setdefault("max_new_tokens", config.max_length)
+    return config.replace(**given)
+
+
+def inferred_mask(input_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor | None:
+    """The mask of a call without one: as in transformers, pad ids are padding, unless they may be EOS ids too."""
+    if config.pad_token_id is None or config.pad_token_id in config.eos_token_id:
+        return None
+    return input_ids != config.pad_token_id
+
+
+def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """Each row's tokens ``[tokens]`` without its padding, wherever that is.
+
+    Dropping masked tokens changes nothing for the others: they are never attended, and positions count unmasked
+    tokens only.
+
+    Raises:
+        ValueError: a mask of another shape, or a row of padding alone.
+    """
+    if attention_mask is None:
+        return list(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}; "
+            "they must be equal"
+        )
+    rows = [ids[mask != 0] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    for index, row in enumerate(rows):
+        if len(row) == 0:
+            raise ValueError(f"row {index} of attention_mask is all zeros: that prompt has no tokens")
+    return rows
