@@ -105,7 +105,9 @@ def _compile(compiler: Sequence[str], library: Path) -> None:
     from torch.utils import cpp_extension
 
     includes = [f"-I{PACKAGE / 'common'}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
-    sources = {library.with_name(f"{file.parent.name}.o"): file for file in _files() if file.suffix == ".cpp"}
+    sources = {
+        library.with_name(f"{file.parent.name}_{file.stem}.o"): file for file in _files() if file.suffix == ".cpp"
+    }
 
     def compile_one(item: tuple[Path, Path]) -> None:
         target, source = item
