@@ -174,6 +174,13 @@ def _divide(
     return _Work(queries, block_m, tiles_m, splits, tile)
 
 
+def _parts(q: torch.Tensor, sizes: Sizes, work: _Work) -> dict[str, torch.Tensor]:
+    """What splits leave for the program that joins them; nothing where there is one split."""
+    parts = sizes.batch * sizes.kv_heads * work.splits * work.queries if work.splits > 1 else 0
+    widths = {"top_ptr": 1, "sum_ptr": 1, "acc_ptr": sizes.head_dim}
+    return {name: q.new_empty(parts * width, dtype=torch.float32) for name, width in widths.items()}
+
+
 def _counters(q: torch.Tensor, arrived: torch.Tensor | None, programs: int) -> torch.Tensor:
     """The counters that were given, once they are known to be enough, or new ones."""
     if arrived is None:
@@ -230,15 +237,12 @@ def plan_launch(
     work = _divide(q, sizes, chip or tiles.capability(q.device), splits, tile)
     batch, tokens, heads, kv_heads, slots, head_dim = sizes
     out = q.new_empty((batch, tokens, heads, head_dim) if tables is None else (batch, tokens, heads * head_dim))
-    parts = batch * kv_heads * work.splits * work.queries if work.splits > 1 else 0
-    top, total, acc = (q.new_empty(parts * size, dtype=torch.float32) for size in (1, 1, head_dim))
     cos_sd, sin_sd = tables or (None, None)
     with_pdl = pdl.used(q.device, chip)
     arguments = {
         "q_ptr": q, "cos_ptr": cos_sd, "sin_ptr": sin_sd, "position_ptr": position_bt, "start_ptr": start_b,
         "key_ptr": k_cache_bksd, "value_ptr": v_cache_bksd, "out_ptr": out,
-        "top_ptr": top, "sum_ptr": total, "acc_ptr": acc,
-        "arrived_ptr": _counters(q, arrived, batch * kv_heads * work.tiles_m),
+        **_parts(q, sizes, work), "arrived_ptr": _counters(q, arrived, batch * kv_heads * work.tiles_m),
         "slots": slots, "kv_heads": kv_heads, "splits": work.splits, "scale": head_dim**-0.5,
     }  # fmt: skip
     launch = Launch(

@@ -67,8 +67,8 @@ def _number(logit):
 
 @triton.jit
 def _rank(logit):
-    """A logit as an integer: higher logits have higher ones."""
-    bits = logit.to(tl.int32, bitcast=True)
+    """A logit as an integer: higher logits have higher ones, equal ones the same."""
+    bits = (logit + 0.0).to(tl.int32, bitcast=True)  # minus zero plus zero is zero
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 

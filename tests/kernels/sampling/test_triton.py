@@ -140,6 +140,14 @@ def test_warping_equals_transformers(temperature, top_k, top_p, min_p, seed) -> 
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-3)
 
 
+def test_zero_and_minus_zero_are_equally_likely(sample) -> None:
+    logits = torch.tensor([[0.0, -0.0, -3.0, -0.0, 0.0]]).expand(64, 5).contiguous()
+    params = params_of(64, 0.05, 0, 1e-6)
+    token = sample(logits, params, torch.arange(64))
+    assert torch.equal(token, sample_ref(logits.abs() * torch.tensor([1, 1, -1, 1, 1]), params, torch.arange(64)))
+    assert set(token.tolist()) == {0, 1, 3, 4}
+
+
 @pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(0, 1.0, 0.0), (10, 1.0, 0.0), (0, 0.7, 0.0), (20, 0.8, 0.05)])
 def test_tokens_are_drawn_with_their_probabilities(top_k, top_p, min_p) -> None:
     draws, vocab = 20_000, 200  # of the reference, which the kernels agree with
