@@ -18,7 +18,6 @@ import torch
 from torch.nn import functional as F
 
 from fastllama import LlamaConfig, ops
-from fastllama.engine.decoder import ACTIVATION_OPS
 from fastllama.loading.names import resolve
 from fastllama.model.rope import rotary_cos_sin
 from fastllama_kernels.attention.op import rotary_attention_ref
@@ -133,13 +132,13 @@ def _linear(
 def _gate_up(shapes: Shapes) -> StepOp:
     config = shapes.config
     eps, m, f = config.rms_norm_eps, config.hidden_size, config.intermediate_size
-    activation, label = ACTIVATION_OPS[config.hidden_act], f"norm, gate/up, {config.hidden_act}"
+    number, label = ops.ACTIVATIONS[config.hidden_act].number, f"norm, gate/up, {config.hidden_act}"
     own = _weights(shapes, m, 2 * f, True, config.mlp_bias)
     references = {
-        TORCH: lambda x, *matrix: gate_up_ref(x, *matrix, eps, activation),
+        TORCH: lambda x, *matrix: gate_up_ref(x, *matrix, eps, number),
         PLAIN: lambda x, weight, bias, norm: F.linear(x, weight, bias),
     }
-    run = lambda x, *matrix: ops.gate_up(x, *matrix, eps, activation)  # noqa: E731
+    run = lambda x, *matrix: ops.gate_up(x, *matrix, eps, config.hidden_act)  # noqa: E731
     shared, layers = (shapes.normal(shapes.batch, m),), config.num_hidden_layers
     return StepOp("gate_up", label, f"{2 * f} x {m}", layers, nbytes(own), shared, own, run, references)
 

@@ -138,7 +138,9 @@ def _decoding(config: LlamaConfig, device: torch.device, context: int) -> dict[s
         "kv_cache_bytes": cache,
         "memory_bandwidth_gb_s": bandwidth.bytes_per_second / 1e9,
         "memory_bandwidth_method": bandwidth.method,
-        "kernels_per_step": ops.kernels_per_step(device, getattr(torch, config.dtype), config.num_hidden_layers),
+        "kernels_per_step": ops.kernels_per_step(
+            device, getattr(torch, config.dtype), config.num_hidden_layers, config.head_dim
+        ),
         "floor_ms_empty_cache": 1e3 * weights / bandwidth.bytes_per_second,
         "floor_ms_full_cache": 1e3 * (weights + cache) / bandwidth.bytes_per_second,
     }

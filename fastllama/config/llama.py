@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastllama import ops
 from fastllama.config.fields import (
     CONFIG_NAME,
     bad,
@@ -33,12 +34,6 @@ logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # fmt: off
-#: What ``hidden_act`` may be, under transformers' names (``transformers.activations.ACT2FN``).
-ACTIVATIONS = (
-    "silu", "swish", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu",
-    "relu",
-)
-
 # What each rope type reads besides rope_type, rope_theta and partial_rotary_factor: the keys it cannot do
 # without, then all.
 _ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
@@ -236,8 +231,8 @@ class LlamaConfig:
             raise bad("pretraining_tp", self.pretraining_tp, f"a divisor of vocab_size={self.vocab_size}")
 
     def _check_constants(self) -> None:
-        if self.hidden_act not in ACTIVATIONS:
-            raise bad("hidden_act", self.hidden_act, f"one of {', '.join(ACTIVATIONS)}")
+        if self.hidden_act not in ops.ACTIVATIONS:
+            raise bad("hidden_act", self.hidden_act, f"one of {', '.join(ops.ACTIVATIONS)}")
         if self.dtype not in DTYPES:
             raise bad("dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         check_number("rms_norm_eps", self.rms_norm_eps, at_least=0)

@@ -6,10 +6,10 @@ import importlib.resources
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from fastllama import ops
 from fastllama.config import GenerationConfig, LlamaConfig, RopeParameters
 from fastllama.config.fields import CONFIG_NAME
 
@@ -43,7 +43,7 @@ class Source:
     generation_config: GenerationConfig
 
 
-def _llama3(factor: float, **shape: Any) -> LlamaConfig:
+def _llama3(shape: ops.Shape, factor: float, is_tied: bool = False) -> LlamaConfig:
     rope = RopeParameters(
         rope_type="llama3",
         rope_theta=500000.0,
@@ -53,36 +53,28 @@ def _llama3(factor: float, **shape: Any) -> LlamaConfig:
         original_max_position_embeddings=8192,
     )
     return LlamaConfig(
-        vocab_size=128256,
-        num_key_value_heads=8,
+        **asdict(shape),
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
         bos_token_id=128000,
         eos_token_id=128001,
+        tie_word_embeddings=is_tied,
         dtype="bfloat16",
         rope=rope,
-        **shape,
     )
+
+
+def _llama2(shape: ops.Shape) -> LlamaConfig:
+    return LlamaConfig(**asdict(shape), max_position_embeddings=4096, rms_norm_eps=1e-5, dtype="float16")
 
 
 #: The configs of published models, by the name that follows ``random:``.
 RANDOM_SHAPES: dict[str, LlamaConfig] = {
-    "llama-2-7b": LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5, dtype="float16"),
-    "llama-3.2-1b": _llama3(
-        32.0, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, tie_word_embeddings=True
-    ),
-    "llama-3.2-3b": _llama3(
-        32.0,
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        tie_word_embeddings=True,
-    ),
-    "llama-3.1-8b": _llama3(8.0, hidden_size=4096, intermediate_size=14336),
-    "llama-3.1-70b": _llama3(
-        8.0, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
-    ),
+    "llama-2-7b": _llama2(ops.SHAPES["llama-2-7b"]),
+    "llama-3.2-1b": _llama3(ops.SHAPES["llama-3.2-1b"], factor=32.0, is_tied=True),
+    "llama-3.2-3b": _llama3(ops.SHAPES["llama-3.2-3b"], factor=32.0, is_tied=True),
+    "llama-3.1-8b": _llama3(ops.SHAPES["llama-3.1-8b"], factor=8.0),
+    "llama-3.1-70b": _llama3(ops.SHAPES["llama-3.1-70b"], factor=8.0),
 }
 
 

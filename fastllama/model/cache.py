@@ -183,3 +183,23 @@ class DynamicCache:
     def get_max_length(self) -> None:
         """None: a growing cache has no capacity."""
         return
+
+
+def target_length(cache: Any, seen: int, cache_position: torch.Tensor) -> int:
+    """Number of key slots that a mask spans: the capacity of a static cache, else the tokens ``seen`` with this step's.
+
+    Raises:
+        CacheOverflowError: the step does not fit the static cache.
+    """
+    if not isinstance(cache, StaticCache):
+        return seen
+    capacity = cache.get_max_length()
+    if torch.compiler.is_compiling():
+        return capacity
+    last = int(cache_position[..., -1].max())
+    if last >= capacity:
+        raise CacheOverflowError(
+            f"this step ends at position {last} but the static cache has {capacity} slots; "
+            "allocate it with a larger max_cache_len"
+        )
+    return capacity
