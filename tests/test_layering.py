@@ -31,7 +31,7 @@ LAYERS = (
     "fastllama_benchmarks",  # found by an entry point; nothing of fastllama imports it
 )
 KERNEL_IMPORTERS = {"ops"}  # the one door to fastllama_kernels
-KERNEL_IMPORTS = {"fastllama_kernels", "torch", "triton"} | sys.stdlib_module_names
+KERNEL_IMPORTS = {"fastllama_kernels", "filelock", "torch", "triton"} | sys.stdlib_module_names
 
 
 def imports_of(source: str, package: str) -> Iterator[tuple[str, int]]:

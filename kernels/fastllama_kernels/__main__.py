@@ -1,7 +1,7 @@
 """``python -m fastllama_kernels``: the kernels' machine code, a model of the step, and the table of tile sizes.
 
 audit: registers, spills, load widths and the like of every kernel; exits with 1 where something must not be.
-plan: bytes, floor and predicted time of a decode step, kernel by kernel.
+plan: bytes, bound and predicted time of a decode step, kernel by kernel.
 tune: measures tile sizes on the GPU that is here and writes the table that every launch reads.
 """
 
@@ -25,27 +25,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="The kernels' machine code, a model of the step, and the table of tile sizes.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    auditing = commands.add_parser("audit", help="read the machine code of every kernel")
-    architectures = [f"sm_{arch}" for arch in audit.CHIPS]
-    auditing.add_argument("--arch", nargs="+", default=["sm_80", "sm_90", "sm_100"], choices=architectures)
-    auditing.add_argument("--workers", type=_positive, default=2, help="processes that compile")
-    auditing.set_defaults(run=_audit)
-    planning = commands.add_parser("plan", help="bytes, floor and predicted time of a step")
-    planning.add_argument("--shape", default="llama-3.2-1b", choices=list(step.SHAPES))
-    planning.add_argument("--gpu", default="h200", choices=list(plan.GPUS))
-    planning.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
-    planning.add_argument("--batch", type=_positive, default=1, help=f"rows, at most {gemv.MAX_ROWS}")
-    planning.add_argument("--live", type=_positive, default=512, help="tokens of each row in the cache")
-    planning.set_defaults(run=_plan)
-    tuning = commands.add_parser("tune", help="measure tile sizes on the GPU that is here")
-    tuning.add_argument("--shapes", nargs="+", default=list(step.SHAPES), choices=list(step.SHAPES))
-    tuning.add_argument("--out", type=Path, default=tune.FILE, help="the table; default: the one of this package")
-    tuning.set_defaults(run=_tune)
+    _add_audit(commands.add_parser("audit", help="machine code of every kernel"))
+    _add_plan(commands.add_parser("plan", help="bytes, bound and predicted time of a step"))
+    _add_tune(commands.add_parser("tune", help="measurement of tile sizes on the GPU of this machine"))
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _add_audit(parser: argparse.ArgumentParser) -> None:
+    default, known = ["sm_80", "sm_90", "sm_100"], [f"sm_{arch}" for arch in audit.CHIPS]
+    said = f"compute capabilities [default: {' '.join(default)}]"
+    parser.add_argument("--arch", nargs="+", default=default, choices=known, help=said)
+    parser.add_argument("--workers", type=_positive, default=2, help="processes that compile [default: 2]")
+    parser.set_defaults(run=_audit)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    shapes, gpus, dtypes = list(step.SHAPES), list(plan.GPUS), list(DTYPES)
+    said = "sizes of the model [default: llama-3.2-1b]"
+    parser.add_argument("--shape", default="llama-3.2-1b", choices=shapes, help=said)
+    parser.add_argument("--gpu", default="h200", choices=gpus, help="the GPU [default: h200]")
+    said = "dtype of weights and cache [default: bfloat16]"
+    parser.add_argument("--dtype", default="bfloat16", choices=dtypes, help=said)
+    parser.add_argument("--batch", type=_positive, default=1, help=f"rows, at most {gemv.MAX_ROWS} [default: 1]")
+    parser.add_argument("--live", type=_positive, default=512, help="tokens of each row in the cache [default: 512]")
+    parser.set_defaults(run=_plan)
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    shapes = list(step.SHAPES)
+    parser.add_argument("--shapes", nargs="+", default=shapes, choices=shapes, help="sizes of models [default: all]")
+    said = "file of the table [default: the one of this package]"
+    parser.add_argument("--out", type=Path, default=tune.FILE, help=said)
+    parser.set_defaults(run=_tune)
 
 
 def _positive(text: str) -> int:
@@ -78,9 +93,9 @@ def _plan(options: argparse.Namespace) -> int:
     source = "measured copy" if gpu.is_measured else "nine tenths of the data sheet"
     print(f"{options.shape}, {options.dtype}, batch {options.batch}, {options.live} live tokens")
     print(f"{options.gpu}: {gpu.bandwidth / 1e12:.2f} TB/s ({source})")
-    print(_line("", ("launches", "MB", "floor us", "model us"), ""))
+    print(_line("", ("launches", "MB", "bound us", "model us"), ""))
     for row in plan.rows(step.SHAPES[options.shape], gpu, DTYPES[options.dtype], options.batch, options.live):
-        cells = (row.launches, f"{row.nbytes / 1e6:.1f}", f"{row.floor * 1e6:.1f}", f"{row.predicted * 1e6:.1f}")
+        cells = (row.launches, f"{row.nbytes / 1e6:.1f}", f"{row.bound * 1e6:.1f}", f"{row.predicted * 1e6:.1f}")
         print(_line("", cells, row.name))
     return 0
 

@@ -39,7 +39,7 @@ def attend(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Of some slots the highest scores (as powers of 2), the sums of weights, and the weighted sums of values."""
+    """The highest scores of some slots (as powers of 2), the sums of weights, and the weighted sums of values."""
     col_d = tl.arange(0, BLOCK_D)
     top_m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     sum_m = tl.zeros((BLOCK_M,), dtype=tl.float32)

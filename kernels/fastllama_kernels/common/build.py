@@ -1,4 +1,9 @@
-"""Builds and loads the C++ kernels on first use; the compiled library is cached by torch."""
+"""Builds and loads the C++ kernels on first use; the library is kept in torch's folder of compiled extensions.
+
+Sources are compiled side by side in a temporary folder, and the finished library is moved to its place at once: a
+process that finds it there finds all of it. Processes that come meanwhile wait for a lock that the system takes back
+when its holder ends, however that ends.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,13 @@ import hashlib
 import logging
 import os
 import platform
-import sysconfig
-from collections.abc import Iterator
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent.parent
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+LANGUAGE = ("-std=c++20", "-fPIC")
+LIBRARY, LOCK, UNFINISHED = "kernels.so", "lock", "build-"
+PATIENCE = 5.0  # seconds of compiling or waiting before that is said
 
 
 @functools.cache
@@ -25,25 +38,16 @@ def load() -> str | None:
     """Load the CPU kernels, compiling them first if need be.
 
     Returns:
-        None when the kernels are there; otherwise why they are not (no compiler, no ninja, failed build). The reason is
-        also logged, once.
+        None when the kernels are there; otherwise why they are not (no compiler, failed build). The reason is also
+        logged, once.
     """
-    from torch.utils import cpp_extension
-
-    files = sorted(file for suffix in ("cpp", "h") for file in PACKAGE.glob(f"*/*.{suffix}"))
-    name = f"fastllama_cpu_{_fingerprint(files)}"
-    logger.info("loading %s; a build that hangs here may wait for a stale lock in torch's extensions folder", name)
     try:
-        with _scripts_on_path():
-            cpp_extension.load(
-                name=name,
-                sources=[
-                    str(file) for file in _by_other_names(files, Path(cpp_extension._get_build_directory(name, False)))
-                ],
-                extra_cflags=list(FLAGS),
-                extra_include_paths=[str(PACKAGE / "common")],
-                is_python_module=False,
-            )
+        library = folder() / LIBRARY
+        if not library.exists():
+            with _only_one(library.parent):
+                if not library.exists():
+                    _build(library)
+        torch.ops.load_library(str(library))
     except (OSError, RuntimeError, ImportError) as error:
         reason = f"the C++ kernels could not be built: {str(error).strip().splitlines()[0]}"
         logger.warning("%s; decoding runs on torch's own operators, which is slower", reason)
@@ -51,31 +55,88 @@ def load() -> str | None:
     return None
 
 
-def _by_other_names(files: list[Path], folder: Path) -> Iterator[Path]:
-    """The C++ sources, each included by a file that is named after its folder: torch tells objects apart by names."""
-    for file in files:
-        if file.suffix == ".cpp":
-            named = folder / f"{file.parent.name}.cpp"
-            named.write_text(f'#include "{file}"\n')
-            yield named
+def folder() -> Path:
+    """Where the library of these sources, for this processor and this torch, is kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "torch_extensions"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache).expanduser()
+    return root / f"fastllama_cpu_{_fingerprint()}"
 
 
 @contextmanager
-def _scripts_on_path() -> Iterator[None]:
-    """Lets torch find the ninja of this environment also where the environment is not activated."""
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before))
+def _only_one(folder: Path) -> Iterator[None]:
+    """Let no other process build in this folder meanwhile; waits for one that does."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
     try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        logger.warning("waiting for another process, which compiles the C++ kernels (it holds %s)", lock.lock_file)
+        lock.acquire()
+    except NotImplementedError:
+        logger.debug("no locks on the file system of %s: every process compiles for itself", folder)
+    try:
+        if lock.is_locked:
+            for left in folder.glob(f"{UNFINISHED}*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
-        os.environ["PATH"] = before
+        lock.release()
 
 
-def _fingerprint(files: list[Path]) -> str:
+def _build(library: Path) -> None:
+    """Compile all sources, several at once, and move the library to its place."""
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(compiler[0]) is None:
+        raise RuntimeError(f"there is no C++ compiler {compiler[0]!r}; install g++ or clang++, or name one with CXX")
+    said = threading.Timer(PATIENCE, logger.warning, ("compiling the C++ kernels, once for this machine and torch",))
+    said.daemon = True
+    said.start()
+    try:
+        with tempfile.TemporaryDirectory(dir=library.parent, prefix=UNFINISHED) as unfinished:
+            _compile(compiler, Path(unfinished, LIBRARY))
+            os.replace(Path(unfinished, LIBRARY), library)
+    finally:
+        said.cancel()
+
+
+def _compile(compiler: Sequence[str], library: Path) -> None:
+    from torch.utils import cpp_extension
+
+    includes = [f"-I{PACKAGE / 'common'}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
+    sources = {
+        library.with_name(f"{file.parent.name}_{file.stem}.o"): file for file in _files() if file.suffix == ".cpp"
+    }
+
+    def compile_one(item: tuple[Path, Path]) -> None:
+        target, source = item
+        _run([*compiler, *FLAGS, *LANGUAGE, *includes, "-c", str(source), "-o", str(target)])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources.items()))
+    paths = [f"-L{path}" for path in cpp_extension.library_paths()]
+    _run([*compiler, "-shared", *map(str, sources), *paths, "-lc10", "-ltorch_cpu", "-ltorch", "-o", str(library)])
+
+
+def _run(command: Sequence[str]) -> None:
+    """Run a compiler; RuntimeError with its first error if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = (done.stderr + done.stdout).strip().splitlines() or [f"{command[0]} ended with {done.returncode}"]
+        raise RuntimeError(next((line for line in lines if "error" in line), lines[-1]))
+
+
+def _files() -> list[Path]:
+    return sorted(file for suffix in ("cpp", "h") for file in PACKAGE.glob(f"*/*.{suffix}"))
+
+
+def _fingerprint() -> str:
     """Names a build after everything that decides its machine code, the processor included."""
-    parts = [torch.__version__, platform.machine(), *FLAGS, torch.backends.cpu.get_cpu_capability(), _cpu_flags()]
+    parts = [torch.__version__, platform.machine(), *FLAGS, *LANGUAGE]
+    parts += [torch.backends.cpu.get_cpu_capability(), _cpu_flags()]
     digest = hashlib.sha256("\0".join(parts).encode())
-    for file in files:
+    for file in _files():
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -25,7 +25,7 @@ SWITCH = "FASTLLAMA_PDL"
 def used(device: torch.device, chip: tuple[int, int] | None = None) -> bool:
     """Whether a kernel is launched so: on this device, or where one is given, on a chip of this compute capability.
 
-    Never where the environment variable ``FASTLLAMA_PDL`` is 0: a way to tell an error of these launches from others.
+    Never where the environment variable ``FASTLLAMA_PDL`` is 0: to find out whether an error comes from these launches.
     """
     if os.environ.get(SWITCH) == "0":
         return False

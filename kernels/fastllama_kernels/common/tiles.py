@@ -85,12 +85,12 @@ def decode_attention(chip: tuple[int, int], head_dim: int, dtype: torch.dtype, b
 
 
 def gemv_key(rows: int, n_out: int, k_in: int, dtype: torch.dtype, gated: bool) -> str:
-    """Of an entry for the GEMV, which all numbers of rows share that run the same code: one, and more."""
+    """The key of a GEMV's entry, which all numbers of rows share that run the same code: one, and more."""
     return f"{'one' if rows == 1 else 'many'} {n_out}x{k_in} {8 * dtype.itemsize} bit{' gated' if gated else ''}"
 
 
 def attention_key(head_dim: int, dtype: torch.dtype, block_m: int) -> str:
-    """Of an entry for decode attention."""
+    """The key of decode attention's entry."""
     return f"{block_m} queries of {head_dim} {8 * dtype.itemsize} bit"
 
 

@@ -1,4 +1,4 @@
-// A token of each row drawn from its logits, without sorting them: see op.py for the definition.
+// A token of each row sampled from its logits, without sorting them: see op.py for the definition.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -22,10 +22,10 @@ constexpr uint64_t kGolden = 0x9e3779b97f4a7c15;
 struct Settings {
   float temperature, top_p, min_p;
   int64_t top_k;
-  uint64_t key;  // of the draw
+  uint64_t key;  // hash of seed and position
 };
 
-// Tokens that may still be drawn.
+// Tokens that may still win.
 struct Pool {
   std::vector<float> logit, weight;
   std::vector<int32_t> token;
@@ -99,7 +99,7 @@ Pool gather(const T* logits, int64_t vocab, const std::vector<float>& maxima, fl
   return pool;
 }
 
-// Where in the pool the token of the highest score is. A score takes two logarithms; that -log(1 - u) >= u tells
+// Where in the pool the token of the highest score is. A score takes two logarithms; that -log(1 - u) >= u shows
 // of nearly all tokens that they cannot have it.
 int64_t highest_score(const Pool& pool, const Settings& settings) {
   int64_t best = 0;
@@ -143,7 +143,7 @@ void weigh(Pool& pool, float top, float temperature) {
 }
 
 template <typename T>
-int64_t draw(const T* logits, int64_t vocab, const Settings& settings) {
+int64_t sample_row(const T* logits, int64_t vocab, const Settings& settings) {
   const std::vector<float> maxima = block_maxima(logits, vocab);
   const auto top_block = std::max_element(maxima.begin(), maxima.end());
   const float top = *top_block;
@@ -167,9 +167,9 @@ int64_t draw(const T* logits, int64_t vocab, const Settings& settings) {
   const float total = by_mass ? weight_above(pool, -kInfinity) : 0;
   pool.drop_below(least);
   while (true) {
-    const int64_t drawn = highest_score(pool, settings);
-    const float logit = pool.logit[drawn];
-    if (!by_mass || logit == top || weight_above(pool, logit) < settings.top_p * total) return pool.token[drawn];
+    const int64_t winner = highest_score(pool, settings);
+    const float logit = pool.logit[winner];
+    if (!by_mass || logit == top || weight_above(pool, logit) < settings.top_p * total) return pool.token[winner];
     pool.drop_below(std::nextafter(logit, kInfinity));
   }
 }
@@ -199,7 +199,7 @@ Tensor sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Ten
                                  static_cast<uint64_t>(data<int64_t>(positions)[b]) * kGolden);
         const Settings settings{data<float>(temperature)[b], data<float>(top_p)[b], data<float>(min_p)[b],
                                 data<int64_t>(top_k)[b], key};
-        tokens[b] = draw(data<T>(logits) + b * vocab, vocab, settings);
+        tokens[b] = sample_row(data<T>(logits) + b * vocab, vocab, settings);
       }
     });
   });

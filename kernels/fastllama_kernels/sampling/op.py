@@ -1,12 +1,12 @@
-"""One token of each row, drawn from its logits after temperature, top-k, top-p and min-p: definition and reference.
+"""One token of each row, sampled from its logits after temperature, top-k, top-p and min-p: definition and reference.
 
     token[b]    = argmax over the kept tokens of  logit[b, v] / T - log(-log(1 - u[b, v]))      T > 0
                 = argmax of logit[b, v], the lowest token of those that tie                      T = 0
 
-u is uniform in (0, 1), a hash of seed, position and token. So a token is drawn with its probability among the kept ones
-(the Gumbel-max trick, arXiv 1411.0030), and a draw depends on nothing but these: not on the batch, nor on the order in
-which tokens are looked at, nor on how many are. That is what lets the kernels find it without sorting a vocabulary:
-they draw among all tokens, and where a token turns out not to be kept, again among those more likely than that one.
+u is uniform in (0, 1), a hash of seed, position and token. So a token is sampled with its probability among the kept
+ones (the Gumbel-max trick, arXiv 1411.0030), and the sample depends on nothing but these: not on the batch, nor on the
+order in which tokens are looked at, nor on how many are. That is what lets the kernels find it without sorting a
+vocabulary: they sample among all tokens, and where the winner is not kept, again among those more likely than it.
 
 Kept are the tokens v that pass all of
 
@@ -16,7 +16,7 @@ Kept are the tokens v that pass all of
 
 in this order, as Hugging Face's logits processors; equally likely tokens are kept or dropped together.
 
-Bytes moved: the logits, once to draw and once more to check a draw. The kernels (``cpu.cpp``;
+Bytes moved: the logits, once to sample and once more to check the winner. The kernels (``cpu.cpp``;
 :mod:`fastllama_kernels.sampling.triton`, which registers itself for CUDA when imported) need contiguous logits in
 float32, bfloat16 or float16.
 
@@ -45,7 +45,7 @@ class SamplingParams(NamedTuple):
     top_k: int64, keep that many most likely tokens; 0 keeps all.
     top_p: float32, keep the fewest most likely tokens whose probabilities reach it; 1 keeps all.
     min_p: float32, keep tokens at least this probable, relative to the most likely; 0 keeps all.
-    seed: int64, with the token's position it determines the draw.
+    seed: int64, with the token's position it determines the sample.
     """
 
     temperature: torch.Tensor
@@ -64,7 +64,7 @@ def sample_ref(logits_bv: torch.Tensor, params: SamplingParams, position_b: torc
 
 
 def warped_probabilities(logits_bv: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """With what probability each token is drawn, float32 ``[b, v]``, at temperatures above 0."""
+    """The probability with which each token is sampled, float32 ``[b, v]``, at temperatures above 0."""
     scaled_bv = _scaled(logits_bv, params)
     return scaled_bv.masked_fill(~_kept(scaled_bv, params), -torch.inf).softmax(dim=-1)
 
@@ -74,7 +74,7 @@ def _scaled(logits_bv: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 def _kept(scaled_bv: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Which tokens may be drawn, bool ``[b, v]``."""
+    """Which tokens may be sampled, bool ``[b, v]``."""
     ordered_bv = scaled_bv.sort(dim=-1, descending=True).values
     top_b1 = ordered_bv[:, :1]
     kth_b1 = ordered_bv.gather(1, (params.top_k.clamp(1, scaled_bv.shape[1]) - 1)[:, None])

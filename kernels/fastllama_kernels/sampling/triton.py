@@ -12,7 +12,7 @@ hold it: those whose maximum is no less than the k-th largest maximum. Without t
 settle.
 
 Bytes moved: the logits once from memory, and then from the L2 cache by one multiprocessor a row, as often as there are
-rounds. Needs compute capability 8.0, or the interpreter. Draws are those of the reference but for rounding.
+rounds. Needs compute capability 8.0, or the interpreter. Tokens are those of the reference but for rounding.
 
 Shape suffixes: ``b`` batch, ``v`` vocabulary, ``n`` tokens of a block, ``p`` blocks.
 """
@@ -42,20 +42,20 @@ def _mix(z):
 
 
 @triton.jit
-def _draw_key(seed_ptr, position_ptr, row):
+def _row_key(seed_ptr, position_ptr, row):
     seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
     return _mix(seed.to(tl.uint64) + position.to(tl.uint64) * GOLDEN)
 
 
 @triton.jit
-def _score(logit, token, draw_key, temperature):
+def _score(logit, token, row_key, temperature):
     """``logit / T`` and noise, or at a temperature of 0 the logit."""
-    high = (_mix((draw_key + token.to(tl.uint64)) * GOLDEN) >> 32).to(tl.uint32)
+    high = (_mix((row_key + token.to(tl.uint64)) * GOLDEN) >> 32).to(tl.uint32)
     u = tl.minimum((high.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
     series = u * (1.0 + u * (0.5 + u * (0.33333333 + u * 0.25)))  # -log(1 - u), which is inexact for small u
     race = tl.where(u < 0.015625, series, -tl.log(1.0 - u))
-    is_drawn = temperature > 0
-    return logit / tl.where(is_drawn, temperature, 1.0) - tl.where(is_drawn, tl.log(race), 0.0)
+    is_sampled = temperature > 0
+    return logit / tl.where(is_sampled, temperature, 1.0) - tl.where(is_sampled, tl.log(race), 0.0)
 
 
 @triton.jit
@@ -95,13 +95,13 @@ def _race_kernel(
     pdl.wait_for_previous(PDL)
 
     temperature = tl.load(temperature_ptr + row)
-    draw_key = _draw_key(seed_ptr, position_ptr, row)
+    row_key = _row_key(seed_ptr, position_ptr, row)
     at_pn = row.to(tl.int64) * vocab + token_pn
     logit_pn = _number(tl.load(logits_ptr + at_pn, mask=token_pn < vocab, other=float("-inf")))
     top_p = tl.max(logit_pn, axis=1)
     base_p = tl.where(top_p == float("-inf"), 0.0, top_p)
     weight_pn = tl.exp((logit_pn - base_p[:, None]) / tl.where(temperature > 0, temperature, 1.0))
-    score_pn = _score(logit_pn, token_pn, draw_key, temperature)
+    score_pn = _score(logit_pn, token_pn, row_key, temperature)
     score_p, best_p = tl.max(score_pn, axis=1, return_indices=True)
     at_p, mask_p = row * blocks + block_p, block_p < blocks
     tl.store(top_ptr + at_p, top_p, mask=mask_p)
@@ -142,14 +142,14 @@ def _weigh(logits_ptr, chosen_ptr, chosen, floor, top, temperature, vocab, TILE:
 
 @triton.jit
 def _race_again(
-    logits_ptr, chosen_ptr, chosen, floor, draw_key, temperature, vocab, TILE: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr, chosen_ptr, chosen, floor, row_key, temperature, vocab, TILE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The token of the highest score among those of the chosen blocks with a rank of ``floor`` or higher."""
     best_pn = tl.full((TILE, BLOCK), float("-inf"), dtype=tl.float32)
     winner_pn = tl.zeros((TILE, BLOCK), dtype=tl.int32)
     for begin in range(0, chosen, TILE):
         logit_pn, token_pn = _load_chosen(logits_ptr, chosen_ptr, chosen, begin, vocab, TILE, BLOCK)
-        score_pn = _score(logit_pn, token_pn, draw_key, temperature)
+        score_pn = _score(logit_pn, token_pn, row_key, temperature)
         better_pn = (_rank(logit_pn) >= floor) & (score_pn > best_pn)
         best_pn = tl.where(better_pn, score_pn, best_pn)
         winner_pn = tl.where(better_pn, token_pn, winner_pn)
@@ -188,6 +188,37 @@ def _kth_of_tile(rank_pn, low, k, highest):
         found = tl.sum(tl.sum((rank_pn >= middle).to(tl.int32), axis=1), axis=0)
         low, high = tl.where(found >= k, middle, low), tl.where(found >= k, high, middle)
     return low
+
+
+@triton.jit
+def _list_chosen(chosen_ptr, block_p, is_chosen_p):
+    """Write the numbers of the chosen blocks one after the other; returns how many there are."""
+    count_p = is_chosen_p.to(tl.int32)
+    tl.store(chosen_ptr + tl.cumsum(count_p, axis=0) - 1, block_p, mask=is_chosen_p)
+    tl.debug_barrier()  # every thread sees the whole list
+    return tl.sum(count_p, axis=0)
+
+
+@triton.jit
+def _kept_winner(
+    logits_ptr, chosen_ptr, chosen, token, rank, floor, highest, top, by_mass, mass, row_key, temperature, vocab,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The token of the highest score that is kept, given the winner of all.
+
+    Kept are ranks of ``floor`` and higher; by mass, those above which less than ``mass`` lies.
+    """
+    searching = tl.full((), 1, tl.int1)
+    while searching:
+        if rank < floor:
+            token = _race_again(logits_ptr, chosen_ptr, chosen, floor, row_key, temperature, vocab, TILE, BLOCK)
+            rank = _rank(tl.load(logits_ptr + token).to(tl.float32))
+        floor = rank + 1
+        searching = by_mass & (rank < highest)
+        if searching:
+            above = _weigh(logits_ptr, chosen_ptr, chosen, floor, top, temperature, vocab, TILE, BLOCK)
+            searching = above >= mass
+    return token
 
 
 @triton.jit
@@ -238,11 +269,7 @@ def _settle_kernel(
             low = tl.full((), LOWEST, tl.int32)
             if top_k <= blocks:  # as many blocks have a token of this rank or higher
                 low = _kth_of(rank_p, top_k, highest)
-        chosen_p = mask_p & (rank_p >= low)
-        chosen = tl.sum(chosen_p.to(tl.int32), axis=0)
-        tl.store(chosen_ptr + tl.cumsum(chosen_p.to(tl.int32), axis=0) - 1, block_p, mask=chosen_p)
-        tl.debug_barrier()  # every thread sees the whole list
-
+        chosen = _list_chosen(chosen_ptr, block_p, mask_p & (rank_p >= low))
         weight_p = tl.load(weight_ptr + at_p, mask=mask_p, other=0.0)
         total = tl.sum(weight_p * tl.exp((maximum_p - top) / temperature), axis=0)
         if by_rank:
@@ -254,17 +281,11 @@ def _settle_kernel(
             total = _weigh(logits_ptr, chosen_ptr, chosen, low, top, temperature, vocab, TILE, BLOCK)
             floor = tl.maximum(floor, low)
 
-        draw_key = _draw_key(seed_ptr, position_ptr, row)
-        searching = tl.full((), 1, tl.int1)
-        while searching:
-            if rank < floor:
-                token = _race_again(logits_ptr, chosen_ptr, chosen, floor, draw_key, temperature, vocab, TILE, BLOCK)
-                rank = _rank(tl.load(logits_ptr + token).to(tl.float32))
-            floor = rank + 1
-            searching = by_mass & (rank < highest)
-            if searching:
-                above = _weigh(logits_ptr, chosen_ptr, chosen, floor, top, temperature, vocab, TILE, BLOCK)
-                searching = above >= top_p * total
+        row_key = _row_key(seed_ptr, position_ptr, row)
+        token = _kept_winner(
+            logits_ptr, chosen_ptr, chosen, token, rank, floor, highest, top, by_mass, top_p * total, row_key,
+            temperature, vocab, TILE, BLOCK,
+        )  # fmt: skip
     tl.store(out_ptr + row, token.to(tl.int64))
 
 

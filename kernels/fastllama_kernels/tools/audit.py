@@ -207,7 +207,7 @@ def _narrowest_weight_load(launch: Launch, loads: list[str], copies: list[int]) 
     """Bytes at once of a GEMV's loads of weights; 0 where none is to be found."""
     if straight := [width(load) for load in loads if "evict_first" in load]:
         return min(straight)
-    # Asynchronous copies do not tell what they copy, but wide ones must be as many as the weights' tiles need.
+    # Asynchronous copies do not show what they copy, but wide ones must be as many as the weights' tiles need.
     tile = launch.constants["BLOCK_N"] * launch.constants["BLOCK_K"] * (1 + launch.constants["GATED"])
     needed = launch.stages * tile * launch.arguments["w_ptr"].itemsize
     wide = WIDE * 32 * launch.warps * sum(size >= WIDE for size in copies)

@@ -1,8 +1,8 @@
-"""A model of a decode step's time, kernel by kernel, to lay beside a measurement.
+"""A model of a decode step's time, kernel by kernel, to compare a measurement with.
 
     time = Σ launches · (bytes / (bandwidth · EFFICIENCY) + GAP)
 
-Bytes are what a kernel has to move; bandwidth is what a large device-to-device copy reaches on the chip. The floor is
+Bytes are what a kernel has to move; bandwidth is what a large device-to-device copy reaches on the chip. The bound is
 bytes / bandwidth. EFFICIENCY and GAP are assumptions until a measurement replaces them.
 """
 
@@ -49,7 +49,7 @@ class Row(NamedTuple):
     name: str
     launches: int
     nbytes: int
-    floor: float
+    bound: float
     predicted: float
 
 
@@ -60,13 +60,13 @@ def rows(shape: Shape, gpu: Gpu, dtype: torch.dtype, batch: int, live: int) -> I
     small = (("embedding", batch * shape.hidden_size * dtype.itemsize), ("bookkeeping", batch * BUFFERS))
     kernels = [(part.name, part.times, part.nbytes) for part in parts(shape, gpu.chip, dtype, batch, live)]
     for name, launches, nbytes in [*kernels, *((name, 1, nbytes) for name, nbytes in small)]:
-        floor = launches * nbytes / gpu.bandwidth
-        row = Row(name, launches, launches * nbytes, floor, floor / EFFICIENCY + launches * gap)
+        bound = launches * nbytes / gpu.bandwidth
+        row = Row(name, launches, launches * nbytes, bound, bound / EFFICIENCY + launches * gap)
         total = Row(
             "step",
             total.launches + row.launches,
             total.nbytes + row.nbytes,
-            total.floor + row.floor,
+            total.bound + row.bound,
             total.predicted + row.predicted,
         )
         yield row

@@ -20,17 +20,6 @@ def kernels() -> None:
     assert build.load() is None
 
 
-def assert_as_exact_as_torch(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> None:
-    """Error against float64 at most twice torch's, or a few roundings where torch happens to have none."""
-    assert ours.dtype == torchs.dtype
-    assert ours.shape == torchs.shape == exact.shape
-    # Operands are of unit size: two roundings of the result, a few of the float32 sums before it.
-    unit = 2 * torch.finfo(ours.dtype).eps + 16 * torch.finfo(torch.float32).eps
-    rounding = unit * exact.abs().max().clamp(min=1)
-    bound = (2 * (torchs.double() - exact).abs().max()).clamp(min=rounding)
-    assert (ours.double() - exact).abs().max() <= bound
-
-
 def draw(rows, k, n, dtype, bias, norm, residual) -> tuple:
     x, weight = torch.randn(rows, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype)
     return (
@@ -63,9 +52,9 @@ def linear_in_float64(x, weight, bias, norm_weight, eps, residual) -> torch.Tens
     rows=st.integers(1, 16), k=st.sampled_from([1, 5, 16, 31, 32, 64, 123, 700]), n=st.sampled_from([1, 3, 4, 37, 123]),
     dtype=st.sampled_from(DTYPES), bias=st.booleans(), norm=st.booleans(), residual=st.booleans(),
 )  # fmt: skip
-def test_linear_is_as_exact_as_torch(rows, k, n, dtype, bias, norm, residual) -> None:
+def test_linear_is_as_exact_as_torch(assert_as_exact, rows, k, n, dtype, bias, norm, residual) -> None:
     args = draw(rows, k, n, dtype, bias, norm, residual)
-    assert_as_exact_as_torch(linear(*args), linear_ref(*args), linear_in_float64(*exact(args)))
+    assert_as_exact(linear(*args), linear_ref(*args), linear_in_float64(*exact(args)))
 
 
 @settings(deadline=None, max_examples=60)
@@ -74,11 +63,11 @@ def test_linear_is_as_exact_as_torch(rows, k, n, dtype, bias, norm, residual) ->
     dtype=st.sampled_from(DTYPES), bias=st.booleans(), norm=st.booleans(),
     activation=st.sampled_from(list(ACTIVATIONS)),
 )  # fmt: skip
-def test_gate_up_is_as_exact_as_torch(rows, k, f, dtype, bias, norm, activation) -> None:
+def test_gate_up_is_as_exact_as_torch(assert_as_exact, rows, k, f, dtype, bias, norm, activation) -> None:
     args = draw(rows, k, 2 * f, dtype, bias, norm, False)[:5]
     gate, up = linear_in_float64(*exact(args), None).chunk(2, dim=-1)
     number, function = ACTIVATIONS[activation]
-    assert_as_exact_as_torch(gate_up(*args, number), gate_up_ref(*args, number), function(gate) * up)
+    assert_as_exact(gate_up(*args, number), gate_up_ref(*args, number), function(gate) * up)
 
 
 def test_leading_dimensions_are_kept() -> None:

@@ -26,8 +26,8 @@ def test_a_step_moves_the_weights_and_the_live_cache_and_little_else() -> None:
     cache = 2 * 512 * 16 * 8 * 64 * 2
     assert weights + cache < total.nbytes < 1.01 * (weights + cache)
     assert total.launches == sum(row.launches for row in kernels) == 5 * 16 + 5
-    assert total.floor == pytest.approx(total.nbytes / 4.3e12)
-    assert total.predicted > total.floor
+    assert total.bound == pytest.approx(total.nbytes / 4.3e12)
+    assert total.predicted > total.bound
 
 
 def test_the_plan_is_printed_kernel_by_kernel(capsys) -> None:

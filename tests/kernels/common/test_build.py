@@ -1,0 +1,149 @@
+"""The build of the C++ kernels: by one process at a time, whatever becomes of it. The compiler is a stub."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fastllama_kernels.common import build
+
+LOAD = "from fastllama_kernels.common import build; build.PATIENCE = 0.2; print(build.load())"
+SOURCES = len(list(build.PACKAGE.glob("*/*.cpp")))
+# Notes each call; waits as long as there is a file `slow`, fails where there is one `broken`; links an empty library.
+COMPILER = """#!/bin/sh
+echo "$@" >> {folder}/calls
+while [ -e {folder}/slow ]; do sleep 0.05; done
+if [ -e {folder}/broken ]; then echo "kernels.cpp:7: error: no such thing" >&2; exit 1; fi
+for target; do :; done
+case "$*" in
+  *-shared*) exec c++ -shared -x c++ /dev/null -o "$target" ;;
+  *) : > "$target" ;;
+esac
+"""
+
+
+class Loading:
+    """A process that loads the kernels; what it says is in files."""
+
+    def __init__(self, name: Path, changes: dict[str, str]) -> None:
+        self._out, self._err = name.with_suffix(".out"), name.with_suffix(".err")
+        with self._out.open("w") as out, self._err.open("w") as err:
+            command, environment = [sys.executable, "-c", LOAD], os.environ | changes
+            self.process = subprocess.Popen(command, env=environment, stdout=out, stderr=err)
+
+    @property
+    def reason(self) -> str:
+        """What load() has returned, once the process has ended."""
+        self.process.wait(timeout=120)
+        return self._out.read_text().strip() or self.said
+
+    @property
+    def said(self) -> str:
+        """What it has logged so far."""
+        return self._err.read_text()
+
+
+Start = Callable[[], Loading]
+
+
+@pytest.fixture
+def compiler(tmp_path) -> Path:
+    """The folder of a stub compiler."""
+    script = tmp_path / "c++"
+    script.write_text(COMPILER.format(folder=tmp_path))
+    script.chmod(0o755)
+    return tmp_path
+
+
+@pytest.fixture
+def start(compiler, tmp_path) -> Iterator[Start]:
+    """Starts processes that load the kernels; they end with the test."""
+    changes = {"CXX": str(compiler / "c++"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    started: list[Loading] = []
+
+    def one() -> Loading:
+        started.append(Loading(tmp_path / str(len(started)), changes))
+        return started[-1]
+
+    yield one
+    (compiler / "slow").unlink(missing_ok=True)
+    for loading in started:
+        loading.process.kill()
+        loading.process.wait()
+
+
+def calls(compiler: Path) -> list[str]:
+    file = compiler / "calls"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def libraries(tmp_path: Path) -> list[Path]:
+    return list(tmp_path.glob("extensions/*/kernels.so"))
+
+
+@pytest.mark.slow
+def test_after_a_build_that_was_killed_the_next_process_builds(compiler, start, tmp_path) -> None:
+    (compiler / "slow").touch()
+    first = start()
+    wait_until(lambda: bool(calls(compiler)))
+    first.process.send_signal(signal.SIGKILL)
+    first.process.wait()
+    assert not libraries(tmp_path)
+    assert list(tmp_path.glob("extensions/*/build-*")), "it was killed in the middle"
+    (compiler / "slow").unlink()
+    assert start().reason == "None"
+    assert len(libraries(tmp_path)) == 1
+    assert not list(tmp_path.glob("extensions/*/build-*")), "what was left is gone"
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_builds_and_the_other_says_what_it_waits_for(compiler, start) -> None:
+    (compiler / "slow").touch()
+    both = [start(), start()]
+    for words in ("compiling the C++ kernels, once for this machine", "waiting for another process, which compiles"):
+        wait_until(lambda words=words: any(words in loading.said for loading in both))
+    (compiler / "slow").unlink()
+    assert [loading.reason for loading in both] == ["None", "None"]
+    assert len(calls(compiler)) == SOURCES + 1
+
+
+@pytest.mark.slow
+def test_a_failed_build_gives_the_compilers_reason_and_the_next_one_tries_again(compiler, start, tmp_path) -> None:
+    (compiler / "broken").touch()
+    failed = start()
+    assert failed.reason == "the C++ kernels could not be built: kernels.cpp:7: error: no such thing"
+    assert "decoding runs on torch's own operators, which is slower" in failed.said
+    assert not libraries(tmp_path)
+    (compiler / "broken").unlink()
+    assert start().reason == "None"
+
+
+def test_without_a_compiler_that_is_the_reason(monkeypatch, tmp_path, caplog) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler -pipe")
+    reason = build.load.__wrapped__()
+    assert reason is not None
+    assert "there is no C++ compiler 'no-such-compiler'" in reason
+    assert reason in caplog.text
+
+
+def test_where_nothing_can_be_written_that_is_the_reason(monkeypatch, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    reason = build.load.__wrapped__()
+    assert reason is not None
+    assert "Not a directory" in reason
