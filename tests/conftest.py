@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threads = min(4, os.cpu_count() or 1)
+    threads = min(4, len(os.sched_getaffinity(0)))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for the processes that tests start
     torch.set_num_threads(threads)
 
