@@ -8,7 +8,7 @@ ARGS   ?=
 PROMPT ?= def read_config(path):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format docs bench clean
 
 help: ## show this list
 	@echo "usage: make TARGET [PYTHON=python3.12] [ARGS='...']"
@@ -20,15 +20,19 @@ demo: $(STAMP) ## the shipped checkpoint writes text, then a table of what that 
 test: $(STAMP) ## run the tests (ARGS='-k cache')
 	@$(RUN) pytest $(ARGS)
 
-lint: $(STAMP) ## ruff, pyright and codespell, changing nothing
+lint: $(STAMP) ## ruff, pyright, spelling and words, changing nothing
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) pyright --pythonpath $(BIN)/python
-	@$(RUN) codespell
+	@$(RUN) codespell -D - -D tools/words.txt
+	@$(RUN) python tools/prose.py
 
 format: $(STAMP) ## let ruff fix and lay out the code
 	@$(RUN) ruff check --fix .
 	@$(RUN) ruff format .
+
+docs: $(STAMP) ## write docs/reference.md from the docstrings
+	@$(RUN) python tools/reference.py
 
 bench: $(STAMP) ## decoding speed against the eager forward and transformers (ARGS='--model ...')
 	@$(RUN) fastllama bench $(ARGS)

@@ -1,4 +1,4 @@
-"""fastllama: decode Llama models as fast as the memory of the machine allows."""
+"""A decoding engine for Llama checkpoints: ``torch.compile``, a static KV cache, and Hugging Face's API."""
 
 from fastllama.causal_lm import LlamaForCausalLM
 from fastllama.config import GenerationConfig, LlamaConfig

@@ -1,4 +1,4 @@
-"""LlamaForCausalLM: the network with everything that users call on it, on top of what does it."""
+"""LlamaForCausalLM: the public class, on top of the network, the loader and the engine."""
 
 from __future__ import annotations
 
@@ -50,11 +50,32 @@ class LlamaForCausalLM(Llama):
         quantize: str | None = None,
         progress: bool = True,
     ) -> LlamaForCausalLM:
-        """Load a checkpoint: see :func:`fastllama.loading.load.load_model`."""
+        """Load a checkpoint.
+
+        Args:
+            name: a folder, a Hugging Face id, ``"demo"`` for the bundled checkpoint, or ``"random:SHAPE"`` for random
+                weights in a published shape such as ``"random:llama-3.2-1b"``.
+            dtype: dtype of the parameters; the checkpoint's for None and ``"auto"``.
+            device: where the parameters go.
+            quantize: not available yet; must be None.
+            progress: show a progress bar on stderr if that is a terminal.
+
+        Returns:
+            The model in eval mode.
+
+        Raises:
+            CheckpointError: the checkpoint was not found, is incomplete, damaged or does not fit its config.
+            ValueError, NotImplementedError: its configs ask for something that fastllama does not support.
+        """
         return load_model(cls, name, dtype=dtype, device=device, quantize=quantize, progress=progress)
 
     def save_pretrained(self, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
-        """Write a checkpoint that transformers loads: see :func:`fastllama.loading.save.save_model`."""
+        """Write a checkpoint that transformers loads: configs and safetensors weights.
+
+        Args:
+            folder: created if needed; weights of an earlier checkpoint in it are removed.
+            max_shard_size: maximum size of a file in bytes, as an int or a string such as ``"500MB"`` or ``"2GiB"``.
+        """
         save_model(self, folder, max_shard_size=max_shard_size)
 
     def generate(
@@ -70,17 +91,17 @@ class LlamaForCausalLM(Llama):
 
         Args:
             input_ids: prompts, integers ``[b, t]``, padded on either side.
-            attention_mask: ``[b, t]``, 0 where a prompt is padded. Without one, pad ids are taken as padding where the
-                pad id is not an EOS id too.
-            generation_config: in place of the model's own.
-            streamer: an object with ``put`` and ``end``, as in transformers; gets the prompt, then each token.
-            settings: over the generation config: ``max_new_tokens``, ``max_length`` (prompt included), ``do_sample``,
-                ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``seed``, ``eos_token_id`` (one or several),
-                ``pad_token_id``.
+            attention_mask: ``[b, t]``, 0 where a prompt is padded. Without a mask, pad ids are padding, unless the pad
+                id is also an EOS id.
+            generation_config: used instead of the model's own.
+            streamer: an object with ``put`` and ``end``, as in transformers; receives the prompt, then each token.
+            settings: override the generation config: ``max_new_tokens``, ``max_length`` (prompt included),
+                ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``seed``, ``eos_token_id`` (one or
+                several), ``pad_token_id``.
 
         Returns:
-            int64 ``[b, t + n]`` on ``input_ids``' device: the prompts as given, then the new tokens; a row that
-            finished early is filled up with the pad id.
+            int64 ``[b, t + n]`` on the device of ``input_ids``: the prompts as given, then the new tokens. A row that
+            ended early is filled with the pad id.
 
         Raises:
             TypeError: an unknown setting, by name.
@@ -97,25 +118,26 @@ class LlamaForCausalLM(Llama):
         generation_config: GenerationConfig | None = None,
         **settings: Any,
     ) -> Generator[torch.Tensor, None, None]:
-        """Like :meth:`generate`, but an iterator over the new tokens: int64 ``[b]`` on the CPU for each step.
+        """Decode like :meth:`generate`, but yield the new tokens step by step: int64 ``[b]`` on the CPU.
 
-        The engine is held until the iterator is exhausted or its ``close()`` is called.
+        To turn them into text, use :meth:`Tokenizer.detokenizer`. Other calls wait until the iterator is exhausted or
+        its ``close()`` is called.
         """
         config = generation_config or self.generation_config
         return stream(engine_of(self), input_ids, attention_mask, config, **settings)
 
     def warmup(self, max_batch_size: int = 1, max_cache_len: int | None = None) -> None:
-        """Allocate the engine's memory and compile its steps, so that no later call within these sizes has to.
+        """Allocate memory and compile every step, so that no later call within these sizes has to.
 
         Args:
-            max_batch_size: rows of the largest batch.
-            max_cache_len: tokens of the longest row, prompt and new together; the smaller of 4096 and
+            max_batch_size: maximum number of rows of a call.
+            max_cache_len: maximum number of tokens of a row, prompt and new tokens together; the smaller of 4096 and
                 ``max_position_embeddings`` when None.
         """
         engine_of(self).warmup(max_batch_size, max_cache_len)
 
     def release(self) -> None:
-        """Give back the engine's memory: cache, buffers and compiled steps. The next call makes them anew."""
+        """Free the engine's memory: cache, buffers and compiled steps. The next call makes them again."""
         if self.engine is not None:
             self.engine.release()
             self.engine = None

@@ -22,7 +22,7 @@ from fastllama.config import LlamaConfig
 from fastllama.model.llama import Llama
 
 GIB = 1 << 30
-READ_BYTES = GIB  # large beside any processor cache
+READ_BYTES = GIB  # far larger than any processor cache
 BANDWIDTH_PASSES = 7
 
 
@@ -148,7 +148,7 @@ def weight_bytes_per_step(model: Llama, batch: int = 1, itemsize: int | None = N
 
 
 def kv_cache_bytes(config: LlamaConfig, tokens: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Bytes of the keys and values of so many tokens in each of ``batch`` sequences."""
+    """Bytes of the keys and values of ``tokens`` tokens in each of ``batch`` sequences."""
     heads, dim = config.num_key_value_heads or config.num_attention_heads, config.head_dim or 0
     return 2 * config.num_hidden_layers * heads * dim * tokens * batch * itemsize
 

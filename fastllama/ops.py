@@ -1,19 +1,20 @@
 """The one door to the kernels: which implementation of an operation runs, and why.
 
-The choice is made while a step is traced, from device, dtype and shapes alone, so it costs nothing per token.
+RULES says it, and nothing else does: the operations below choose by it, :func:`report` and :func:`kernels_per_step`
+read it. The choice is made while a step is traced, from device, dtype and shapes alone, so it costs nothing per token.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from fastllama_kernels.attention import op as attention_op
-from fastllama_kernels.common import bandwidth, build
+from fastllama_kernels.common import activations, bandwidth, build, calls, shapes
 from fastllama_kernels.layers import op as layers_op
 from fastllama_kernels.linear import op as linear_op
 from fastllama_kernels.sampling import op as sampling_op
@@ -22,30 +23,131 @@ logger = logging.getLogger(__name__)
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
-layers = layers_op.layers  # where runs_layers_at_once
+HEADS_TAKEN = f"the kernel takes multiples of 8 up to {attention_op.MAX_HEAD_DIM}"
+
+ACTIVATIONS = activations.ACTIVATIONS  # by the config's hidden_act
+Shape = shapes.Shape
+SHAPES = shapes.SHAPES  # of published models
 Layer = layers_op.Layer
 Weights = layers_op.Weights
 DENSE, DENSE_BIAS, TENSORS = layers_op.DENSE, layers_op.DENSE_BIAS, layers_op.TENSORS
 SamplingParams = sampling_op.SamplingParams
 row_seed = sampling_op.row_seed
-OPS_PER_LAYER = 5
-HEADS_TAKEN = f"the kernel takes multiples of 8 up to {attention_op.MAX_HEAD_DIM}"
 
 
-class Choice(NamedTuple):
-    """One row of :func:`report`."""
+# ---- the rules -----------------------------------------------------------------------------------------------------
 
-    op: str
+
+class Case(NamedTuple):
+    """What a choice depends on, besides the device and whether its kernels can run."""
+
+    rows: int = 1
+    tokens: int = 1
+    head_dim: int | None = None
+
+
+class Rule(NamedTuple):
+    """One implementation of an operation, and when it runs.
+
+    Attributes:
+        device: type of the device whose kernels it needs; None: it needs none and runs anywhere.
+        implementation: what it is, for people.
+        run: takes the operation's arguments.
+        launches: of our kernels in a call of one row.
+        max_rows, max_tokens: limits; None: none.
+        limits_heads: takes heads of some sizes only.
+        note: what else is to say, for people.
+    """
+
+    device: str | None
     implementation: str
-    reason: str
+    run: Callable[..., Any]
+    launches: int = 1
+    max_rows: int | None = None
+    max_tokens: int | None = None
+    limits_heads: bool = False
+    note: str = ""
+
+    def refusal(self, case: Case) -> str | None:
+        """Why it does not take a case; None if it does."""
+        if self.max_rows is not None and case.rows > self.max_rows:
+            return f"above {self.max_rows} rows"
+        if self.max_tokens is not None and case.tokens > self.max_tokens:
+            return f"above {self.max_tokens} tokens a row"
+        if self.limits_heads and case.head_dim and not attention_op.takes(case.head_dim):
+            return f"head_dim {case.head_dim}: {HEADS_TAKEN}"
+        return None
+
+    def beyond(self, case: Case) -> Case:
+        """A case like this one that is too large for it."""
+        rows = case.rows if self.max_rows is None else self.max_rows + 1
+        tokens = case.tokens if self.max_tokens is None else self.max_tokens + 1
+        return case._replace(rows=rows, tokens=tokens)
+
+    @property
+    def limits(self) -> str:
+        """Its limits, for people."""
+        rows = [] if self.max_rows is None else [f"{self.max_rows} rows"]
+        tokens = [] if self.max_tokens is None else [f"{self.max_tokens} tokens a row"]
+        return f"up to {' and '.join(rows + tokens)}" if rows + tokens else ""
 
 
-def memory_reader() -> Callable[[torch.Tensor], int] | None:
-    """What reads a CPU tensor with all threads and does nothing else; None where the C++ kernels cannot be built."""
-    return bandwidth.read_bytes if build.load() is None else None
+def _op(name: str) -> Callable[..., Any]:
+    """A registered operation; looked up when it is called, for Triton's are not there before they are needed."""
+    return lambda *args: getattr(torch.ops.fastllama, name)(*args)
 
 
-@torch.compiler.assume_constant_result
+def _countless(run: Callable[..., Any]) -> Callable[..., Any]:
+    """An implementation of rotary_attention that leaves the counters alone."""
+    return lambda *args: run(*args[:-1])
+
+
+def _sample_ref(logits_bv: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+    *params, position_b = args
+    return sampling_op.sample_ref(logits_bv, SamplingParams(*params), position_b)
+
+
+CPU_ROWS, CUDA_ROWS, TOKENS = linear_op.MAX_ROWS["cpu"], linear_op.MAX_ROWS["cuda"], attention_op.MAX_TOKENS
+#: The implementations of each operation; the first whose kernels can run and that takes the case does.
+RULES: dict[str, tuple[Rule, ...]] = {
+    "layers": (
+        Rule("cpu", "C++ kernel", layers_op.layers, max_rows=CPU_ROWS, max_tokens=TOKENS, note="all in one operation"),
+    ),
+    "linear": (
+        Rule("cpu", "C++ kernel", _op("linear"), max_rows=CPU_ROWS),
+        Rule("cuda", "Triton kernel", _op("linear"), max_rows=CUDA_ROWS),
+        Rule("cuda", "Triton norm, cuBLAS", linear_op.linear_wide),
+        Rule(None, "torch", linear_op.linear_ref, launches=0),
+    ),
+    "gate_up": (
+        Rule("cpu", "C++ kernel", _op("gate_up"), max_rows=CPU_ROWS),
+        Rule("cuda", "Triton kernel", _op("gate_up"), max_rows=CUDA_ROWS),
+        Rule("cuda", "Triton norm and activation, cuBLAS", linear_op.gate_up_wide, launches=2),
+        Rule(None, "torch", linear_op.gate_up_ref, launches=0),
+    ),
+    "rotary_attention": (
+        Rule("cpu", "C++ kernel", _countless(_op("rotary_attention")), max_tokens=TOKENS),
+        Rule("cpu", "torch's flash attention", _countless(_op("prefill_attention")), launches=0),
+        Rule("cuda", "Triton kernel", _op("rotary_attention_split"), max_tokens=TOKENS, limits_heads=True),
+        Rule(
+            "cuda",
+            "Triton rotary and KV write, torch's masked attention",
+            _countless(attention_op.rotary_attention_wide),
+            limits_heads=True,
+        ),
+        Rule(None, "torch", _countless(attention_op.rotary_attention_ref), launches=0),
+    ),
+    "sample": (
+        Rule("cpu", "C++ kernel", _op("sample"), note="without sorting the vocabulary"),
+        Rule("cuda", "Triton kernel", _op("sample"), launches=2, note="without sorting the vocabulary"),
+        Rule(None, "torch", _sample_ref, launches=0),
+    ),
+}
+
+
+# ---- the choice ----------------------------------------------------------------------------------------------------
+
+
 def _without_kernels(device: str, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run for this device and dtype, or None if they can."""
     if dtype not in KERNEL_DTYPES:
@@ -69,9 +171,7 @@ def _without_triton(device: str) -> str | None:
         reason = f"compute capability {found[0]}.{found[1]} is below {wanted[0]}.{wanted[1]}"
     else:
         try:
-            from fastllama_kernels.attention import triton as decode_attention  # noqa: F401  they register themselves
-            from fastllama_kernels.linear import triton as gemv  # noqa: F401  they register themselves
-            from fastllama_kernels.sampling import triton as sample  # noqa: F401  they register themselves
+            _register_triton()
         except ImportError as error:
             reason = f"Triton cannot be imported: {error}"
     if reason:
@@ -79,23 +179,57 @@ def _without_triton(device: str) -> str | None:
     return reason
 
 
-@torch.compiler.assume_constant_result
-def _attention_takes(device_type: str, head_dim: int) -> bool:
-    """Whether the decode attention of this kind of device takes heads of this size; if not, that is logged, once."""
-    taken = attention_op.takes(device_type, head_dim)
-    if not taken:
-        _log_head_dim(head_dim)
-    return taken
+def _register_triton() -> None:
+    """Import the kernels, which register themselves."""
+    from fastllama_kernels.attention import rotary  # noqa: F401
+    from fastllama_kernels.attention import triton as decode_attention  # noqa: F401
+    from fastllama_kernels.linear import rms_norm, silu_mul  # noqa: F401
+    from fastllama_kernels.linear import triton as gemv  # noqa: F401
+    from fastllama_kernels.sampling import triton as sample  # noqa: F401
 
 
 @functools.cache
-def _log_head_dim(head_dim: int) -> None:
-    logger.warning("head_dim %d: %s; attention runs on torch's own operators, which is slower", head_dim, HEADS_TAKEN)
+def _first_rule(op: str, device_type: str | None, case: Case) -> tuple[int | None, str | None]:
+    """Index in RULES of what runs, None if nothing does, and why not what comes before it on that device."""
+    refusal = None
+    for index, rule in enumerate(RULES[op]):
+        if rule.device in (None, device_type):
+            reason = rule.refusal(case)
+            if reason is None:
+                return index, refusal
+            refusal = reason
+    return None, refusal
 
 
-def _fits(x: torch.Tensor) -> bool:
-    """Whether the matrix kernels take this many rows, and beat torch's GEMM at them."""
-    return x.shape[:-1].numel() <= linear_op.MAX_ROWS.get(x.device.type, 0)
+def _choose(op: str, device: str, dtype: torch.dtype, case: Case) -> tuple[int | None, str | None]:
+    """Index in RULES of what runs, and why not what comes before it."""
+    if reason := _without_kernels(device, dtype):
+        return _first_rule(op, None, case)[0], reason
+    return _first_rule(op, torch.device(device).type, case)
+
+
+@torch.compiler.assume_constant_result
+def _index(op: str, device: str, dtype: torch.dtype, rows: int, tokens: int, head_dim: int | None) -> int | None:
+    """Index in RULES of what runs; heads that the kernels do not take are logged, once."""
+    index, reason = _choose(op, device, dtype, Case(rows, tokens, head_dim))
+    if reason and reason.startswith("head_dim"):
+        _log_heads(reason)
+    return index
+
+
+@functools.cache
+def _log_heads(reason: str) -> None:
+    logger.warning("%s; attention runs on torch's own operators, which is slower", reason)
+
+
+def _run(op: str, x: torch.Tensor, *args: Any, tokens: int = 1, head_dim: int | None = None) -> Any:
+    """The operation on x and its other arguments, by the implementation that its rules choose."""
+    index = _index(op, str(x.device), x.dtype, x.shape[:-1].numel(), tokens, head_dim)
+    assert index is not None, f"no implementation of {op} takes this"
+    return RULES[op][index].run(x, *args)
+
+
+# ---- the operations ------------------------------------------------------------------------------------------------
 
 
 def linear(
@@ -107,9 +241,7 @@ def linear(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``norm(x) @ weightᵀ + bias + residual``; see :mod:`fastllama_kernels.linear.op`."""
-    if _fits(x) and _without_kernels(str(x.device), x.dtype) is None:
-        return linear_op.linear(x, weight, bias, norm_weight, eps, residual)
-    return linear_op.linear_ref(x, weight, bias, norm_weight, eps, residual)
+    return _run("linear", x, weight, bias, norm_weight, eps, residual)
 
 
 def gate_up(
@@ -120,10 +252,11 @@ def gate_up(
     eps: float = 0.0,
     activation: str = "silu",
 ) -> torch.Tensor:
-    """``act(gate) · up`` of one fused matrix; see :mod:`fastllama_kernels.linear.op`."""
-    if _fits(x) and _without_kernels(str(x.device), x.dtype) is None:
-        return linear_op.gate_up(x, weight, bias, norm_weight, eps, activation)
-    return linear_op.gate_up_ref(x, weight, bias, norm_weight, eps, activation)
+    """``act(gate) · up`` of one fused matrix, for an activation of ACTIVATIONS.
+
+    See :mod:`fastllama_kernels.linear.op`.
+    """
+    return _run("gate_up", x, weight, bias, norm_weight, eps, ACTIVATIONS[activation].number)
 
 
 def rotary_attention(
@@ -140,57 +273,99 @@ def rotary_attention(
     ``arrived_p`` is read on CUDA alone: int32 zeros, one for each query head of each row, zeros again afterwards, with
     which the programs of a kernel count each other. Engines that may run at the same time need counters of their own.
     """
-    args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
-    if _without_kernels(str(qkv_btn.device), qkv_btn.dtype) is None:
-        few = qkv_btn.shape[1] <= attention_op.MAX_TOKENS
-        if few and _attention_takes(qkv_btn.device.type, k_cache_bksd.shape[3]):
-            if qkv_btn.device.type == "cuda":
-                return torch.ops.fastllama.rotary_attention_split(*args, arrived_p)
-            return attention_op.rotary_attention(*args)
-        if qkv_btn.device.type == "cpu":
-            return attention_op.prefill_attention(*args)
-    return attention_op.rotary_attention_ref(*args)
+    args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd, arrived_p)
+    return _run("rotary_attention", *args, tokens=qkv_btn.shape[1], head_dim=k_cache_bksd.shape[3])
 
 
 def sample(logits_bv: torch.Tensor, params: SamplingParams, position_b: torch.Tensor) -> torch.Tensor:
-    """A token of each row; see :mod:`fastllama_kernels.sampling.op`."""
-    if _without_kernels(str(logits_bv.device), logits_bv.dtype) is None:
-        return sampling_op.sample(logits_bv, params, position_b)
-    return sampling_op.sample_ref(logits_bv, params, position_b)
+    """A token of each row, int64 ``[b]``; see :mod:`fastllama_kernels.sampling.op`.
+
+    Args:
+        logits_bv: of every token; a logit of minus infinity is never sampled.
+        params: of each row.
+        position_b: int64, of the token that is sampled; makes every sample of a row a new one.
+    """
+    return _run("sample", logits_bv, *params, position_b)
 
 
 def runs_layers_at_once(x_btm: torch.Tensor) -> bool:
     """Whether all layers are one operation: where Python between the kernels would cost, and kernels take it all."""
-    few = _fits(x_btm) and x_btm.shape[1] <= attention_op.MAX_TOKENS
-    return few and x_btm.device.type == "cpu" and _without_kernels(str(x_btm.device), x_btm.dtype) is None
+    x = x_btm
+    return _index("layers", str(x.device), x.dtype, x.shape[:-1].numel(), x.shape[1], None) is not None
 
 
-def kernels_per_step(device: torch.device | str, dtype: torch.dtype, layers: int) -> int | None:
-    """Our kernels in a decode step of few rows; Inductor adds embedding and bookkeeping. None: all are Inductor's."""
-    device = torch.device(device)
-    if _without_kernels(str(device), dtype):
+def layers(
+    x_btm: torch.Tensor,
+    cos_sd: torch.Tensor,
+    sin_sd: torch.Tensor,
+    position_bt: torch.Tensor,
+    weights: Sequence[Layer],
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    eps: float,
+    activation: str,
+) -> torch.Tensor:
+    """All layers, where :func:`runs_layers_at_once`; see :mod:`fastllama_kernels.layers.op`."""
+    args = (cos_sd, sin_sd, position_bt, weights, k_caches, v_caches, eps, ACTIVATIONS[activation].number)
+    return _run("layers", x_btm, *args, tokens=x_btm.shape[1])
+
+
+# ---- what runs, for people -----------------------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    """One row of :func:`report`."""
+
+    op: str
+    implementation: str
+    reason: str
+
+
+def report(
+    device: torch.device | str, dtype: torch.dtype, head_dim: int | None = None, rows: int = 1, tokens: int = 1
+) -> list[Choice]:
+    """What a step on this device, in this dtype and with such heads, would run, op by op, and why.
+
+    Args:
+        device: where it runs.
+        dtype: of weights and cache.
+        head_dim: of the model; None: one that the kernels take.
+        rows: of the step, all tokens of the batch together.
+        tokens: of each row of the batch.
+    """
+    choices = _choices(str(torch.device(device)), dtype, Case(rows, tokens, head_dim))
+    return [*choices, Choice("embedding, bookkeeping", "Inductor", "fused by torch.compile")]
+
+
+def _choices(device: str, dtype: torch.dtype, case: Case) -> Iterator[Choice]:
+    for op, rules in RULES.items():
+        index, refusal = _choose(op, device, dtype, case)
+        if index is None:
+            continue
+        rule, reasons = rules[index], [refusal] if refusal else []
+        if not refusal:
+            reasons = [text for text in (rule.note, rule.limits) if text]
+            above = _first_rule(op, torch.device(device).type, rule.beyond(case))[0] if rule.limits else None
+            reasons = [", ".join(reasons), *([] if above is None else [f"{rules[above].implementation} above"])]
+        yield Choice(op, rule.implementation, "; ".join(reasons))
+
+
+def kernels_per_step(
+    device: torch.device | str, dtype: torch.dtype, layers: int, head_dim: int | None = None
+) -> int | None:
+    """Our kernels in a decode step of one row; Inductor adds embedding and bookkeeping. None: all are Inductor's."""
+    device, case = str(torch.device(device)), Case(head_dim=head_dim)
+    if _without_kernels(device, dtype):
         return None
-    # Layers, which are one operation on a CPU, and the head, and the draw, which is two launches on a GPU.
-    return 1 + 1 + 1 if device.type == "cpu" else OPS_PER_LAYER * layers + 1 + 2
+
+    def launches(op: str) -> int:
+        index, _ = _choose(op, device, dtype, case)
+        return 0 if index is None else RULES[op][index].launches
+
+    in_layers = layers * sum(launches(call.op) for call in calls.STEP if call.in_layer)
+    return (launches("layers") or in_layers) + sum(launches(call.op) for call in calls.STEP if not call.in_layer)
 
 
-def report(device: torch.device | str, dtype: torch.dtype, head_dim: int | None = None) -> list[Choice]:
-    """What a decode step on this device, in this dtype and with such heads, would run, op by op, and why."""
-    device = torch.device(device)
-    reason = _without_kernels(str(device), dtype)
-    on_cpu = device.type == "cpu"
-    chosen = ("C++ kernel" if on_cpu else "Triton kernel") if reason is None else "torch"
-    rows, tokens = linear_op.MAX_ROWS.get(device.type, 0), attention_op.MAX_TOKENS
-    beyond = "torch's flash attention above" if on_cpu else "torch's attention above, masked"
-    attention = Choice("rotary_attention", chosen, reason or f"up to {tokens} tokens a row; {beyond}")
-    if not reason and head_dim and not attention_op.takes(device.type, head_dim):
-        attention = Choice("rotary_attention", "torch", f"head_dim {head_dim}: {HEADS_TAKEN}")
-    at_once = [Choice("layers", chosen, f"all in one operation, up to {rows} rows")] if on_cpu and not reason else []
-    return [
-        *at_once,
-        Choice("linear", chosen, reason or f"up to {rows} rows; torch's GEMM above"),
-        Choice("gate_up", chosen, reason or f"up to {rows} rows; torch's GEMM above"),
-        attention,
-        Choice("sample", chosen, reason or "without sorting the vocabulary"),
-        Choice("embedding, bookkeeping", "Inductor", "fused by torch.compile"),
-    ]
+def memory_reader() -> Callable[[torch.Tensor], int] | None:
+    """What reads a CPU tensor with all threads and does nothing else; None where the C++ kernels cannot be built."""
+    return bandwidth.read_bytes if build.load() is None else None

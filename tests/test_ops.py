@@ -2,54 +2,88 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastllama_kernels.attention
 from fastllama import ops
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+HEADS, KV_HEADS, SLOTS, VOCABULARY = 4, 2, 64, 40
+
 
 @pytest.fixture(autouse=True)
 def forgotten() -> None:
-    """Every test asks anew what a device can do."""
+    """Every test asks again what a device can do."""
     ops._without_triton.cache_clear()
+    ops._log_heads.cache_clear()
 
 
 def on_chip(monkeypatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: capability)
 
 
+def implementations(*args, **kwargs) -> dict[str, str]:
+    return {choice.op: choice.implementation for choice in ops.report(*args, **kwargs)}
+
+
+# ---- what is said ----------------------------------------------------------------------------------------------------
+
+
 def test_triton_kernels_run_on_gpus_that_have_what_they_need(monkeypatch) -> None:
     on_chip(monkeypatch, (8, 0))
-    choices = {choice.op: choice.implementation for choice in ops.report("cuda:0", torch.bfloat16)}
+    choices = implementations("cuda:0", torch.bfloat16)
     assert {choices[op] for op in ("linear", "gate_up", "rotary_attention", "sample")} == {"Triton kernel"}
+    assert "layers" not in choices
     assert ops.kernels_per_step("cuda:0", torch.bfloat16, layers=16) == 83
 
 
-def test_heads_that_the_kernel_does_not_take_are_reported(monkeypatch) -> None:
+def test_a_step_has_as_many_kernels_as_its_launches_are_planned_to_be(monkeypatch) -> None:
+    from fastllama_kernels.tools.step import SHAPES, parts
+
     on_chip(monkeypatch, (9, 0))
-    choices = {choice.op: choice for choice in ops.report("cuda:0", torch.bfloat16, head_dim=20)}
-    assert choices["rotary_attention"][1:] == ("torch", "head_dim 20: the kernel takes multiples of 8 up to 256")
-    assert choices["linear"].implementation == "Triton kernel"
+    for shape in SHAPES.values():
+        planned = sum(part.times for part in parts(shape, (9, 0)))
+        assert ops.kernels_per_step("cuda:0", torch.bfloat16, shape.num_hidden_layers, shape.head_dim) == planned
+
+
+def test_limits_and_what_runs_beyond_them_are_reported(monkeypatch) -> None:
+    on_chip(monkeypatch, (9, 0))
+    reasons = {choice.op: choice.reason for choice in ops.report("cuda:0", torch.bfloat16)}
+    assert reasons["linear"] == "up to 16 rows; Triton norm, cuBLAS above"
+    assert reasons["rotary_attention"] == (
+        "up to 8 tokens a row; Triton rotary and KV write, torch's masked attention above"
+    )
+    assert reasons["sample"] == "without sorting the vocabulary"
+    reasons = {choice.op: choice.reason for choice in ops.report("cpu", torch.bfloat16)}
+    assert reasons["linear"] == "up to 4 rows; torch above"
+    assert reasons["rotary_attention"] == "up to 8 tokens a row; torch's flash attention above"
+    reasons = {choice.op: choice.reason for choice in ops.report("cpu", torch.bfloat16, rows=9, tokens=9)}
+    assert reasons["linear"] == "above 4 rows"
+    assert reasons["rotary_attention"] == "above 8 tokens a row"
+
+
+def test_heads_that_the_kernels_do_not_take_are_reported(monkeypatch) -> None:
+    on_chip(monkeypatch, (9, 0))
+    for tokens in (1, 99):
+        choices = {choice.op: choice for choice in ops.report("cuda:0", torch.bfloat16, head_dim=20, tokens=tokens)}
+        assert choices["rotary_attention"][1:] == ("torch", "head_dim 20: the kernel takes multiples of 8 up to 256")
+        assert choices["linear"].implementation == "Triton kernel"
+    assert ops.kernels_per_step("cuda:0", torch.bfloat16, layers=16, head_dim=20) == 83 - 16
 
 
 def test_on_a_cpu_all_layers_are_one_operation() -> None:
-    assert ops.report("cpu", torch.float32)[0] == ("layers", "C++ kernel", "all in one operation, up to 4 rows")
-    assert ops.kernels_per_step("cpu", torch.float32, layers=16) == 3
-
-
-def test_heads_that_the_kernel_does_not_take_are_told_once(caplog) -> None:
-    ops._log_head_dim.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        assert [ops._attention_takes("cuda", dim) for dim in (64, 20, 20, 264)] == [True, False, False, False]
-    assert [record.message.split(";")[0] for record in caplog.records] == [
-        "head_dim 20: the kernel takes multiples of 8 up to 256",
-        "head_dim 264: the kernel takes multiples of 8 up to 256",
-    ]
-    assert ops._attention_takes("cpu", 20)
+    expected = ("layers", "C++ kernel", "all in one operation, up to 4 rows and 8 tokens a row")
+    assert ops.report("cpu", torch.float32, head_dim=20)[0] == expected
+    assert ops.kernels_per_step("cpu", torch.float32, layers=16, head_dim=20) == 3
+    assert "layers" not in implementations("cpu", torch.float32, rows=5)
 
 
 def test_an_older_gpu_runs_torch_and_says_so_once(monkeypatch, caplog) -> None:
@@ -78,3 +112,104 @@ def test_a_dtype_that_no_kernel_takes_runs_on_torch(device, said) -> None:
 
 def test_other_devices_have_no_kernels() -> None:
     assert ops.report("mps", torch.float32)[0].reason == "there is no kernel for mps"
+
+
+# ---- what is said is what runs ---------------------------------------------------------------------------------------
+
+#: The operations by which an implementation is known: what of ours is called for it.
+CALLED = {
+    ("layers", "C++ kernel"): {"layers"},
+    ("linear", "C++ kernel"): {"linear"},
+    ("linear", "Triton kernel"): {"linear"},
+    ("linear", "Triton norm, cuBLAS"): {"rms_norm"},
+    ("gate_up", "C++ kernel"): {"gate_up"},
+    ("gate_up", "Triton kernel"): {"gate_up"},
+    ("gate_up", "Triton norm and activation, cuBLAS"): {"rms_norm", "silu_mul"},
+    ("rotary_attention", "C++ kernel"): {"rotary_attention"},
+    ("rotary_attention", "torch's flash attention"): {"prefill_attention"},
+    ("rotary_attention", "Triton kernel"): {"rotary_attention_split"},
+    ("rotary_attention", "Triton rotary and KV write, torch's masked attention"): {"rotary_write"},
+    ("sample", "C++ kernel"): {"sample"},
+    ("sample", "Triton kernel"): {"sample"},
+    **{(op, "torch"): set() for op in ops.RULES},
+}
+
+
+class Called(TorchDispatchMode):
+    """Notes the operations of fastllama that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastllama":
+            self.names.add(func._schema.name.removeprefix("fastllama::"))
+        return func(*args, **(kwargs or {}))
+
+
+def run(op: str, dtype: torch.dtype, rows: int, tokens: int, head_dim: int) -> None:
+    """Call an operation on tensors of these sizes."""
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    batch, m = rows // tokens, 16
+    x_btm, packed = tensor(batch, tokens, m), (HEADS + 2 * KV_HEADS) * head_dim
+    tables = [tensor(SLOTS, head_dim, dtype=torch.float32) for _ in range(2)]
+    position = tensor(batch, tokens, dtype=torch.long)
+    caches = [tensor(batch, KV_HEADS, SLOTS, head_dim) for _ in range(2)]
+    if op == "layers":
+        assert ops.runs_layers_at_once(x_btm)
+        sizes = ((packed, m), (m, HEADS * head_dim), (48, m), (m, 24))
+        qkv, o, gate_up, down = (ops.Weights(ops.DENSE, (tensor(*size),)) for size in sizes)
+        weights = [ops.Layer(tensor(m), qkv, o, tensor(m), gate_up, down)]
+        ops.layers(x_btm, *tables, position, weights, caches[:1], caches[1:], 1e-5, "silu")
+    elif op == "linear":
+        ops.linear(x_btm, tensor(24, m), None, tensor(m), 1e-5, tensor(batch, tokens, 24))
+    elif op == "gate_up":
+        ops.gate_up(x_btm, tensor(48, m), None, tensor(m), 1e-5, "gelu")
+    elif op == "rotary_attention":
+        arrived = tensor(batch * HEADS, dtype=torch.int32)
+        ops.rotary_attention(tensor(batch, tokens, packed), *tables, position, *caches, arrived)
+    else:
+        numbers, counts = tensor(batch, dtype=torch.float32), tensor(batch, dtype=torch.long)
+        params = ops.SamplingParams(numbers, counts, numbers, numbers, counts)
+        ops.sample(tensor(batch, VOCABULARY), params, counts)
+
+
+@pytest.fixture
+def as_on(monkeypatch) -> Callable[[str], None]:
+    """Lets choices be made as if the tensors were on another device: torch without CUDA has no tensors there."""
+    genuine = ops._index
+    return lambda device: monkeypatch.setattr(ops, "_index", lambda op, _, *case: genuine(op, device, *case))
+
+
+@pytest.mark.parametrize(("device", "chip"), [("cpu", None), ("cuda:0", (9, 0)), ("cuda:0", (7, 5))])
+def test_what_is_reported_is_what_runs(monkeypatch, as_on, device, chip) -> None:
+    as_on(device)
+    if chip:
+        on_chip(monkeypatch, chip)
+    seen = set()
+    for dtype, batch, tokens, head_dim in itertools.product(DTYPES, (1, 2, 5, 17), (1, 8, 9), (16, 20)):
+        choices = ops.report(device, dtype, head_dim, rows=batch * tokens, tokens=tokens)
+        for op, implementation, _ in choices[:-1]:
+            seen.add((op, implementation))
+            with FakeTensorMode(), Called() as called:
+                run(op, dtype, batch * tokens, tokens, head_dim)
+            assert called.names == CALLED[op, implementation], (op, dtype, batch, tokens, head_dim)
+    usable = {"cpu": "cpu", "cuda:0": "cuda" if chip != (7, 5) else None}[device]
+    rules = {(op, rule.implementation) for op in ops.RULES for rule in ops.RULES[op] if rule.device in (None, usable)}
+    assert seen == rules, "every rule is met"
+
+
+def test_heads_that_the_kernels_do_not_take_are_logged_once(monkeypatch, as_on, caplog) -> None:
+    on_chip(monkeypatch, (9, 0))
+    with caplog.at_level(logging.WARNING), FakeTensorMode():
+        for device, head_dim in (("cpu", 12), ("cuda:0", 64), ("cuda:0", 20), ("cuda:0", 20), ("cuda:0", 264)):
+            as_on(device)
+            run("rotary_attention", torch.float16, 1, 1, head_dim)
+    assert [record.message.split(";")[0] for record in caplog.records] == [
+        "head_dim 20: the kernel takes multiples of 8 up to 256",
+        "head_dim 264: the kernel takes multiples of 8 up to 256",
+    ]

@@ -1,10 +1,19 @@
-"""README.md and docs/ tell the truth: Python runs, commands and their options exist, links lead somewhere."""
+"""The pages are true: Python runs and prints what they show, commands exist, the tutorial's run, links lead somewhere.
+
+A code block is skipped only where a comment ``<!-- not run: reason -->`` stands before it. A ``text`` block right after
+a code block is its expected output.
+"""
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +23,15 @@ import typer.main
 from fastllama.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))] if path.is_file()]
-DEMO = ROOT / "fastllama" / "data" / "demo" / "config.json"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+DEMO = ROOT / "fastllama" / "data" / "demo"
 
-BLOCK = re.compile(r"(?P<skip><!-- not run: .+? -->\s*\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"(?P<skip><!-- not run: .+? -->\s*\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$"
+    r"(\n```text\n(?P<output>.*?)^```$)?",
+    re.M | re.S,
+)
 LINK = re.compile(r"\]\((?!https?://|mailto:|#)(?P<target>[^)#\s]+)")
 HUB_ID = re.compile(r"""(?P<quote>["'])meta-llama/[\w.-]+(?P=quote)""")
 SEPARATORS = {"|", "||", "&&", ";", "&"}
@@ -26,17 +40,18 @@ page_param = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.re
 
 
 class Block(NamedTuple):
-    """A code block: what it holds, the line it begins on, and whether the page says that it is not run."""
+    """A code block: its code, the line it begins on, whether the page skips it, and the output the page shows."""
 
     code: str
     line: int
     skipped: bool
+    output: str | None = None
 
 
 def blocks(text: str, language: str) -> list[Block]:
     """The code blocks of a page in one language."""
     return [
-        Block(match["code"], text.count("\n", 0, match.start("code")), match["skip"] is not None)
+        Block(match["code"], text.count("\n", 0, match.start("code")), match["skip"] is not None, match["output"])
         for match in BLOCK.finditer(text)
         if match["language"] == language
     ]
@@ -57,7 +72,7 @@ def commands(code: str) -> Iterator[list[str]]:
 
 
 def problem_of(command: list[str]) -> str | None:
-    """Why a command of ours would not run, or None; of other commands nothing is said."""
+    """Why a command of ours would not run, or None; other commands are not checked."""
     program, *words = command
     if program == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
@@ -65,6 +80,9 @@ def problem_of(command: list[str]) -> str | None:
         return f"no target {unknown}" if unknown else None
     if program == "fastllama":
         return problem_of_ours(words)
+    if program == "pytest":
+        missing = [word for word in words if "/" in word and not (ROOT / word.split("::")[0]).exists()]
+        return f"no file {missing}" if missing else None
     if program.startswith("python"):
         path = words[1].replace(".", "/") if words[0] == "-m" else words[0]
         ours = path.endswith(".py") or path.startswith("benchmarks")
@@ -89,17 +107,40 @@ def problem_of_ours(words: list[str]) -> str | None:
     return f"{command.name} has no option {sorted(unknown)}" if unknown else None
 
 
-@pytest.mark.skipif(not DEMO.is_file(), reason="no demo checkpoint in this tree")
+def lines_of(text: str) -> list[str]:
+    """The lines of an output, without empty ones around it and spaces at the ends of lines."""
+    return [line.rstrip() for line in text.strip("\n").splitlines()]
+
+
 @page_param
-def test_python_blocks_run_with_the_demo_checkpoint(
+def test_python_blocks_run_with_the_demo_checkpoint_and_print_what_the_page_shows(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page.read_text(), "python"):
-        if not block.skipped:
-            code = "\n" * block.line + HUB_ID.sub('"demo"', block.code)
+        if block.skipped:
+            continue
+        code = "\n" * block.line + HUB_ID.sub(repr(str(DEMO)), block.code)
+        with redirect_stdout(io.StringIO()) as printed:
             exec(compile(code, str(page), "exec"), names)
+        if block.output is not None:
+            assert lines_of(printed.getvalue()) == lines_of(block.output), f"{page.name}, line {block.line}"
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_tutorial_run(tmp_path: Path) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    command = folder / "fastllama"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m fastllama "$@"\n')
+    command.chmod(0o755)
+    script = "\n".join(block.code for block in blocks(TUTORIAL.read_text(), "bash") if not block.skipped)
+    environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euxo", "pipefail", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @page_param
@@ -126,6 +167,11 @@ def test_blocks_are_found_with_their_lines_and_marks() -> None:
     assert [block.code for block in blocks(page, "bash")] == ["ls\n"]
 
 
+def test_an_output_belongs_to_the_block_right_before_it() -> None:
+    page = "```python\nprint(1)\n```\n```text\n1\n```\n\n```python\nx\n```\n\n```text\n2\n```\n"
+    assert [block.output for block in blocks(page, "python")] == ["1\n", None]
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -137,6 +183,7 @@ def test_blocks_are_found_with_their_lines_and_marks() -> None:
         "python -m benchmarks.records",
         "fastllama chat -m random:llama-3.2-1b",
         "pip install fastllama",
+        "pytest tests/test_readme.py::nothing -k x",
     ],
 )
 def test_good_commands_have_no_problem(line: str) -> None:
@@ -154,6 +201,7 @@ def test_good_commands_have_no_problem(line: str) -> None:
         "fastllama bench decode --nothing",
         "fastllama bench nothing",
         "fastllama bench --nothing",
+        "pytest tests/nothing",
     ],
 )
 def test_commands_that_do_not_exist_are_found(line: str) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch.nn import functional as F
 
 from fastllama import LlamaConfig, ops
-from fastllama.engine.decoder import ACTIVATION_OPS
 from fastllama.loading.names import resolve
 from fastllama.model.rope import rotary_cos_sin
 from fastllama_kernels.attention.op import rotary_attention_ref
@@ -130,13 +129,13 @@ def _linear(
 def _gate_up(shapes: Shapes) -> StepOp:
     config = shapes.config
     eps, m, f = config.rms_norm_eps, config.hidden_size, config.intermediate_size
-    activation, label = ACTIVATION_OPS[config.hidden_act], f"norm, gate/up, {config.hidden_act}"
+    number, label = ops.ACTIVATIONS[config.hidden_act].number, f"norm, gate/up, {config.hidden_act}"
     own = _weights(shapes, m, 2 * f, True, config.mlp_bias)
     references = {
-        TORCH: lambda x, w, bias, norm: gate_up_ref(x, w, bias, norm, eps, activation),
+        TORCH: lambda x, w, bias, norm: gate_up_ref(x, w, bias, norm, eps, number),
         PLAIN: lambda x, w, bias, norm: F.linear(x, w, bias),
     }
-    run = lambda x, w, bias, norm: ops.gate_up(x, w, bias, norm, eps, activation)  # noqa: E731
+    run = lambda x, w, bias, norm: ops.gate_up(x, w, bias, norm, eps, config.hidden_act)  # noqa: E731
     shared, layers = (shapes.normal(shapes.batch, m),), config.num_hidden_layers
     return StepOp("gate_up", label, f"{2 * f} x {m}", layers, nbytes(own), shared, own, run, references)
 

@@ -1,8 +1,7 @@
 """The ``fastllama`` command.
 
-What it writes for others goes to stdout: text, JSON, tables that were asked for. Progress, statistics and
-errors go to stderr. It exits with 0, with 1 for an error, 2 for wrong usage, 130 after Ctrl-C, 141 when its
-reader went away.
+Results go to stdout: text, JSON, tables. Progress, statistics and errors go to stderr. Exit codes: 0, 1 for an error,
+2 for wrong usage, 130 after Ctrl-C, 141 when the reader of stdout went away.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The commands, put together."""
+"""The ``fastllama`` command, assembled from its subcommands."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastllama.cli.console import installed_version, write
 from fastllama.cli.generate import generate
 from fastllama.cli.info import info
 
-COMMANDS = "fastllama.commands"  # the entry points by which other packages add commands of their own
+COMMANDS = "fastllama.commands"  # the entry points by which other packages add commands
 
 app = typer.Typer(
-    help="Decode Llama checkpoints as fast as the memory of the machine allows.",
+    help="A decoding engine for Llama checkpoints.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -29,9 +29,9 @@ for entry_point in entry_points(group=COMMANDS):
 @app.callback(invoke_without_command=True)
 def top(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Version of fastllama.")] = False,
 ) -> None:
-    """Decode Llama checkpoints as fast as the memory of the machine allows."""
+    """A decoding engine for Llama checkpoints."""
     if version:
         write(f"fastllama {installed_version('fastllama')}\n")
     elif context.invoked_subcommand is None:

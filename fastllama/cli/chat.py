@@ -1,4 +1,4 @@
-"""``fastllama chat``: a conversation, line by line."""
+"""``fastllama chat``: a conversation in the terminal."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ def chat(
     model: options.Model = "demo",
     dtype: options.Dtype = None,
     device: options.Device = None,
-    quantize: options.Quantize = None,
-    system: Annotated[str | None, typer.Option(help="Instructions ahead of the conversation.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.", show_default="none")] = None,
     max_new_tokens: options.MaxNewTokens = None,
     sample: options.Sample = None,
     temperature: options.Temperature = None,
@@ -29,13 +28,15 @@ def chat(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Talk with a model: Ctrl-C stops an answer, /clear starts anew, /quit or Ctrl-D leaves."""
+    """Chat with a model. Ctrl-C stops an answer, /clear starts a new conversation, /quit or Ctrl-D exits."""
     with errors_in_one_line(debug):
         sampling = options.sampling_arguments(sample, temperature, top_k, top_p, min_p, seed)
-        loaded = options.load(model, dtype, device, quantize, quiet)
+        loaded = options.load(model, dtype, device, quiet)
         conversation = Conversation(loaded.tokenizer, system)
         if not conversation.has_template and not quiet:
-            stderr().print("no chat template in this checkpoint: it continues your lines as plain text", style="dim")
+            stderr().print(
+                "this checkpoint has no chat template: the model continues your lines as plain text", style="dim"
+            )
         for line in user_lines():
             if line == "/clear":
                 conversation = Conversation(loaded.tokenizer, system)
@@ -44,11 +45,11 @@ def chat(
 
 
 class Conversation:
-    """What was said so far, and the prompt that follows from it.
+    """The messages so far, and the prompt they make.
 
     Args:
-        tokenizer: its chat template is used if it has one, else turns are joined by line ends.
-        system: instructions ahead of the first turn.
+        tokenizer: its chat template is used; without one, messages are joined by newlines.
+        system: a system prompt.
     """
 
     def __init__(self, tokenizer: Any, system: str | None = None) -> None:
@@ -57,26 +58,26 @@ class Conversation:
 
     @property
     def has_template(self) -> bool:
-        """Whether the checkpoint was made for conversations."""
+        """Whether the tokenizer has a chat template."""
         return bool(self._tokenizer.chat_template)
 
     def say(self, role: str, content: str) -> None:
-        """Add a turn of the ``user`` or of the ``assistant``."""
+        """Add a message by the ``user`` or the ``assistant``."""
         self._messages.append({"role": role, "content": content})
 
     def take_back(self) -> None:
-        """Remove the last turn."""
+        """Remove the last message."""
         self._messages.pop()
 
     def prompt_ids(self) -> list[int]:
-        """Token ids to continue with the assistant's next turn."""
+        """Token ids of the prompt for the assistant's next message."""
         if self.has_template:
             return list(self._tokenizer.apply_chat_template(self._messages, add_generation_prompt=True))
         return list(self._tokenizer("\n".join(message["content"] for message in self._messages)).input_ids)
 
 
 def user_lines() -> Iterator[str]:
-    """What the user types until /quit or the end of stdin; a prompt is shown on a terminal only."""
+    """The lines that the user types, until /quit or the end of stdin; a prompt is shown on a terminal only."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  input() edits lines and keeps a history with it
     while True:
@@ -97,7 +98,7 @@ def _answer(
     quiet: bool,
     sampling: dict[str, Any],
 ) -> None:
-    """One turn of the user and the answer to it."""
+    """Take one line of the user and answer it."""
     from fastllama.model.cache import CacheOverflowError
 
     conversation.say("user", line)
@@ -107,7 +108,7 @@ def _answer(
         reply = stream_reply(loaded, prompt_ids, write, quiet=quiet, stop_on_interrupt=True, **arguments)
     except CacheOverflowError as error:
         conversation.take_back()
-        stderr().print(f"{error}; /clear starts anew", style="red", markup=False)
+        stderr().print(f"{error}; /clear starts a new conversation", style="red", markup=False)
         return
     write("\n")
     if reply.decode.tokens:

@@ -1,4 +1,4 @@
-"""What every command says and how it ends: text on stdout, progress and one-line errors on stderr."""
+"""Output and exit codes of every command: results on stdout, progress and one-line errors on stderr."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class _Console(Console):
 
 
 def stdout() -> Console:
-    """For tables; made anew since stdout may have been redirected."""
+    """A console for tables; a new one each time, since stdout may have been redirected."""
     return _Console(highlight=False)
 
 
 def stderr() -> Console:
-    """For notes and progress."""
+    """A console for notes and progress."""
     return Console(stderr=True, highlight=False)
 
 
 def write(text: str) -> None:
-    """Put text on stdout at once, as it is."""
+    """Write text to stdout unchanged and flush."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
@@ -59,16 +59,16 @@ def installed_version(package: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what runs."""
+    """Versions of Python and of the packages that results depend on."""
     return {"python": sys.version.split()[0]} | {name: installed_version(name) for name in PACKAGES}
 
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Show on stderr what is going on, including what the engine says of its compiling.
+    """Show progress messages on stderr, including the engine's messages about compiling.
 
-    Gives a function that changes the message; an empty one ends the show, for a spinner erases what else is
-    on its line. Where stderr is no terminal each message is a line of its own.
+    Yields a function that sets the message. An empty message ends the display, because a spinner would erase other
+    output on its line. Where stderr is not a terminal, each message is a line.
     """
     console = stderr()
     status = console.status("") if console.is_terminal else None
@@ -97,7 +97,7 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def engine_messages(say: Callable[[str], None]) -> Iterator[None]:
-    """Pass the engine's log records of level INFO on to ``say``."""
+    """Pass the engine's INFO log records to ``say``."""
     logger = logging.getLogger("fastllama.engine")  # and every module of that folder
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: say(record.getMessage())
@@ -112,15 +112,15 @@ def engine_messages(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def log_to_stderr(level: int) -> None:
-    """Show log records from this level on, unless logging was set up already."""
+    """Show log records of this level and above, unless logging is configured already."""
     handler = logging.StreamHandler()
-    handler.setLevel(level)  # of the handler too, since a logger may let more through to others
+    handler.setLevel(level)  # on the handler too, since a logger may pass more to other handlers
     logging.basicConfig(level=level, format="fastllama: %(message)s", handlers=[handler])
 
 
 @contextmanager
 def errors_in_one_line(debug: bool) -> Iterator[None]:
-    """Turn what goes wrong inside into one line on stderr and an exit code; ``debug`` lets it through."""
+    """Turn an exception into one line on stderr and an exit code; with ``debug`` it is raised as it is."""
     log_to_stderr(logging.DEBUG if debug else logging.WARNING)
     try:
         yield
@@ -142,7 +142,7 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error; of one that was not written for users, its type too."""
+    """The message of an error, with its type where it was not written for users."""
     message = " ".join(str(error).split())
     if isinstance(error, ValueError | NotImplementedError | OSError | ImportError) and message:
         return message

@@ -14,15 +14,14 @@ from fastllama.cli import options
 from fastllama.cli.console import errors_in_one_line, progress, stderr, stdout, write
 from fastllama.cli.reply import Reply, stream_reply
 
-TABLES = "fastllama.tables"  # the entry points of what --table shows; benchmarks bring the one named decode
+TABLES = "fastllama.tables"  # the entry points behind --table; fastllama_benchmarks provides the one named decode
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - for stdin.")],
     model: options.Model = "demo",
     dtype: options.Dtype = None,
     device: options.Device = None,
-    quantize: options.Quantize = None,
     max_new_tokens: options.MaxNewTokens = None,
     sample: options.Sample = None,
     temperature: options.Temperature = None,
@@ -30,16 +29,18 @@ def generate(
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     seed: options.Seed = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of streamed text.")] = False,
-    table: Annotated[bool, typer.Option("--table", help="Then time it beside the eager forward.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of streamed text.")] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="A table of timings, compared with the eager forward.")
+    ] = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Continue a prompt, streaming the text to stdout."""
+    """Continue a prompt; the new text streams to stdout."""
     with errors_in_one_line(debug):
         sampling = options.sampling_arguments(sample, temperature, top_k, top_p, min_p, seed)
         text = sys.stdin.read() if prompt == "-" else prompt
-        loaded = options.load(model, dtype, device, quantize, quiet)
+        loaded = options.load(model, dtype, device, quiet)
         prompt_ids = list(loaded.tokenizer(text).input_ids)
         budget = loaded.budget(len(prompt_ids), max_new_tokens)
         show = _discard if as_json else _echo_after(text)
@@ -60,7 +61,7 @@ def _discard(_: str) -> None:
 
 
 def _echo_after(prompt: str) -> Callable[[str], None]:
-    """Write pieces of text to stdout; a person at a terminal sees the prompt ahead of the first."""
+    """Write pieces of text to stdout; on a terminal, the prompt comes before the first."""
     pending = sys.stdout.isatty()
 
     def echo(piece: str) -> None:
@@ -74,7 +75,7 @@ def _echo_after(prompt: str) -> Callable[[str], None]:
 
 
 def _table(loaded: options.Loaded, prompt_ids: list[int], budget: int, quiet: bool) -> tuple[Any, dict[str, Any]]:
-    """What to print for ``--table``, and the same as a record."""
+    """The table of ``--table``, to print and as a record."""
     found = entry_points(group=TABLES, name="decode")
     if not found:
         raise ImportError(

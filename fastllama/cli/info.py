@@ -11,45 +11,67 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from fastllama.cli import options
-from fastllama.cli.console import errors_in_one_line, stdout, versions, write_json
+from fastllama.cli.console import errors_in_one_line, progress, stdout, versions, write_json
 
 if TYPE_CHECKING:
     import torch
 
     from fastllama.config import LlamaConfig
 
-SHAPE_FIELDS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-    "tie_word_embeddings",
-)
+# Fields of the config that are shown, and the label of every key of the JSON record that the table shows otherwise.
+SHAPE_FIELDS = {
+    "num_hidden_layers": "layers",
+    "hidden_size": "hidden size",
+    "intermediate_size": "FFN size",
+    "num_attention_heads": "query heads",
+    "num_key_value_heads": "key/value heads",
+    "head_dim": "head dimension",
+    "vocab_size": "vocabulary",
+    "max_position_embeddings": "maximum context",
+    "tie_word_embeddings": "tied embeddings",
+}
+LABELS = SHAPE_FIELDS | {
+    "weight_bytes": "weights",
+    "weight_bytes_per_step": "weights read per token",
+    "kv_cache_bytes": "KV cache, full context",
+    "memory_bandwidth_gb_s": "memory bandwidth, GB/s",
+    "memory_bandwidth_method": "bandwidth measured by",
+    "kernels_per_step": "kernel launches per token",
+    "floor_ms_empty_cache": "bandwidth bound per token, empty cache, ms",
+    "floor_ms_full_cache": "bandwidth bound per token, full cache, ms",
+    "torch_threads": "torch threads",
+    "vector_instructions": "vector instructions",
+    "free_memory_bytes": "free memory",
+    "free_gpu_memory_bytes": "free GPU memory",
+}
+SECTIONS = {"ops": "kernels"}
 
 
 def info(
     model: options.Model = "demo",
     dtype: options.Dtype = None,
     device: options.Device = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens to reckon with; else all it can hold.")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Context length to assume, in tokens.", show_default="the model's maximum"),
+    ] = None,
     json_file: options.JsonFile = None,
     debug: options.Debug = False,
 ) -> None:
-    """Say what would run: device, sizes, the floor per token, operations chosen and why. Loads no weights."""
+    """Show what would run without loading weights: device, sizes, bandwidth bound, kernels and why.
+
+    Measures the memory bandwidth, which takes about a second.
+    """
     with errors_in_one_line(debug):
-        facts = gather(model, dtype, options.pick_device(device), context)
+        facts = gather(model, dtype, options.pick_device(device), context, quiet=json_file == "-")
         if json_file != "-":
             show(facts)
         if json_file:
             write_json(facts, json_file)
 
 
-def gather(model: str, dtype: str | None, device: str, context: int | None) -> dict[str, Any]:
-    """Everything that ``info`` tells, in sections of plain values."""
+def gather(model: str, dtype: str | None, device: str, context: int | None, quiet: bool = False) -> dict[str, Any]:
+    """Everything that ``info`` reports, in sections of plain values."""
     import torch
 
     from fastllama import ops
@@ -59,9 +81,12 @@ def gather(model: str, dtype: str | None, device: str, context: int | None) -> d
     if dtype is not None:
         config = config.replace(dtype=dtype)
     where = torch.device(device)
+    with progress(quiet) as say:
+        say("measuring memory bandwidth")
+        decoding = _decoding(config, where, context or config.max_position_embeddings)
     return {
         "model": {"name": model} | {field: getattr(config, field) for field in SHAPE_FIELDS},
-        "decoding": _decoding(config, where, context or config.max_position_embeddings),
+        "decoding": decoding,
         "ops": [choice._asdict() for choice in ops.report(where, getattr(torch, config.dtype), config.head_dim)],
         "machine": _machine(where),
         "versions": versions(),
@@ -91,7 +116,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 
 def _decoding(config: LlamaConfig, device: torch.device, context: int) -> dict[str, Any]:
-    """Sizes, and the floor of the time per token with a full context."""
+    """Sizes, and the bandwidth bound of the time per token."""
     import torch
 
     from fastllama import LlamaForCausalLM, ops
@@ -113,26 +138,30 @@ def _decoding(config: LlamaConfig, device: torch.device, context: int) -> dict[s
         "kv_cache_bytes": cache,
         "memory_bandwidth_gb_s": bandwidth.bytes_per_second / 1e9,
         "memory_bandwidth_method": bandwidth.method,
-        "kernels_per_step": ops.kernels_per_step(device, getattr(torch, config.dtype), config.num_hidden_layers),
+        "kernels_per_step": ops.kernels_per_step(
+            device, getattr(torch, config.dtype), config.num_hidden_layers, config.head_dim
+        ),
         "floor_ms_empty_cache": 1e3 * weights / bandwidth.bytes_per_second,
         "floor_ms_full_cache": 1e3 * (weights + cache) / bandwidth.bytes_per_second,
     }
 
 
 def show(facts: Mapping[str, Any]) -> None:
-    """Print the facts, a block for each section."""
+    """Print the facts, a block for each section, under labels for people."""
     console = stdout()
     for section, content in facts.items():
-        console.print(section, style="bold")
+        console.print(SECTIONS.get(section, section), style="bold")
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         for row in [choice.values() for choice in content] if section == "ops" else content.items():
             name, *values = row
-            table.add_row("", name, *(readable(name, value) for value in values))
+            table.add_row("", LABELS.get(name, name), *(readable(name, value) for value in values))
         console.print(table)
 
 
 def readable(name: str, value: object) -> str:
-    """Bytes in a unit that fits, other integers in groups of three digits, floats with three digits."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    """A value as text: bytes in a unit that fits, integers in groups of three digits, yes or no, floats rounded."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
         return decimal(value, separator=" ") if "bytes" in name else f"{value:,}"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""The options that commands share, and what is made of them: a loaded model and sampling arguments."""
+"""The options that commands share, and what they become: a loaded model and sampling arguments."""
 
 from __future__ import annotations
 
@@ -11,32 +11,47 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and wrong usage answe
     from fastllama.causal_lm import LlamaForCausalLM
 
 DEFAULT_NEW_TOKENS = 128
+CHECKPOINT_SETTING = "the checkpoint's setting"
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help="A folder, a hub id, demo, or random:SHAPE as random:llama-3.2-1b."),
+    typer.Option("--model", "-m", help="Folder, Hugging Face id, demo, or random:SHAPE such as random:llama-3.2-1b."),
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the checkpoint's own.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; else cuda if there is one.")]
-Quantize = Annotated[str | None, typer.Option(help="int8 or int4: weight-only quantization.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.", show_default="the checkpoint's"),
+]
+Device = Annotated[str | None, typer.Option(help="Device: cpu or cuda.", show_default="cuda if available")]
 MaxNewTokens = Annotated[
     int | None,
-    typer.Option("--max-new-tokens", "-n", min=1, help=f"At most so many; else {DEFAULT_NEW_TOKENS}."),
+    typer.Option(
+        "--max-new-tokens", "-n", min=1, help="Maximum number of new tokens.", show_default=f"{DEFAULT_NEW_TOKENS}"
+    ),
 ]
 Sample = Annotated[
     bool | None,
-    typer.Option("--sample/--greedy", help="Draw tokens, or take the likeliest; else the checkpoint's."),
+    typer.Option("--sample/--greedy", help="Sampling or greedy decoding.", show_default=CHECKPOINT_SETTING),
 ]
-Temperature = Annotated[float | None, typer.Option(help="Sample; above 1 flatter, below 1 sharper.")]
-TopK = Annotated[int | None, typer.Option(min=0, help="Sample among the k likeliest tokens; 0: all.")]
-TopP = Annotated[float | None, typer.Option(help="Sample among the likeliest tokens that make up p.")]
-MinP = Annotated[float | None, typer.Option(help="Sample among tokens at least p times as likely as the best.")]
-Seed = Annotated[int | None, typer.Option(help="Of sampling; the same seed writes the same text.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no statistics.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the library's log.")]
+Temperature = Annotated[float | None, typer.Option(help="Sampling temperature.", show_default=CHECKPOINT_SETTING)]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Number of most likely tokens to sample from; 0 for all.", show_default=CHECKPOINT_SETTING
+    ),
+]
+TopP = Annotated[
+    float | None, typer.Option(help="Nucleus (top-p) sampling threshold.", show_default=CHECKPOINT_SETTING)
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="Minimum probability, relative to the most likely token's.", show_default=CHECKPOINT_SETTING),
+]
+Seed = Annotated[int | None, typer.Option(help="Random seed of the sampling.", show_default="a new one each time")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress messages, no statistics.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks and the library's log.")]
 JsonFile = Annotated[
     str | None,
-    typer.Option("--json", metavar="FILE", help="Write the figures as JSON to a file; - is stdout."),
+    typer.Option("--json", metavar="FILE", help="JSON file for the results; - for stdout.", show_default="none"),
 ]
 
 
@@ -48,7 +63,7 @@ def sampling_arguments(
     min_p: float | None,
     seed: int | None,
 ) -> dict[str, Any]:
-    """The arguments of ``generate`` that were given; any that shapes sampling asks for sampling.
+    """The arguments for ``model.generate``; any of temperature, top-k, top-p and min-p turns sampling on.
 
     Raises:
         typer.BadParameter: one of them was given together with ``--greedy``.
@@ -57,7 +72,7 @@ def sampling_arguments(
     given = {name: value for name, value in shaping.items() if value is not None}
     if given and sample is False:
         names = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise typer.BadParameter(f"--greedy takes the likeliest token: leave out {names}")
+        raise typer.BadParameter(f"--greedy takes the most likely token: leave out {names}")
     if given or sample is not None:
         given["do_sample"] = sample is not False
     return given | ({} if seed is None else {"seed": seed})
@@ -65,7 +80,7 @@ def sampling_arguments(
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, its tokenizer, and the name they were asked for by."""
+    """A model, its tokenizer, and the name they were loaded by."""
 
     name: str
     model: LlamaForCausalLM
@@ -77,23 +92,21 @@ class Loaded:
         return {"model": self.name, "dtype": dtype, "device": str(self.model.device)}
 
     def budget(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
-        """Tokens to write: as many as asked for, else the default or what the context has room for."""
+        """Number of new tokens: what was asked for, or else the default, or less where the context has less room."""
         room = self.model.config.max_position_embeddings - prompt_tokens
         return max_new_tokens or (min(DEFAULT_NEW_TOKENS, room) if room > 0 else DEFAULT_NEW_TOKENS)
 
 
 def pick_device(device: str | None) -> str:
-    """The device asked for, else CUDA where there is one, else the CPU."""
+    """The device asked for, or else CUDA where available, or else the CPU."""
     import torch
 
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load(name: str, dtype: str | None, device: str | None, quantize: str | None, quiet: bool) -> Loaded:
+def load(name: str, dtype: str | None, device: str | None, quiet: bool) -> Loaded:
     """Load a model and its tokenizer."""
     from fastllama import LlamaForCausalLM, load_tokenizer
 
-    model = LlamaForCausalLM.from_pretrained(
-        name, dtype=dtype, device=pick_device(device), quantize=quantize, progress=not quiet
-    )
+    model = LlamaForCausalLM.from_pretrained(name, dtype=dtype, device=pick_device(device), progress=not quiet)
     return Loaded(name, model, load_tokenizer(name))

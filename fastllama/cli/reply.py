@@ -1,4 +1,4 @@
-"""One streamed answer to a prompt, as ``generate`` and ``chat`` show it."""
+"""One streamed answer to a prompt, for ``generate`` and ``chat``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model wrote.
+    """An answer of the model.
 
     Attributes:
         prompt_ids: the prompt's token ids.
-        text: the new text, complete characters only unless the model ended inside one.
-        decode: its tokens and when they came.
+        text: the new text; it ends with an incomplete character only if the model stopped inside one.
+        decode: the new tokens and their timing.
         interrupted: whether Ctrl-C ended it.
     """
 
@@ -32,12 +32,12 @@ class Reply:
 
     @property
     def tokens_per_second(self) -> float:
-        """After the first token; 0 where there was no second."""
+        """Tokens per second after the first token; 0 where there was no second."""
         spent = sum(self.decode.tpot)
         return len(self.decode.tpot) / spent if spent else 0.0
 
     def speed(self) -> str:
-        """One line on how fast that went."""
+        """One line about the speed."""
         count = len(self.decode.tokens)
         if not count:
             return "no tokens"
@@ -45,7 +45,7 @@ class Reply:
         return f"{line}, then {self.tokens_per_second:.1f} a second" if count > 1 else line
 
     def timing(self) -> dict[str, float]:
-        """The same for records."""
+        """The speed as figures, for records."""
         return {
             "ttft_ms": 1e3 * self.decode.ttft,
             "tpot_ms": 1e3 / self.tokens_per_second if self.tokens_per_second else 0.0,
@@ -67,10 +67,10 @@ def stream_reply(
     Args:
         loaded: model and tokenizer.
         prompt_ids: token ids of the prompt.
-        show: given each piece of text as soon as it is complete.
+        show: called with each piece of text as soon as it is complete.
         quiet: show no progress while the engine compiles.
-        stop_on_interrupt: make of Ctrl-C the end of the answer, in place of raising it.
-        arguments: of ``model.stream``.
+        stop_on_interrupt: on Ctrl-C end the answer instead of raising KeyboardInterrupt.
+        arguments: passed to ``model.stream``.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What every config field is checked by, in one wording, and JSON files read and written with their errors."""
+"""Checks of config fields with one wording of their errors, and JSON files read and written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ GENERATION_CONFIG_NAME = "generation_config.json"
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError, naming the file, if it holds anything else."""
+    """Read the object in a JSON file.
+
+    Raises:
+        ValueError: the file holds anything else; the message names it.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -33,7 +37,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def plain_eos(eos: Any) -> int | tuple[int, ...] | None:
-    """One id, a tuple of ids, or None, from an int, a list, a tuple or None."""
+    """Normalize EOS ids: an int stays, a list becomes a tuple, None stays."""
     if eos is None:
         return None
     ids = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
@@ -43,7 +47,7 @@ def plain_eos(eos: Any) -> int | tuple[int, ...] | None:
 
 
 def plain_pad(pad: int | None) -> int | None:
-    """None for -1, as old conversions write "no padding token"; torch would take it for the last row."""
+    """Normalize a pad id: old conversions write -1 for no padding token, which torch would take for the last row."""
     return None if pad == -1 else pad
 
 

@@ -1,7 +1,7 @@
 """GenerationConfig: a frozen dataclass read from ``generation_config.json``.
 
-Every key of a file is accounted for: it is a field here, or it is on a list of keys that cannot change which tokens
-come out, or it is an error that names it.
+Every key of a file is accounted for: it is a field here, it is on a list of keys that cannot change which tokens come
+out, or it is an error that names it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from fastllama.config.fields import (
 )
 
 # fmt: off
-# Generation settings fastllama does not do, each with the value (besides null) that asks for nothing. Older
-# checkpoints carry them in config.json too: they do not concern the network, GenerationConfig reads them.
+# Generation settings that fastllama does not support, each with the value (besides null) that has no effect. Older
+# checkpoints have them in config.json too; they do not concern the network, so GenerationConfig reads them.
 UNSUPPORTED_GENERATION: dict[str, Any] = {
     "min_length": 0, "min_new_tokens": 0, "max_time": None, "stop_strings": None, "num_beams": 1,
     "num_beam_groups": 1, "num_return_sequences": 1, "diversity_penalty": 0.0, "penalty_alpha": 0.0,
@@ -54,20 +54,27 @@ INERT_GENERATION = frozenset({
     "max_matching_ngram_size", "speculation_type", "use_mtp",
 })
 # fmt: on
-# fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """How ``generate()`` picks tokens and when it stops; fields and defaults are transformers'.
+    """How ``generate()`` picks tokens and when it stops. Fields and defaults are those of transformers, plus ``seed``.
 
-    ``max_length`` counts prompt and new tokens, ``max_new_tokens`` (which wins where both are set) the new
-    ones alone. ``top_k=0`` and ``top_p=1.0`` switch these filters off. ``eos_token_id`` may be given as None,
-    an int or a list of ints too; it is held as a tuple, empty for None. ``seed`` fixes the sampled tokens;
-    transformers has no such field.
+    Args:
+        max_length: maximum number of tokens, prompt included.
+        max_new_tokens: maximum number of new tokens; wins over ``max_length`` where both are set.
+        do_sample: sample, instead of taking the most likely token.
+        temperature: divides the logits before sampling.
+        top_k: sample from the k most likely tokens; 0 for all.
+        top_p: sample from the most likely tokens whose probabilities add up to p; 1.0 for all.
+        min_p: sample from tokens with at least this fraction of the most likely token's probability.
+        eos_token_id: ids that end a row: an int, several, or None; held as a tuple.
+        pad_token_id: fills rows that ended early.
+        bos_token_id: the id that begins a text; not used in decoding.
+        seed: makes sampling reproducible; transformers has no such field.
 
     Raises:
-        ValueError: naming the field, what it held and what was expected.
+        ValueError: a value out of range; the message has the field, the value and what was expected.
     """
 
     max_length: int = 20
@@ -105,11 +112,11 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> GenerationConfig:
-        """Read the object of a ``generation_config.json``; a null stands for the default of any field.
+        """Read the object of a ``generation_config.json``; null means the default of a field.
 
         Raises:
-            NotImplementedError: naming each setting that fastllama does not do and that changes the output.
-            ValueError: for an unknown key or a value out of range.
+            NotImplementedError: settings that would change the output and that fastllama does not support, by name.
+            ValueError: an unknown key or a value out of range.
         """
         values = {key: value for key, value in config.items() if value is not None}
         unsupported = [
@@ -136,8 +143,8 @@ class GenerationConfig:
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> GenerationConfig:
         """Read ``generation_config.json`` of a checkpoint folder.
 
-        Without one, the generation settings in ``config.json`` hold, as in transformers: special token ids,
-        and whatever else older checkpoints put there. Without both, the defaults.
+        Without that file, the generation settings in ``config.json`` are read, as in transformers: special token ids
+        and what older checkpoints put there. Without either file, the defaults.
 
         Raises:
             NotImplementedError, ValueError: as :meth:`from_dict`, with the file's name before the message.
@@ -154,7 +161,7 @@ class GenerationConfig:
             raise type(error)(f"{file}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The object of a ``generation_config.json``: the fields that are set, in transformers' spelling."""
+        """Return the object of a ``generation_config.json``: the fields that are set, as transformers spells them."""
         config = dataclasses.asdict(self)
         eos = list(self.eos_token_id)
         config["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
@@ -165,5 +172,5 @@ class GenerationConfig:
         write_json(Path(folder) / GENERATION_CONFIG_NAME, self.to_dict())
 
     def replace(self, **changes: Any) -> GenerationConfig:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)

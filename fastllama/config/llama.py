@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastllama import ops
 from fastllama.config.fields import (
     CONFIG_NAME,
     bad,
@@ -33,12 +34,6 @@ logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # fmt: off
-#: What ``hidden_act`` may be, under transformers' names (``transformers.activations.ACT2FN``).
-ACTIVATIONS = (
-    "silu", "swish", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu",
-    "relu",
-)
-
 # What each rope type reads besides rope_type, rope_theta and partial_rotary_factor: the keys it cannot do
 # without, then all.
 _ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
@@ -86,12 +81,12 @@ _NEUTRAL_VALUES: dict[str, Any] = {
 class RopeParameters:
     """Parameters of the rotary position embedding, named as in ``rope_parameters`` of a v5 config.json.
 
-    ``rope_type`` says which of the others are read (see :mod:`fastllama.model.rope`); the rest stay None.
+    ``rope_type`` decides which of the others are read (see :mod:`fastllama.model.rope`); the rest stay None.
     ``original_max_position_embeddings`` is the context length before it was extended, in tokens; where a type
     needs it and it is None, :class:`LlamaConfig` fills in its ``max_position_embeddings``.
 
     Raises:
-        ValueError: naming the parameter, what it held and what was expected.
+        ValueError: a value out of range; the message has the parameter, the value and what was expected.
     """
 
     rope_type: str = "default"
@@ -140,7 +135,7 @@ class RopeParameters:
             raise bad("partial_rotary_factor", self.partial_rotary_factor, expected)
 
     def to_dict(self) -> dict[str, Any]:
-        """The ``rope_parameters`` object of a v5 config.json: what this type reads, as far as it is set."""
+        """Return the ``rope_parameters`` object of a v5 config.json: the keys that this type reads and that are set."""
         names = ("rope_type", "rope_theta", *_ROPE_KEYS[self.rope_type])
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -149,10 +144,10 @@ class RopeParameters:
     def from_dict(cls, rope: Mapping[str, Any]) -> RopeParameters:
         """Read a ``rope_parameters`` or ``rope_scaling`` object.
 
-        A key that another type reads and this one does not is left out with a warning, as in transformers.
+        A key that only another type reads is left out with a warning, as in transformers.
 
         Raises:
-            ValueError: for an unknown key, or a value out of range.
+            ValueError: an unknown key, or a value out of range.
         """
         values = {key: value for key, value in rope.items() if value is not None}
         legacy = values.pop("type", None)
@@ -173,11 +168,11 @@ class RopeParameters:
 class LlamaConfig:
     """Shape and constants of a Llama network; fields are named as in a v4 ``config.json``.
 
-    ``num_key_value_heads`` and ``head_dim`` may be given as None: they become ``num_attention_heads``
-    (multi-head attention) and ``hidden_size // num_attention_heads``, so that readers always find integers.
+    ``num_key_value_heads`` and ``head_dim`` may be given as None. They become ``num_attention_heads``
+    (multi-head attention) and ``hidden_size // num_attention_heads``, so readers always find integers.
 
     Raises:
-        ValueError: from every constructor, naming the field, what it held and what was expected.
+        ValueError: from every constructor; the message has the field, the value and what was expected.
     """
 
     vocab_size: int = 32000
@@ -236,8 +231,8 @@ class LlamaConfig:
             raise bad("pretraining_tp", self.pretraining_tp, f"a divisor of vocab_size={self.vocab_size}")
 
     def _check_constants(self) -> None:
-        if self.hidden_act not in ACTIVATIONS:
-            raise bad("hidden_act", self.hidden_act, f"one of {', '.join(ACTIVATIONS)}")
+        if self.hidden_act not in ops.ACTIVATIONS:
+            raise bad("hidden_act", self.hidden_act, f"one of {', '.join(ops.ACTIVATIONS)}")
         if self.dtype not in DTYPES:
             raise bad("dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         check_number("rms_norm_eps", self.rms_norm_eps, at_least=0)
@@ -269,13 +264,13 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> LlamaConfig:
-        """Read the object of a ``config.json``, in the v4 or the v5 spelling or both at once.
+        """Read the object of a ``config.json``, in the spelling of transformers v4, v5, or both at once.
 
-        A null stands for the default of a field, except for token ids, where it means that there is none.
+        null means the default of a field, except for token ids, where it means that there is none.
 
         Raises:
-            ValueError: if it is not a Llama, holds a key that is neither a field nor known to be without
-                effect, sets something fastllama does not compute, or spells one thing twice with two values.
+            ValueError: it is not a Llama, has an unknown key, sets something that fastllama does not compute, or
+                spells one thing twice with two values.
         """
         values: dict[str, Any] = dict(config)
         model_type = values.pop("model_type", None)
@@ -300,10 +295,10 @@ class LlamaConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> LlamaConfig:
-        """Read a ``config.json``, given the file or the folder that holds it.
+        """Read a ``config.json``, given the file or its folder.
 
         Raises:
-            FileNotFoundError: if there is none.
+            FileNotFoundError: there is no such file.
             ValueError: as :meth:`from_dict`, with the file's name before the message.
         """
         file = Path(path)
@@ -316,7 +311,7 @@ class LlamaConfig:
             raise ValueError(f"{file}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The object of a ``config.json`` that transformers v4 and v5 both read, in both spellings."""
+        """Return the object of a ``config.json`` in both spellings, which transformers v4 and v5 both read."""
         config = dataclasses.asdict(self)
         del config["rope"]
         if isinstance(self.eos_token_id, tuple):
@@ -337,10 +332,10 @@ class LlamaConfig:
         write_json(Path(folder) / CONFIG_NAME, self.to_dict())
 
     def replace(self, **changes: Any) -> LlamaConfig:
-        """A copy with some fields changed.
+        """Return a copy with some fields changed.
 
-        ``head_dim`` and ``num_key_value_heads`` follow a change of what they are derived from, if they equal
-        the derived value and are not given themselves.
+        ``head_dim`` and ``num_key_value_heads`` follow the fields they are derived from, if they equal the derived
+        value and are not given.
         """
         if self.head_dim * self.num_attention_heads == self.hidden_size:
             changes.setdefault("head_dim", None)
@@ -391,7 +386,7 @@ def _take_rope(values: dict[str, Any]) -> RopeParameters:
         rope = shared | {name: value for name, value in rope.items() if value is not None}
         rope_type = str(rope.get("rope_type", rope.get("type")))
         if original is not None and "original_max_position_embeddings" in _ROPE_KEYS.get(rope_type, ()):
-            # As in transformers, this one beside the rope parameters wins over the same name among them.
+            # As in transformers, the key next to the rope parameters wins over the same key among them.
             rope["original_max_position_embeddings"] = original
         found.append(RopeParameters.from_dict(rope))
     if len(set(found)) > 1:

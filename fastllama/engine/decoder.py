@@ -19,18 +19,6 @@ from fastllama import ops
 from fastllama.model.llama import Llama, LlamaDecoderLayer
 from fastllama.quantization.matrix import Matrix, shared
 
-ACTIVATION_OPS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-}
-
 
 class FusedLayer(nn.Module):
     """One decoder layer in five operations: four matrices and two norms."""
@@ -45,7 +33,7 @@ class FusedLayer(nn.Module):
         self.input_norm = shared(layer.input_layernorm.weight)
         self.post_norm = shared(layer.post_attention_layernorm.weight)
         self.eps = layer.input_layernorm.eps
-        self.activation = ACTIVATION_OPS[hidden_act]
+        self.activation = hidden_act
 
     def forward(
         self,
@@ -89,7 +77,7 @@ class FusedDecoder(nn.Module):
         # A tied head must stay the same Parameter: two parameters over one memory confuse CUDA graphs.
         tied = model.lm_head.weight is decoder.embed_tokens.weight
         self.head = Matrix(self.embedding) if tied else Matrix.of(model.lm_head)
-        self.eps, self.activation = decoder.norm.eps, ACTIVATION_OPS[model.config.hidden_act]
+        self.eps, self.activation = decoder.norm.eps, model.config.hidden_act
 
     def forward(
         self,

@@ -14,25 +14,25 @@ from fastllama.config import GenerationConfig, LlamaConfig
 
 logger = logging.getLogger(__name__)
 
-# Arguments of transformers' generate() that change nothing in what the engine does.
+# Arguments of transformers' generate() that have no effect on the engine.
 INERT = frozenset({"use_cache", "return_dict_in_generate", "synced_gpus", "cache_implementation", "disable_compile"})
 
 
 def accelerate(model: Any) -> Any:
     """Make ``model.generate`` decode through the engine; everything else about the model stays as it is.
 
-    A call that asks for what the engine does not do (beams, penalties, own logits processors, …), or of a model that
-    was changed so that fastllama no longer runs it, goes to transformers' own ``generate``; the reason is logged.
+    Calls with options that the engine does not support (beams, penalties, logits processors, …), and calls on a model
+    that was changed so that fastllama cannot run it, fall back to transformers' own ``generate``; the reason is logged.
 
     Args:
         model: a ``transformers.LlamaForCausalLM``. Its q/k/v and gate/up parameters become views of fused matrices
             when it first decodes, so no weight is held twice.
 
     Returns:
-        The same model, also with ``model.fastllama``, the LlamaForCausalLM whose ``warmup`` and ``release`` it shares.
+        The same model. ``model.fastllama`` is its LlamaForCausalLM, for ``warmup`` and ``release``.
 
     Raises:
-        ValueError: the model is not a Llama that fastllama runs.
+        ValueError: the model is not a Llama that fastllama can run.
     """
     # Not by setattr: as a submodule the twin would show in the model's parameters and state dict.
     model.__dict__["fastllama"] = twin_of(model)
@@ -52,10 +52,10 @@ def _generate(model: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any)
 
 
 def twin_of(model: Any) -> LlamaForCausalLM:
-    """fastllama's model of the same config over the very same Parameter objects.
+    """Build fastllama's model of the same config over the very same Parameter objects.
 
     Raises:
-        ValueError: the model's config or its modules are not those of a Llama that fastllama runs.
+        ValueError: the model's config or its modules are not those of a Llama that fastllama can run.
     """
     with torch.device("meta"):
         twin = LlamaForCausalLM(LlamaConfig.from_hf(model.config))
@@ -85,12 +85,12 @@ def _shares_parameters(twin: LlamaForCausalLM, model: Any) -> bool:
 def engine_arguments(
     model: Any, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any
 ) -> dict[str, Any]:
-    """The arguments of our ``generate`` for a call of transformers'.
+    """Translate a call of transformers' ``generate`` into arguments of ours.
 
-    As there, what a generation config that is passed leaves unset comes from the model's own.
+    As there, fields that a given generation config leaves unset come from the model's own.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: naming what the engine does not do.
+        TypeError, ValueError, NotImplementedError: an option that the engine does not support, by name.
     """
     settings = {name: value for name, value in kwargs.items() if value is not None and name not in INERT}
     if kwargs.get("return_dict_in_generate"):

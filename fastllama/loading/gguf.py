@@ -1,4 +1,4 @@
-"""Our weights as a GGUF file, as llama.cpp's own converter would write them."""
+"""Write weights as a GGUF file, as llama.cpp's own converter would."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def write_gguf(model: Llama, path: str | os.PathLike[str]) -> None:
     """Write the weights and constants that llama.cpp needs to run the network on token ids.
 
     Matrices keep the model's dtype; norms and biases become float32, the only type llama.cpp takes them in. A tied head
-    is left out. There is no tokenizer: the file says so, and how many tokens there are. One tensor at a time is in
-    memory besides the model's.
+    is left out. There is no tokenizer: the file says so, and has the number of tokens. Besides the model, one tensor
+    at a time is in memory.
 
     Args:
         model: on any device.
-        path: of the file; what is there is overwritten.
+        path: the file; an existing one is overwritten.
 
     Raises:
         NotImplementedError: the gguf package is missing, or llama.cpp cannot compute this network.
@@ -93,7 +93,7 @@ def _add_constants(writer: Any, gguf: Any, config: LlamaConfig) -> None:
 
 
 def _tensors(model: Llama, gguf: Any) -> dict[str, torch.Tensor]:
-    """What the file holds, by GGUF name: the parameters as they are, and the rope's factors."""
+    """The tensors of the file by GGUF name: the parameters, and the rope's factors."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     tensors: dict[str, torch.Tensor] = {}
     factors = _rope_factors(model.config)

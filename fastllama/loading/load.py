@@ -1,4 +1,4 @@
-"""A checkpoint's tensors into a model, with every key accounted for."""
+"""Load a checkpoint's tensors into a model, with every key accounted for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastllama.loading.names import CheckpointError, resolve
 from fastllama.loading.safetensors import FLOAT_BYTES, Stored, blocks, find_tensors
 
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # stored by old checkpoints, computed from the config
-RANDOM_POOL = 8388593  # normal numbers that random weights are cut from; prime, so that no two rows coincide
+RANDOM_POOL = 8388593  # size of the pool that random weights are cut from; prime, so that no two rows coincide
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,8 +36,8 @@ def load_model(
     Args:
         model_cls: called with the LlamaConfig; its parameters are named as in Hugging Face's checkpoints.
         name: see :func:`resolve`.
-        dtype: of the parameters; None and ``"auto"`` take the config's.
-        device: of the parameters.
+        dtype: dtype of the parameters; the config's for None and ``"auto"``.
+        device: where the parameters go.
         quantize: not available yet.
         progress: show a progress bar on stderr if that is a terminal.
 
@@ -45,10 +45,10 @@ def load_model(
         The model in eval mode, its parameters without gradients, ``model.generation_config`` set.
 
     Raises:
-        CheckpointNotFoundError: if the name stands for no checkpoint.
-        CheckpointError: listing every missing or damaged file; or every missing or unexpected key, wrong
-            shape and dtype that is not floating point; or every tensor that holds NaN.
-        ValueError, NotImplementedError: if its configs ask for what fastllama does not do.
+        CheckpointNotFoundError: no checkpoint was found under the name.
+        CheckpointError: files are missing or damaged; or keys are missing, unexpected, of a wrong shape or not floating
+            point; or tensors hold NaN. The message lists all of them.
+        ValueError, NotImplementedError: its configs ask for something that fastllama does not support.
     """
     if quantize is not None:
         raise NotImplementedError(f"int8/int4 are not available yet: quantize is {quantize!r}, expected None")
@@ -82,9 +82,9 @@ def dtype_name(dtype: str | torch.dtype | None) -> str:
 
 
 def _check_tensors(folder: Path, stored: dict[str, Stored], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise one error for all tensors that are missing, too many or not what the model expects.
+    """Raise one error for all tensors that are missing, unexpected or of a wrong shape or dtype.
 
-    Harmless extra tensors are taken out of ``stored``. Of a parameter with several names one is enough.
+    Harmless extra tensors are removed from ``stored``. A parameter with several names needs only one of them.
     """
     for key in [key for key in stored if key not in parameters and HARMLESS.search(key)]:
         del stored[key]
@@ -141,7 +141,7 @@ def _fill(parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Stored], 
 
 
 def _copy(key: str, tensor: Stored, parameter: nn.Parameter) -> bool:
-    """Fill the parameter from the file; whether it is free of NaN."""
+    """Fill the parameter from the file; return whether it is free of NaN."""
     clean = True
     for rows, block in blocks(key, tensor):
         parameter.data[rows].copy_(block)
@@ -158,8 +158,8 @@ def _equal(key: str, tensor: Stored, parameter: nn.Parameter) -> bool:
 def _fill_random(parameters: Mapping[str, nn.Parameter], std: float) -> None:
     """Normal weights, norms of one and biases of zero; the same numbers in every run and on every device.
 
-    Drawing a number for each weight would take longer than reading them from a disk, so weights are cut from
-    a pool of normal numbers, each at another offset.
+    Generating a number for each weight would take longer than reading weights from a disk, so weights are cut from a
+    pool of normal numbers, each at another offset.
     """
     pool = torch.randn(RANDOM_POOL, generator=torch.Generator().manual_seed(0)).mul_(std)
     offset = 0
@@ -172,7 +172,7 @@ def _fill_random(parameters: Mapping[str, nn.Parameter], std: float) -> None:
 
 
 def _tile(target: torch.Tensor, pool: torch.Tensor, offset: int) -> int:
-    """Fill ``target`` with the pool's numbers, cyclically from ``offset``; the offset after the last one."""
+    """Fill ``target`` with the pool's numbers, cyclically from ``offset``; return the offset after the last one."""
     start = 0
     while start < target.numel():
         piece = pool[offset : offset + target.numel() - start]

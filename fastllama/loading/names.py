@@ -1,4 +1,4 @@
-"""What a name stands for: a folder, a repository on the hub, the demo checkpoint, or random weights of a shape."""
+"""What a name refers to: a folder, a repository on the hub, the demo checkpoint, or random weights of a shape."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import importlib.resources
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from fastllama import ops
 from fastllama.config import GenerationConfig, LlamaConfig, RopeParameters
 from fastllama.config.fields import CONFIG_NAME
 
 DEMO = "demo"
 RANDOM_PREFIX = "random:"
 
-#: What of a repository on the hub makes up a checkpoint; its folders hold other formats.
+#: The files of a repository on the hub that make up a checkpoint; its folders hold other formats.
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
 HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded; ``problems`` lists everything found wrong with it."""
+    """A checkpoint cannot be loaded; ``problems`` lists everything that is wrong with it."""
 
     def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
         self.problems = tuple(problems)
@@ -30,12 +30,12 @@ class CheckpointError(ValueError):
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """A name that stands for no checkpoint within reach."""
+    """No checkpoint was found under a name."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a name stands for: the configs, and the folder with the weights (None: random weights)."""
+    """What a name refers to: the configs, and the folder with the weights (None for random weights)."""
 
     name: str
     folder: Path | None
@@ -43,7 +43,7 @@ class Source:
     generation_config: GenerationConfig
 
 
-def _llama3(factor: float, **shape: Any) -> LlamaConfig:
+def _llama3(shape: ops.Shape, factor: float, is_tied: bool = False) -> LlamaConfig:
     rope = RopeParameters(
         rope_type="llama3",
         rope_theta=500000.0,
@@ -53,41 +53,33 @@ def _llama3(factor: float, **shape: Any) -> LlamaConfig:
         original_max_position_embeddings=8192,
     )
     return LlamaConfig(
-        vocab_size=128256,
-        num_key_value_heads=8,
+        **asdict(shape),
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
         bos_token_id=128000,
         eos_token_id=128001,
+        tie_word_embeddings=is_tied,
         dtype="bfloat16",
         rope=rope,
-        **shape,
     )
+
+
+def _llama2(shape: ops.Shape) -> LlamaConfig:
+    return LlamaConfig(**asdict(shape), max_position_embeddings=4096, rms_norm_eps=1e-5, dtype="float16")
 
 
 #: The configs of published models, by the name that follows ``random:``.
 RANDOM_SHAPES: dict[str, LlamaConfig] = {
-    "llama-2-7b": LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5, dtype="float16"),
-    "llama-3.2-1b": _llama3(
-        32.0, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, tie_word_embeddings=True
-    ),
-    "llama-3.2-3b": _llama3(
-        32.0,
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        tie_word_embeddings=True,
-    ),
-    "llama-3.1-8b": _llama3(8.0, hidden_size=4096, intermediate_size=14336),
-    "llama-3.1-70b": _llama3(
-        8.0, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
-    ),
+    "llama-2-7b": _llama2(ops.SHAPES["llama-2-7b"]),
+    "llama-3.2-1b": _llama3(ops.SHAPES["llama-3.2-1b"], factor=32.0, is_tied=True),
+    "llama-3.2-3b": _llama3(ops.SHAPES["llama-3.2-3b"], factor=32.0, is_tied=True),
+    "llama-3.1-8b": _llama3(ops.SHAPES["llama-3.1-8b"], factor=8.0),
+    "llama-3.1-70b": _llama3(ops.SHAPES["llama-3.1-70b"], factor=8.0),
 }
 
 
 def resolve(name: str | os.PathLike[str]) -> Source:
-    """The configs of a checkpoint and where its weights are, fetched from the hub if need be.
+    """Find a checkpoint, downloading it from the hub if necessary; return its configs and the folder of its weights.
 
     Args:
         name: a folder, the id of a repository on the Hugging Face hub, ``"demo"`` for the checkpoint shipped
@@ -95,8 +87,8 @@ def resolve(name: str | os.PathLike[str]) -> Source:
             ``RANDOM_SHAPES``.
 
     Raises:
-        CheckpointNotFoundError: if there is no such checkpoint, or the hub cannot be reached.
-        ValueError, NotImplementedError: if its configs ask for what fastllama does not do.
+        CheckpointNotFoundError: there is no such checkpoint, or it could not be downloaded.
+        ValueError, NotImplementedError: its configs ask for something that fastllama does not support.
     """
     if is_random(name):
         config = random_config(str(name))
@@ -115,7 +107,11 @@ def is_random(name: str | os.PathLike[str]) -> bool:
 
 
 def random_config(name: str) -> LlamaConfig:
-    """The config of a ``random:SHAPE`` name; a CheckpointNotFoundError lists them if there is no such one."""
+    """Return the config of a ``random:SHAPE`` name.
+
+    Raises:
+        CheckpointNotFoundError: there is no such shape; the message lists them.
+    """
     shape = name.removeprefix(RANDOM_PREFIX)
     if shape not in RANDOM_SHAPES:
         expected = ", ".join(RANDOM_PREFIX + known for known in RANDOM_SHAPES)
@@ -124,10 +120,10 @@ def random_config(name: str) -> LlamaConfig:
 
 
 def resolve_folder(name: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint that has one: a folder, a hub id or ``"demo"`` (see :func:`resolve`).
+    """Return the folder of a checkpoint that has one: a folder, a hub id or ``"demo"`` (see :func:`resolve`).
 
     Raises:
-        CheckpointNotFoundError: if there is no such folder and the hub does not give one.
+        CheckpointNotFoundError: there is no such folder, and the hub has none either.
     """
     if is_random(name):
         raise CheckpointNotFoundError(f"{name} has random weights and no folder")
@@ -145,7 +141,7 @@ def resolve_folder(name: str | os.PathLike[str]) -> Path:
 
 
 def _fetch(repo_id: str) -> Path:
-    """Download a repository into the hub's cache, or find it there; the cache's folder."""
+    """Download a repository into the hub's cache, or find it there; return the cache's folder."""
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -154,8 +150,8 @@ def _fetch(repo_id: str) -> Path:
     except Exception as error:  # the client's HTTP library, its cache and its checks each raise their own
         reason = " ".join(str(error).split("\n\n")[0].split())
         if constants.HF_HUB_OFFLINE:
-            reason = "it is not complete in the cache, and HF_HUB_OFFLINE forbids to download it"
+            reason = "the cache does not have all of it, and HF_HUB_OFFLINE is set"
         raise CheckpointNotFoundError(
-            f"there is no folder {repo_id!r}, and as a Hugging Face id it cannot be had: {reason}"
+            f"there is no folder {repo_id!r}, and it could not be downloaded from the Hugging Face hub: {reason}"
         ) from error
     return Path(folder)

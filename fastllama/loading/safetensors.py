@@ -1,4 +1,4 @@
-"""Safetensors files: which ones make up a checkpoint, what they hold, and the blocks it is read in.
+"""Safetensors files: which of them make up a checkpoint, what they hold, and how they are read in blocks.
 
 Files are memory-mapped and read block by block, so loading takes a few megabytes more than the weights. Only
 safetensors is read: unpickling a ``.bin`` file can run any code.
@@ -36,7 +36,7 @@ class Stored:
 
 
 def find_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the checkpoint in ``folder``; reads the headers of its files only."""
+    """Return every tensor of the checkpoint in ``folder``, by key; only the headers of its files are read."""
     stored: dict[str, Stored] = {}
     problems = []
     for file in _weight_files(folder):
@@ -90,10 +90,10 @@ def _is_shard_inside(shard: str) -> bool:
 
 
 def blocks(key: str, tensor: Stored) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Slices of rows and what the file holds there, as views of the mapped file of about BLOCK_BYTES.
+    """Yield slices of rows and their content, as views of the mapped file of about BLOCK_BYTES.
 
-    The file is mapped anew for each: pages that were read count as this process's memory until they are
-    unmapped.
+    The file is mapped again for each block, because pages that were read count as this process's memory until they
+    are unmapped.
     """
     step = max(1, BLOCK_BYTES // (math.prod(tensor.shape[1:]) * FLOAT_BYTES[tensor.dtype]))
     for start in range(0, tensor.shape[0], step):

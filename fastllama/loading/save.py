@@ -1,4 +1,4 @@
-"""A model into a checkpoint that transformers loads."""
+"""Write a model as a checkpoint that transformers loads."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str], max_shard_size:
     Args:
         model: its parameters may be on any device, and views of larger tensors.
         folder: created if needed.
-        max_shard_size: most bytes of tensors in one file, as an int or a text such as ``"500MB"`` or
-            ``"2GiB"``; a larger model is cut in several files, with an index.
+        max_shard_size: maximum size of a file in bytes, as an int or a string such as ``"500MB"`` or ``"2GiB"``; a
+            larger model is split into several files with an index.
 
     Raises:
-        ValueError: for a ``max_shard_size`` that is neither.
+        ValueError: ``max_shard_size`` is not a size.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str], max_shard_size:
 
 
 def _shards(tensors: Mapping[str, torch.Tensor], limit: int) -> dict[str, dict[str, torch.Tensor]]:
-    """File names and the tensors each holds: in order, as many as fit, at least one."""
+    """Return file names and the tensors of each: in order, as many as fit, at least one."""
     groups: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for key, tensor in tensors.items():
@@ -83,7 +83,7 @@ def _write_shards(folder: Path, shards: Mapping[str, Mapping[str, torch.Tensor]]
 
 
 def _write_index(folder: Path, shards: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """The index of several files; a single file has none."""
+    """Write the index of several files; a single file has none."""
     if len(shards) == 1:
         (folder / INDEX_NAME).unlink(missing_ok=True)
         return

@@ -14,7 +14,7 @@ from fastllama.config import LlamaConfig
 
 
 class CacheOverflowError(ValueError):
-    """A write past the capacity of a StaticCache, found before anything was written."""
+    """A write past the capacity of a StaticCache; nothing was written."""
 
 
 class StaticCache:
@@ -27,7 +27,7 @@ class StaticCache:
         config: gives layers, KV heads and head_dim.
         batch_size: rows b.
         max_cache_len: slots per row s.
-        device: where the cache lives.
+        device: device of the cache.
         dtype: floating dtype of keys and values; the config's when None.
 
     Raises:
@@ -112,32 +112,32 @@ class StaticCache:
             )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens in the longest row. (Rows may differ: see ``length_b``.)"""
+        """Number of tokens in the longest row; ``length_b`` has the length of each."""
         self._length = int(self.length_b.max())
         return self._length
 
     def get_max_length(self) -> int:
-        """Slots per row, the capacity."""
+        """Number of slots per row."""
         return self.max_cache_len
 
     get_max_cache_shape = get_max_length  # the name transformers uses today
 
     def crop(self, max_length: int) -> None:
-        """Forget each row's tokens from ``max_length`` on; a negative one counts from the end of the longest row."""
+        """Drop each row's tokens from ``max_length`` on; a negative one counts from the end of the longest row."""
         if max_length < 0:
             max_length = max(self.get_seq_length() + max_length, 0)
         self.length_b.clamp_(max=max_length)
         self._length = min(self._length, max_length)
 
     def reset(self) -> None:
-        """Forget every token and clear the slots, in place."""
+        """Drop every token and clear the slots, in place."""
         for cache in (*self.key_cache, *self.value_cache):
             cache.zero_()
         self.length_b.zero_()
         self._length = 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row r becomes what row ``beam_idx[r]`` was, in place, in every layer.
+        """Replace each row r by row ``beam_idx[r]``, in place, in every layer.
 
         Raises:
             ValueError: ``beam_idx`` does not name one existing row for each row.
@@ -154,7 +154,7 @@ class StaticCache:
 
 
 class DynamicCache:
-    """Keys and values that grow by concatenation: what the eager forward makes when it is given no cache."""
+    """Keys and values that grow by concatenation: the cache of an eager forward that was given none."""
 
     def __init__(self) -> None:
         self.key_cache: list[torch.Tensor] = []
@@ -183,3 +183,23 @@ class DynamicCache:
     def get_max_length(self) -> None:
         """None: a growing cache has no capacity."""
         return
+
+
+def target_length(cache: Any, seen: int, cache_position: torch.Tensor) -> int:
+    """Number of key slots that a mask spans: the capacity of a static cache, else the tokens ``seen`` with this step's.
+
+    Raises:
+        CacheOverflowError: the step does not fit the static cache.
+    """
+    if not isinstance(cache, StaticCache):
+        return seen
+    capacity = cache.get_max_length()
+    if torch.compiler.is_compiling():
+        return capacity
+    last = int(cache_position[..., -1].max())
+    if last >= capacity:
+        raise CacheOverflowError(
+            f"this step ends at position {last} but the static cache has {capacity} slots; "
+            "allocate it with a larger max_cache_len"
+        )
+    return capacity

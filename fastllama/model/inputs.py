@@ -1,4 +1,4 @@
-"""The arguments of each ``forward`` of a decoding loop of Hugging Face's kind.
+"""The arguments of each ``forward`` call in Hugging Face's decoding loop.
 
 Shape suffixes: ``b`` batch, ``t`` query tokens, ``n`` tokens so far, ``m`` model dim.
 """
@@ -14,7 +14,7 @@ from fastllama.model.masks import causal_mask, positions_from_mask
 
 
 class HasDtype(Protocol):
-    """A model, as far as it is asked here."""
+    """The part of a model that is needed here."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,7 +84,7 @@ def prepare_inputs_for_generation(
 def _unprocessed(
     input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None, cache_position: torch.Tensor | None
 ) -> torch.Tensor:
-    """The ids whose keys are not in the cache yet."""
+    """Return the ids whose keys are not in the cache yet."""
     if cache_position is None:
         raise ValueError("prepare_inputs_for_generation needs cache_position when past_key_values is given")
     if inputs_embeds is not None:

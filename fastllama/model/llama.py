@@ -12,24 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastllama import ops
 from fastllama.config import LlamaConfig
-from fastllama.model.cache import CacheOverflowError, DynamicCache, StaticCache
+from fastllama.model.cache import DynamicCache, target_length
 from fastllama.model.inputs import prepare_inputs_for_generation
 from fastllama.model.masks import causal_mask
 from fastllama.model.outputs import CausalLMOutput, DecoderOutput
 from fastllama.model.rope import rotary_cos_sin
-
-ACTIVATIONS = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "gelu_python": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-}
 
 
 class LlamaRMSNorm(nn.Module):
@@ -73,7 +62,7 @@ class LlamaAttention(nn.Module):
         self,
         x_btm: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        mask_bts: torch.Tensor,
+        mask_b1ts: torch.Tensor,
         cache: Any,
         cache_position: torch.Tensor,
         output_attentions: bool,
@@ -82,12 +71,13 @@ class LlamaAttention(nn.Module):
         d = self.config.head_dim
         q_bhtd = self.q_proj(x_btm).view(b, t, -1, d).transpose(1, 2)
         k_bktd = self.k_proj(x_btm).view(b, t, -1, d).transpose(1, 2)
-        v_bksd = self.v_proj(x_btm).view(b, t, -1, d).transpose(1, 2)
-        q_bhtd, k_bksd = apply_rotary(q_bhtd, *rotary), apply_rotary(k_bktd, *rotary)
+        v_bktd = self.v_proj(x_btm).view(b, t, -1, d).transpose(1, 2)
+        q_bhtd, k_bktd = apply_rotary(q_bhtd, *rotary), apply_rotary(k_bktd, *rotary)
+        k_bksd, v_bksd = k_bktd, v_bktd
         if cache is not None:
-            k_bksd, v_bksd = cache.update(k_bksd, v_bksd, self.layer_idx, {"cache_position": cache_position})
+            k_bksd, v_bksd = cache.update(k_bktd, v_bktd, self.layer_idx, {"cache_position": cache_position})
         dropout = self.config.attention_dropout if self.training else 0.0
-        out_bhtd, weights = attend(q_bhtd, k_bksd, v_bksd, mask_bts, dropout, output_attentions)
+        out_bhtd, weights = attend(q_bhtd, k_bksd, v_bksd, mask_b1ts, dropout, output_attentions)
         return self.o_proj(out_bhtd.transpose(1, 2).reshape(b, t, -1)), weights
 
 
@@ -102,7 +92,7 @@ def attend(
     """softmax(q·k / sqrt(d) + mask)·v with k and v shared by groups of query heads; softmax in float32.
 
     Returns:
-        The heads' outputs ``[b, h, t, d]`` and, if asked for, the attention weights ``[b, h, t, s]``.
+        The heads' outputs ``[b, h, t, d]`` and, if requested, the attention weights ``[b, h, t, s]``.
     """
     mask_b1ts = mask_b1ts[..., : k_bksd.shape[2]]
     if not output_attentions:
@@ -125,7 +115,7 @@ class LlamaMLP(nn.Module):
         self.gate_proj = nn.Linear(m, f, bias=bias)
         self.up_proj = nn.Linear(m, f, bias=bias)
         self.down_proj = nn.Linear(f, m, bias=bias)
-        self.act = ACTIVATIONS[config.hidden_act]
+        self.act = ops.ACTIVATIONS[config.hidden_act].function
 
     def forward(self, x_btm: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act(self.gate_proj(x_btm)) * self.up_proj(x_btm))
@@ -169,7 +159,7 @@ class LlamaModel(nn.Module):
         output_hidden_states: bool,
         cache_position: torch.Tensor | None,
     ) -> DecoderOutput:
-        """The arguments of ``LlamaForCausalLM.forward`` after its defaults were filled in."""
+        """Run the stack; the arguments are those of ``Llama.forward`` with its defaults filled in."""
         x_btm = self._embed(input_ids, inputs_embeds)
         b, t, _ = x_btm.shape
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
@@ -178,10 +168,10 @@ class LlamaModel(nn.Module):
             cache_position = torch.arange(past, past + t, device=x_btm.device)
         if position_ids is None:
             position_ids = cache_position[None]
-        slots = self._target_length(cache, attention_mask, past + t, cache_position)
+        slots = target_length(cache, past + t, cache_position)
         args: dict[str, Any] = {
-            "rotary": self._rotary(position_ids.expand(b, t), slots, x_btm.dtype),
-            "mask_bts": causal_mask(cache_position, slots, x_btm.dtype, attention_mask, b),
+            "rotary": self._rotary(position_ids.expand(b, t), x_btm.dtype),
+            "mask_b1ts": causal_mask(cache_position, slots, x_btm.dtype, attention_mask, b),
             "cache": cache,
             "cache_position": cache_position,
             "output_attentions": output_attentions,
@@ -205,31 +195,13 @@ class LlamaModel(nn.Module):
             raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {got}")
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
-    def _rotary(self, position_bt: torch.Tensor, slots: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotary(self, position_bt: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         cos_btd, sin_btd = rotary_cos_sin(self.config, position_bt)
         return cos_btd.to(dtype), sin_btd.to(dtype)
-
-    @staticmethod
-    def _target_length(cache: Any, attention_mask: torch.Tensor | None, seen: int, cache_position: torch.Tensor) -> int:
-        """How many key slots the mask spans; also where a static cache that is too small is refused."""
-        if not isinstance(cache, StaticCache):
-            return seen
-        capacity = cache.get_max_length()
-        if torch.compiler.is_compiling():
-            return capacity
-        last = int(cache_position[..., -1].max())
-        if last >= capacity:
-            raise CacheOverflowError(
-                f"this step ends at position {last} but the static cache has {capacity} slots; "
-                "allocate it with a larger max_cache_len"
-            )
-        return capacity
 
 
 class Llama(nn.Module):
     """A Llama decoder with its language-model head, under Hugging Face's parameter names.
-
-    ``forward`` is eager and complete: the reference.
 
     Args:
         config: the architecture.
@@ -254,11 +226,9 @@ class Llama(nn.Module):
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 nn.init.zeros_(module.weight[module.padding_idx])
 
-    # ---- accessors -------------------------------------------------------------------------------------------------
-
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.lm_head.weight.device
 
     @property
@@ -299,8 +269,6 @@ class Llama(nn.Module):
 
     prepare_inputs_for_generation = prepare_inputs_for_generation
 
-    # ---- forward ---------------------------------------------------------------------------------------------------
-
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -317,7 +285,7 @@ class Llama(nn.Module):
         num_logits_to_keep: int = 0,
         logits_to_keep: int | None = None,
     ) -> CausalLMOutput | tuple[Any, ...]:
-        """Logits of the next token at every position, and what else is asked for.
+        """Compute the logits of the next token at every position, and what else is requested.
 
         Args:
             input_ids: int64 ``[b, t]``; exactly one of this and ``inputs_embeds`` is given.
@@ -329,12 +297,10 @@ class Llama(nn.Module):
             use_cache: return a cache, making one if none is given; the config's value when None.
             output_attentions, output_hidden_states, return_dict: the config's values when None.
             cache_position: slots the tokens go to, int64 ``[t]``; following the cache's content when None.
-            num_logits_to_keep: compute the logits of only that many last positions; 0 means all.
-            logits_to_keep: today's name of ``num_logits_to_keep``.
+            num_logits_to_keep, or logits_to_keep: compute the logits of that many last positions; 0 means all.
 
         Returns:
-            CausalLMOutput with float32 logits ``[b, t, v]``; with ``return_dict=False`` the tuple
-            (loss?, logits, past_key_values?, hidden_states?, attentions?).
+            CausalLMOutput with float32 logits ``[b, t, v]``; with ``return_dict=False`` its fields as a tuple.
 
         Raises:
             CacheOverflowError: a static cache is too small; nothing was written.
@@ -355,9 +321,7 @@ class Llama(nn.Module):
             cache_position,
         )
         keep = num_logits_to_keep if logits_to_keep is None else logits_to_keep
-        # A clone: of a view with gaps torch's linear makes a batched product, for which it copies the whole head.
-        kept_btm = decoded.last_hidden_state[:, -keep:].clone(memory_format=torch.contiguous_format)
-        logits_btv = self._head(kept_btm).float()
+        logits_btv = self._head(decoded.last_hidden_state, keep).float()
         output = CausalLMOutput(
             loss=None if labels is None else self._loss(logits_btv, labels),
             logits=logits_btv,
@@ -367,7 +331,10 @@ class Llama(nn.Module):
         )
         return output if return_dict else output.to_tuple()
 
-    def _head(self, x_btm: torch.Tensor) -> torch.Tensor:
+    def _head(self, x_btm: torch.Tensor, keep: int) -> torch.Tensor:
+        """Logits of the last ``keep`` positions; of all where it is 0."""
+        # A clone: of a view with gaps torch's linear makes a batched product, for which it copies the whole head.
+        x_btm = x_btm[:, -keep:].clone(memory_format=torch.contiguous_format)
         slices = self.config.pretraining_tp
         if slices <= 1:
             return self.lm_head(x_btm)

@@ -1,4 +1,4 @@
-"""What the forwards return."""
+"""Results of the forward calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @dataclass
 class CausalLMOutput:
-    """What ``forward`` returns; fields that were not asked for are None and skipped by indices, as in transformers."""
+    """Result of ``forward``; fields that were not requested are None, and indices skip them, as in transformers."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -36,7 +36,7 @@ class CausalLMOutput:
 
 @dataclass
 class DecoderOutput:
-    """Result of the decoder stack: final hidden states ``[b, t, m]`` and what was collected on the way."""
+    """Result of the decoder stack: final hidden states ``[b, t, m]``, the cache, and what was requested."""
 
     last_hidden_state: torch.Tensor
     past_key_values: Any

@@ -1,11 +1,11 @@
-"""Text to token ids and back, as the checkpoint's own tokenizer files say.
+"""Text to token ids and back, according to the checkpoint's own tokenizer files.
 
-- settings.py: what the JSON files beside the vocabulary say
+- settings.py: the JSON files next to the vocabulary
 - backend.py: what a vocabulary can do
 - json_backend.py: tokenizer.json; sentencepiece_backend.py: tokenizer.model
 - chat.py: chat templates, rendered in a sandbox
 - streaming.py: ids in, text out, one token at a time and never half a character
-- tokenizer.py: what people call: padding, truncation, tensors, decoding, loading
+- tokenizer.py: the public class: padding, truncation, tensors, decoding, loading
 """
 
 from __future__ import annotations

@@ -17,12 +17,12 @@ Messages = list[dict[str, Any]]
 
 
 def render_chat(template: str, messages: Messages, **variables: Any) -> str:
-    """Writes a conversation as one prompt.
+    """Write a conversation as one prompt.
 
     Args:
         template: the Jinja source.
-        messages: e.g. ``[{"role": "user", "content": "Hey"}]``.
-        variables: what else the template may read, e.g. ``add_generation_prompt`` or ``bos_token``.
+        messages: such as ``[{"role": "user", "content": "Hey"}]``.
+        variables: what else the template may read, such as ``add_generation_prompt`` or ``bos_token``.
 
     Raises:
         ValueError: the template is broken, or refuses the messages.
@@ -41,9 +41,9 @@ def render_chat(template: str, messages: Messages, **variables: Any) -> str:
 
 
 def choose_template(templates: str | dict[str, str] | None, wanted: str | None, has_tools: bool) -> str:
-    """The template to use: ``wanted`` (a name or a source) or else the tokenizer's own.
+    """Choose the template: ``wanted`` (a name or a source), or else the tokenizer's own.
 
-    Of several, ``tool_use`` serves conversations with tools and ``default`` all others.
+    If there are several, ``tool_use`` serves conversations with tools and ``default`` all others.
 
     Raises:
         ValueError: there is none, or several and none of them is the default.
@@ -78,7 +78,7 @@ def compiled(template: str) -> jinja2.Template:
 
 
 class GenerationTag(Extension):
-    """``{% generation %}…{% endgeneration %}``: marks the assistant's words for training, shows its body."""
+    """``{% generation %}…{% endgeneration %}``: marks the assistant's words for training; rendered as its body."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 

@@ -24,7 +24,7 @@ class JsonBackend:
 
     Args:
         path: tokenizer.json.
-        settings: what is said beside it; special tokens that the file lacks are added to it.
+        settings: the files next to it; special tokens that the file lacks are added to it.
 
     Raises:
         TokenizerError: the file is broken.
@@ -66,7 +66,7 @@ class JsonBackend:
         return self._has_byte_runs and bool(BYTE_TOKEN.fullmatch(self.id_to_token(token_id) or ""))
 
     def _own_ids_around(self) -> tuple[list[int], list[int]]:
-        """What the post-processor puts around a text."""
+        """Return the ids that the post-processor puts before and after a text."""
         encoding = self._tokenizer.encode("a")
         inside = [i for i, is_put in enumerate(encoding.special_tokens_mask) if not is_put]
         first, last = (inside[0], inside[-1]) if inside else (len(encoding.ids), len(encoding.ids))
@@ -74,7 +74,7 @@ class JsonBackend:
 
 
 def tokens_to_add(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> list[AddedToken]:
-    """The tokens listed beside tokenizer.json, whose flags count, and the special ones found in neither."""
+    """Return the tokens listed next to tokenizer.json, whose flags count, and the special ones found in neither."""
     listed = [token for _, token in sorted(settings.added.items())]
     present = {token.content for token in (*tokenizer.get_added_tokens_decoder().values(), *listed)}
     special = (*settings.named.values(), *settings.extra)

@@ -27,12 +27,12 @@ class SentencePieceBackend:
     - with ``add_prefix_space`` false: nowhere. Where that is not said, the model's own flag counts.
 
     All other spaces stay, while transformers 5 swallows a leading one. BOS is added unless ``add_bos_token``
-    is false, EOS if ``add_eos_token`` is true, while transformers 5 adds a BOS only if told. Text is that of
+    is false, EOS if ``add_eos_token`` is true; transformers 5 adds a BOS only if asked. Text is that of
     sentencepiece, with special tokens written out and nothing put between.
 
     Args:
         path: tokenizer.model.
-        settings: what is said beside it.
+        settings: the files next to it.
 
     Raises:
         TokenizerError: the file is no sentencepiece model.

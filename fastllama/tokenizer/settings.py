@@ -1,19 +1,20 @@
-"""What the JSON files beside a vocabulary say: special and added tokens, flags, chat templates."""
+"""The JSON files next to a vocabulary: special and added tokens, flags, chat templates."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
 
+from fastllama.config.fields import read_json
+
 ADDED_TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 class TokenizerError(ValueError):
-    """A tokenizer's files are missing, broken, or of a kind that is not read."""
+    """A tokenizer's files are missing, broken, or of an unsupported kind."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class TokenizerSettings:
     """tokenizer_config.json and its companions, in one form.
 
     Attributes:
-        config: tokenizer_config.json as it stands, under special_tokens_map.json where that one counts.
+        config: tokenizer_config.json, overridden by special_tokens_map.json where it applies.
         named: special tokens with a role, e.g. ``{"bos_token": AddedToken("<s>")}``.
         extra: further special tokens, in the order listed.
         added: added tokens by id (``added_tokens_decoder``, or else added_tokens.json).
@@ -36,18 +37,18 @@ class TokenizerSettings:
 
 
 def read_settings(folder: Path) -> TokenizerSettings:
-    """Reads the JSON files of a folder; one that is missing says nothing.
+    """Read the JSON files of a folder; each of them may be missing.
 
-    special_tokens_map.json and added_tokens.json are of an older layout: they count only where
+    special_tokens_map.json and added_tokens.json belong to an older layout. They count only where
     tokenizer_config.json has no ``added_tokens_decoder`` (as in transformers).
 
     Raises:
-        TokenizerError: a file is no JSON object.
+        TokenizerError: a file does not hold a JSON object.
     """
-    config = read_json(folder / "tokenizer_config.json")
+    config = _read(folder / "tokenizer_config.json")
     older_layout = "added_tokens_decoder" not in config
     if older_layout:
-        config |= read_json(folder / "special_tokens_map.json")
+        config |= _read(folder / "special_tokens_map.json")
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     named = config | (extra if isinstance(extra, dict) else {})
     settings = TokenizerSettings(
@@ -63,7 +64,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
     )
     special = {token.content for token in (*settings.named.values(), *settings.extra)}
     if older_layout:
-        for content, token_id in read_json(folder / "added_tokens.json").items():
+        for content, token_id in _read(folder / "added_tokens.json").items():
             settings.added[token_id] = AddedToken(content, special=content in special)
     for token in settings.added.values():
         token.special = token.special or token.content in special
@@ -92,14 +93,9 @@ def read_chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, 
     return template
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     """The JSON object in a file, or an empty one where there is no such file."""
-    if not path.is_file():
-        return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path) if path.is_file() else {}
     except ValueError as error:
-        raise TokenizerError(f"{path} is not valid JSON ({error}); fetch the file again.") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} holds a JSON {type(value).__name__}, expected an object.")
-    return value
+        raise TokenizerError(f"{error}; fetch the file again.") from error

@@ -13,16 +13,16 @@ EAGER_TRIES = 8  # unfinished tokens up to which each new one is tried; a charac
 
 
 class IncrementalDetokenizer:
-    """Turns ids into text as they come; all that it returns, joined, is ``decode`` of all ids.
+    """Turns the ids of one sequence into text as they arrive. All it returns, joined, equals ``decode`` of all ids.
 
-    Text is held back while later tokens may still change it: bytes of an unfinished character, and a run of
-    byte tokens that the decoder reads as a whole. What a token looks like depends on what is before it (the
-    first one loses its space), so what is decoded is a window: the tokens whose text was given out last, and
-    those since. The work is O(1) per token, amortised.
+    Made by :meth:`Tokenizer.detokenizer`. Text is held back while later tokens may still change it: bytes of an
+    unfinished character, and a run of byte tokens that the decoder reads as a whole. The text of a token depends on
+    the tokens before it (the first one loses its space), so a window is decoded: the tokens whose text was returned
+    last, and those since. The work is O(1) per token, amortised.
 
     Args:
         backend: the vocabulary.
-        skip: ids that have no text here, e.g. the special ones.
+        skip: ids that have no text here, such as the special ones.
     """
 
     def __init__(self, backend: Backend, skip: frozenset[int]) -> None:
@@ -31,11 +31,11 @@ class IncrementalDetokenizer:
         self._restart()
 
     def put(self, ids: int | Iterable[int]) -> str:
-        """Takes the next id or ids; returns the text that is now complete, possibly none."""
+        """Take the next id, or several (a list or a tensor [t]); return the text that is now complete, if any."""
         return "".join(map(self._put, (ids,) if isinstance(ids, int) else ids))
 
     def end(self) -> str:
-        """Ends the sequence; returns the text held back. The next ``put`` starts a new sequence."""
+        """End the sequence and return the text held back. The next ``put`` starts a new sequence."""
         rest = self._backend.decode(self._window)[len(self._given) :]
         self._restart()
         return rest

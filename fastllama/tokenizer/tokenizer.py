@@ -1,4 +1,4 @@
-"""What people call: texts to padded, truncated ids and tensors, ids to text, conversations to prompts."""
+"""The public class: texts to padded, truncated ids and tensors, ids to text, conversations to prompts."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ CLEAN_UP = (
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
-    """Loads the tokenizer of a checkpoint.
+    """Load the tokenizer of a checkpoint.
 
-    tokenizer.json is read where there is one, or else tokenizer.model; the JSON files beside it say the rest.
+    Reads tokenizer.json if there is one, or else tokenizer.model, and the JSON files next to it.
 
     Args:
-        name: a folder, a hub id, ``"demo"``, or ``"random:SHAPE"`` (which has the demo tokenizer).
+        name: a folder, a hub id, ``"demo"``, or ``"random:SHAPE"`` (which uses the demo tokenizer).
 
     Raises:
         TokenizerError: the folder has no tokenizer, or one that cannot be read.
@@ -67,7 +67,7 @@ class Encoding(dict[str, Any]):
             raise AttributeError(f"an encoding has {', '.join(self)}, not {name}") from None
 
     def to(self, device: str | torch.device) -> Encoding:
-        """The same encoding with its tensors on ``device``."""
+        """Return the same encoding with its tensors on ``device``."""
         return Encoding({name: value.to(device) for name, value in self.items()})
 
 
@@ -75,13 +75,13 @@ class Tokenizer:
     """Text to ids and back.
 
     Attributes:
-        bos_token, eos_token, unk_token, pad_token: the special tokens, or None. ``pad_token`` may be set, to
-            any token of the vocabulary.
+        bos_token, eos_token, unk_token, pad_token: the special tokens, or None. ``pad_token`` may be set to any
+            token of the vocabulary.
         chat_template: a Jinja template, templates by name, or None; may be set.
-        padding_side, truncation_side: ``"left"`` or ``"right"``; may be set. Without a word in
-            tokenizer_config.json padding goes left for Llama's own tokenizer classes and right for others,
-            as in transformers; generation takes either.
-        model_max_length: the most tokens of a text, or None if not known.
+        padding_side, truncation_side: ``"left"`` or ``"right"``; may be set. If tokenizer_config.json does not say,
+            padding goes left for Llama's own tokenizer classes and right for others, as in transformers;
+            generation takes either.
+        model_max_length: maximum number of tokens of a text, or None if unknown.
     """
 
     def __init__(self, backend: Backend, settings: TokenizerSettings) -> None:
@@ -103,12 +103,12 @@ class Tokenizer:
         return f"Tokenizer({len(self)} tokens, {self.special_tokens_map})"
 
     def __len__(self) -> int:
-        """Tokens in all, with the added ones."""
+        """Number of tokens, added ones included."""
         return self._backend.size
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the base vocabulary, without the added ones."""
+        """Number of tokens of the base vocabulary, without the added ones."""
         return self._backend.vocab_size
 
     @property
@@ -123,12 +123,12 @@ class Tokenizer:
 
     @property
     def unk_token_id(self) -> int | None:
-        """The id of what the vocabulary cannot write."""
+        """The id for text that the vocabulary cannot express."""
         return self._role_id("unk_token", self.unk_token)
 
     @property
     def pad_token_id(self) -> int | None:
-        """The id that fills short rows; may be set."""
+        """The id that pads short rows; may be set."""
         return self._role_id("pad_token", self.pad_token)
 
     @pad_token_id.setter
@@ -140,7 +140,7 @@ class Tokenizer:
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
-        """The special tokens with a role, e.g. ``{"bos_token": "<s>"}``."""
+        """The special tokens by role, such as ``{"bos_token": "<s>"}``."""
         roles = {name: getattr(self, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
         return {name: token for name, token in (roles | self._roles).items() if token is not None}
 
@@ -159,14 +159,14 @@ class Tokenizer:
         padding_side: str | None = None,
         return_tensors: str | None = None,
     ) -> Encoding:
-        """Encodes a text or a batch of texts.
+        """Encode a text or a batch of texts.
 
         Args:
             text: one text, or several.
-            add_special_tokens: whether to put BOS and EOS around it, as the tokenizer's files say.
-            padding: True or ``"longest"`` fills rows up to the longest, ``"max_length"`` up to max_length.
+            add_special_tokens: whether to add BOS and EOS, as the tokenizer's files say.
+            padding: True or ``"longest"`` pads rows to the longest one, ``"max_length"`` to max_length.
             truncation: whether to cut rows to max_length. None: if max_length is given and padding is not.
-            max_length: in tokens, with the special ones; by default model_max_length.
+            max_length: in tokens, special ones included; by default model_max_length.
             padding_side: ``"left"`` or ``"right"``, by default the tokenizer's.
             return_tensors: ``"pt"`` for LongTensors [b, t] (b is 1 for a single text), None for lists.
 
@@ -175,8 +175,8 @@ class Tokenizer:
 
         Raises:
             TypeError: the text is neither a string nor a list of strings.
-            ValueError: a text that is not Unicode, padding without a pad token, rows of different lengths as
-                one tensor, or an argument that is not one of those listed.
+            ValueError: a text that is not Unicode, padding without a pad token, rows of different lengths as one
+                tensor, or an argument that is not one of those listed.
         """
         is_single = isinstance(text, str)
         texts = checked_texts([text] if is_single else text)
@@ -206,7 +206,7 @@ class Tokenizer:
         return Encoding(input_ids=rows[0] if is_single else rows, attention_mask=mask[0] if is_single else mask)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of one text."""
+        """Return the ids of one text."""
         return self(text, add_special_tokens=add_special_tokens).input_ids
 
     def decode(
@@ -215,14 +215,13 @@ class Tokenizer:
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> str:
-        """The text of ids; ids past the vocabulary (some models have spare ones) have no text.
+        """Return the text of ids; ids past the vocabulary (some models have spare ones) have no text.
 
         Args:
             token_ids: one id, several, or a tensor [t].
             skip_special_tokens: whether to leave out BOS, EOS and the like.
-            clean_up_tokenization_spaces: whether to drop spaces before punctuation and English contractions,
-                by transformers' rules. (transformers 5 does not follow this flag for BPE; here it always
-                counts.)
+            clean_up_tokenization_spaces: whether to drop spaces before punctuation and English contractions, by
+                transformers' rules. (transformers 5 does not follow this flag for BPE; here it always counts.)
         """
         ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids  # pyright: ignore
         ids = [ids] if isinstance(ids, int) else [int(i) for i in ids]
@@ -242,23 +241,23 @@ class Tokenizer:
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> list[str]:
-        """The text of each row of ids, a list of lists or a tensor [b, t]; see ``decode``."""
+        """Return the text of each row of ids, which are a list of lists or a tensor [b, t]; see ``decode``."""
         return [self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces) for ids in sequences]
 
     def detokenizer(self, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
-        """Decodes one growing sequence token by token."""
+        """Return a detokenizer, which decodes one growing sequence token by token."""
         skip = self._backend.special_ids if skip_special_tokens else frozenset()
         return IncrementalDetokenizer(self._backend, skip)
 
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> Any:
-        """The id of a token of the vocabulary, or the ids of several; unk_token_id for what is none."""
+        """Return the id of a token, or the ids of several; unk_token_id for a token that is not in the vocabulary."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         token_id = self._backend.token_to_id(tokens)
         return self.unk_token_id if token_id is None else token_id
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
-        """The token of an id as the vocabulary writes it, or None where it has none; or those of several."""
+        """Return the token of an id, or the tokens of several, as the vocabulary writes them; None if there is none."""
         if isinstance(ids, int):
             return self._backend.id_to_token(ids)
         return [self._backend.id_to_token(int(i)) for i in ids]
@@ -279,7 +278,7 @@ class Tokenizer:
         max_length: int | None = None,
         **variables: Any,
     ) -> Any:
-        """Writes a conversation (or a batch of them) as a prompt for a chat model.
+        """Write a conversation, or a batch of them, as a prompt for a chat model.
 
         Args:
             conversation: messages like ``{"role": "user", "content": "Hey"}``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer.main
 from typer.testing import CliRunner
 
 import fastllama
@@ -125,8 +127,8 @@ def test_json_is_one_object_on_stdout(model: FakeModel) -> None:
 
 
 def test_loading_options_reach_the_loader(model: FakeModel) -> None:
-    run("generate", "x", "-m", "some/model", "--dtype", "bfloat16", "--device", "cpu", "--quantize", "int8")
-    expected = {"name": "some/model", "dtype": "bfloat16", "device": "cpu", "quantize": "int8"}
+    run("generate", "x", "-m", "some/model", "--dtype", "bfloat16", "--device", "cpu")
+    expected = {"name": "some/model", "dtype": "bfloat16", "device": "cpu"}
     assert expected.items() <= model.loaded.items()
 
 
@@ -207,6 +209,7 @@ def test_debug_lets_the_traceback_through(model: FakeModel) -> None:
     [
         ("generate",),
         ("generate", "x", "--no-such-option"),
+        ("generate", "x", "--quantize", "int8"),
         ("generate", "x", "-n", "0"),
         ("generate", "x", "--greedy", "--top-k", "5"),
         ("no-such-command",),
@@ -230,6 +233,17 @@ def test_help_and_version_need_no_model() -> None:
     assert run("--version").stdout.startswith("fastllama ")
     assert "generate" in run().stdout
     assert run("generate", "-h").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "info"])
+def test_the_help_of_every_option_is_a_noun_phrase_with_its_default(name: str) -> None:
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    for option in command.params:
+        if option.param_type_name == "option" and option.name != "help":
+            assert re.fullmatch(r"[A-Z][^.]*(\.\d[^.]*)?\.", option.help), option.name
+            assert ";" not in option.help.replace("; - for", "").replace("; 0 for", ""), option.name
+            has_default = option.default is not None or isinstance(option.show_default, str)
+            assert has_default, f"{option.name} has no default and does not say what happens without it"
 
 
 # ---- chat --------------------------------------------------------------------------------------------------
@@ -264,7 +278,7 @@ def test_clear_forgets_the_conversation(model: FakeModel) -> None:
     assert model.prompts == ["one", "two"]
 
 
-def test_a_turn_that_does_not_fit_is_told_and_forgotten(model: FakeModel) -> None:
+def test_a_turn_that_does_not_fit_is_reported_and_forgotten(model: FakeModel) -> None:
     model.failure = fastllama.CacheOverflowError("too long")
     result = run("chat", stdin="one\ntwo\n")
     assert result.exit_code == 0
@@ -324,16 +338,19 @@ def test_generate_streams_what_the_model_writes_and_compares_with_the_eager_forw
     assert "eager forward" in record["comparison"]["peers"]
 
 
-def test_info_tells_sizes_and_operations(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_reports_sizes_and_operations(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastllama.measure.READ_BYTES", 1 << 25)
     facts = json.loads(run("info", "-m", str(checkpoint), "--context", "100", "--json", "-").stdout)
     assert facts["model"]["hidden_size"] == 64
     assert facts["decoding"]["kv_cache_bytes"] == 2 * 2 * 2 * 16 * 100 * 4
     assert facts["decoding"]["floor_ms_full_cache"] > facts["decoding"]["floor_ms_empty_cache"] > 0
     assert {"op", "implementation", "reason"} <= facts["ops"][0].keys()
-    table = run("info", "-m", str(checkpoint)).stdout
-    assert "kv_cache_bytes" in table
-    assert "linear" in table
+    result = run("info", "-m", str(checkpoint))
+    assert "measuring memory bandwidth" in result.stderr
+    assert "linear" in result.stdout
+    names = [line.strip().split("  ")[0] for line in result.stdout.splitlines() if line.startswith("  ")]
+    assert "KV cache, full context" in names
+    assert [name for name in names if "_" in name and name not in {op["op"] for op in facts["ops"]}] == []
 
 
 def test_info_of_a_published_shape_loads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from fastllama.engine.runner import Runner
 from fastllama.generation.loop import decode
 from fastllama.generation.request import Request
 
-SLOTS, CACHE_LEN = 4, 96
+SLOTS, CACHE_LEN = 4, 32  # few, so that there is little to compile
 CONFIG = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, bos_token_id=None, eos_token_id=None,
@@ -44,8 +44,8 @@ def random_request(draw: random.Random) -> Request:
         Sampling(temperature=1.5, top_k=draw.randint(1, 30), top_p=0.9, min_p=0.02, seed=draw.getrandbits(40)),
     ]
     return Request(
-        torch.tensor([draw.randrange(96) for _ in range(draw.choice([1, 2, 7, 8, 9, 30, 40]))]),
-        draw.randint(1, 25),
+        torch.tensor([draw.randrange(96) for _ in range(draw.choice([1, 2, 7, 8, 9, 16, 20]))]),
+        draw.randint(1, 12),
         draw.choice(sampling),
         eos_token_ids=tuple(draw.sample(range(96), draw.randint(0, 3))),
         pad_token_id=draw.randrange(96),

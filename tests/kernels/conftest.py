@@ -33,6 +33,25 @@ def assert_as_exact() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], No
     return check
 
 
+@pytest.fixture
+def triton_on_cpu() -> Iterator[None]:
+    """The operations that are there for GPUs alone run in the interpreter, on tensors of the CPU."""
+    from fastllama_kernels.attention import rotary
+    from fastllama_kernels.attention import triton as decode_attention
+    from fastllama_kernels.linear import rms_norm, silu_mul
+
+    functions = {
+        "rms_norm": rms_norm.rms_norm,
+        "silu_mul": silu_mul.silu_mul,
+        "rotary_write": rotary.rotary_write,
+        "rotary_attention_split": decode_attention.rotary_attention,
+    }
+    with torch.library._scoped_library("fastllama", "IMPL") as library:
+        for name, function in functions.items():
+            library.impl(name, function, "CPU")
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def rounding_to_nearest() -> Iterator[None]:
     """The interpreter cuts off the bits that bfloat16 has not; hardware rounds to nearest even. So do tests."""

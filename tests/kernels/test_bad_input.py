@@ -33,13 +33,7 @@ OPS: dict[str, tuple[Callable[..., object], dict[str, torch.Tensor]]] = {
     "rms_norm": (lambda **args: rms_norm.rms_norm(**args, eps=1e-5), {
         "x": torch.randn(2, 32), "weight": torch.randn(32),
     }),
-    "add_rms_norm": (lambda **args: rms_norm.add_rms_norm(**args, eps=1e-5), {
-        "x": torch.randn(2, 32), "residual": torch.randn(2, 32), "weight": torch.randn(32),
-    }),
     "silu_mul": (silu_mul.silu_mul, {"x": torch.randn(2, 32)}),
-    "rotary": (rotary.rotary, {
-        "x_bthd": torch.randn(2, 1, 4, 16), "cos_sd": TABLE, "sin_sd": TABLE, "position_bt": ids(2, 1),
-    }),
     "rotary_write": (rotary.rotary_write, {
         "qkv_btn": PACKED, "cos_sd": TABLE, "sin_sd": TABLE, "position_bt": ids(2, 1), "k_cache_bksd": CACHE,
         "v_cache_bksd": CACHE,

@@ -30,6 +30,7 @@ AWKWARD = (" a", "    return\n\tx  \n\n", "naïve Ωμέγα 漢字 🦙")
 def script() -> ModuleType:
     """``tools/train_demo.py``: the corpus, the rule that holds files out and the evaluation."""
     path = Path(__file__).parents[2] / "tools" / "train_demo.py"
+    sys.path.insert(0, str(path.parent))  # as where it is run as a script
     spec = importlib.util.spec_from_file_location("train_demo", path)
     assert spec is not None
     assert spec.loader is not None

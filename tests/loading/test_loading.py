@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import fastllama
 from fastllama.causal_lm import LlamaForCausalLM
-from fastllama.config import GenerationConfig, LlamaConfig
+from fastllama.config import GenerationConfig, LlamaConfig, RopeParameters
 from fastllama.loading import load as loading
 from fastllama.loading import safetensors as reading
 from fastllama.loading import save
@@ -436,6 +436,41 @@ def test_an_unknown_random_shape_lists_the_known_ones():
         load("random:gpt-2")
     with pytest.raises(CheckpointNotFoundError, match="no folder"):
         resolve_folder("random:llama-2-7b")
+
+
+LLAMA3 = {
+    "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "bos_token_id": 128000, "eos_token_id": 128001, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "fields"),
+    [
+        ("llama-2-7b", None, {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "dtype": "float16"}),
+        ("llama-3.2-1b", 32.0, {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}),
+        (
+            "llama-3.2-3b",
+            32.0,
+            {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
+        ),
+        ("llama-3.1-8b", 8.0, {"hidden_size": 4096, "intermediate_size": 14336}),
+        (
+            "llama-3.1-70b",
+            8.0,
+            {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+        ),
+    ],
+)
+def test_a_published_shape_has_the_config_of_its_checkpoint(name, factor, fields):
+    if factor is not None:
+        rope = RopeParameters(
+            rope_type="llama3", rope_theta=500000.0, factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        )  # fmt: skip
+        fields = LLAMA3 | fields | {"rope": rope, "tie_word_embeddings": factor == 32.0}
+    assert RANDOM_SHAPES[name] == LlamaConfig(**fields)
+    assert len(RANDOM_SHAPES) == 5
 
 
 # ---- saving ------------------------------------------------------------------------------------

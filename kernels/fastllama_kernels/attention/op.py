@@ -7,11 +7,15 @@
 A query at position p sees the slots 0 .. p of its row, so no mask is needed. Tokens of one row may share a position:
 then they are copies of one token, written twice.
 
+The arguments: ``qkv`` ``[b, t, n]``; float32 rotary tables ``cos`` and ``sin`` ``[s, d]``, at least as long as the
+cache; ``positions`` int64 ``[b, t]``, the slot of each token; caches ``[≥ b, k, s, d]``, mutated. All are contiguous.
+The result is ``[b, t, h·d]``, in qkv's dtype.
+
 Bytes moved per layer: the live keys and values once, 2 · Σ_r (p_r + 1) · k · d · itemsize. The cost follows the live
-length, never the capacity. The decode kernels (``cpu.cpp``; :mod:`fastllama_kernels.attention.triton`, which
-registers itself for CUDA when imported) take a few query tokens a row; for long prefills on a CPU ``prefill_attention``
-runs torch's flash attention on the live part of the cache.
-The kernel of a GPU is an op of its own, ``rotary_attention_split``: its programs share counters.
+length, never the capacity. The decode kernels take up to MAX_TOKENS query tokens a row: ``rotary_attention`` on a CPU
+(``cpu.cpp``), ``rotary_attention_split`` on a GPU, whose programs share counters
+(:mod:`fastllama_kernels.attention.triton`). For longer prefills ``prefill_attention`` runs torch's flash attention on
+the live part of the cache on a CPU, ``rotary_attention_wide`` torch's masked attention on a GPU.
 
 Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``h`` query heads, ``k`` KV heads, ``d`` head dim,
 ``n`` = (h + 2k)·d packed features, ``p`` counters.
@@ -23,7 +27,7 @@ import torch
 from torch.nn import functional as F
 
 MAX_TOKENS = 8  # query tokens a row up to which the decode kernel beats flash attention
-MAX_HEAD_DIM = 256  # of the kernel on a GPU
+MAX_HEAD_DIM = 256  # of the kernels on a GPU
 
 _ARGS = "Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) key_cache, Tensor(b!) value_cache"
 torch.library.define("fastllama::rotary_attention", f"({_ARGS}) -> Tensor")
@@ -86,6 +90,19 @@ def masked_attention(
     )
 
 
+def rotary_attention_wide(
+    qkv_btn: torch.Tensor,
+    cos_sd: torch.Tensor,
+    sin_sd: torch.Tensor,
+    position_bt: torch.Tensor,
+    k_cache_bksd: torch.Tensor,
+    v_cache_bksd: torch.Tensor,
+) -> torch.Tensor:
+    """The op for many tokens a row on a GPU: a kernel rotates and writes, torch attends over the whole capacity."""
+    q_bthd = torch.ops.fastllama.rotary_write(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
+    return masked_attention(q_bthd.transpose(1, 2), position_bt, k_cache_bksd, v_cache_bksd).transpose(1, 2).flatten(2)
+
+
 @torch.library.impl("fastllama::prefill_attention", "CPU")
 def _prefill_attention(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd):
     b, t, _ = qkv_btn.shape
@@ -115,39 +132,6 @@ def attention_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_b
     return qkv_btn.new_empty((b, t, n - 2 * k_cache_bksd.shape[1] * k_cache_bksd.shape[3]))
 
 
-def takes(device_type: str, head_dim: int) -> bool:
-    """Whether the decode kernel of this kind of device takes heads of this size."""
-    return device_type == "cpu" or (head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM)
-
-
-def rotary_attention(
-    qkv_btn: torch.Tensor,
-    cos_sd: torch.Tensor,
-    sin_sd: torch.Tensor,
-    position_bt: torch.Tensor,
-    k_cache_bksd: torch.Tensor,
-    v_cache_bksd: torch.Tensor,
-) -> torch.Tensor:
-    """The CPU's decode kernel, for at most MAX_TOKENS tokens a row: ``[b, t, h·d]``, in qkv's dtype.
-
-    Args:
-        qkv_btn: packed projections, contiguous.
-        cos_sd, sin_sd: float32 rotary tables, contiguous, at least as long as the cache.
-        position_bt: int64 slot of each token, contiguous.
-        k_cache_bksd, v_cache_bksd: the caches, contiguous, mutated; they may have more rows than ``qkv_btn``.
-    """
-    args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
-    return torch.ops.fastllama.rotary_attention(*args)
-
-
-def prefill_attention(
-    qkv_btn: torch.Tensor,
-    cos_sd: torch.Tensor,
-    sin_sd: torch.Tensor,
-    position_bt: torch.Tensor,
-    k_cache_bksd: torch.Tensor,
-    v_cache_bksd: torch.Tensor,
-) -> torch.Tensor:
-    """The CPU's op for many tokens a row: ``[b, t, h·d]``; arguments as those of :func:`rotary_attention`."""
-    args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
-    return torch.ops.fastllama.prefill_attention(*args)
+def takes(head_dim: int) -> bool:
+    """Whether the kernels of a GPU take heads of this size."""
+    return head_dim % 8 == 0 and 0 < head_dim <= MAX_HEAD_DIM

@@ -1,42 +1,32 @@
-"""Rotary positions in Triton: rotate heads, alone or while writing keys and values to a static cache.
+"""Rotary positions in Triton, and the keys and values of new tokens written to a static cache.
 
     rotate(x, p) = x · cos[p] + rotate_half(x) · sin[p]        rotate_half(x) = (-x₂, x₁), halves of the head dim
 
-    rotary(x)        every head of every token at its position
-    rotary_write     splits packed q, k, v; returns the rotated queries, writes rotated keys and values to their slots
+``rotary_write`` splits packed q, k, v; it returns the rotated queries and writes rotated keys and values to their
+slots, in float32, rounded once (arXiv 2104.09864, in the half-split layout of Hugging Face checkpoints).
 
-in float32, rounded once (arXiv 2104.09864, in the half-split layout of Hugging Face checkpoints).
-
-Bytes moved: every head once in and once out. One program for each head of each token. A decode step of few tokens has
-no use for it: there the rotation is part of the attention (:mod:`fastllama_kernels.attention.triton`).
+Bytes moved: every head once in and once out. One program for each head of each token. For prefills of more tokens than
+the attention kernel takes; a decode step has no use for it: there the rotation is part of the attention
+(:mod:`fastllama_kernels.attention.triton`), which shares ``rotated`` and ``write_new``.
 
 Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``h`` query heads, ``k`` KV heads, ``d`` head dim,
 ``n`` = (h + 2k)·d packed features.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from fastllama_kernels.attention.op import MAX_HEAD_DIM, rotate, rotate_and_write
+from fastllama_kernels.attention.checks import check_packed, check_tables
+from fastllama_kernels.attention.op import rotate_and_write
 from fastllama_kernels.common import pdl
 from fastllama_kernels.common.checks import check, check_dtype
 from fastllama_kernels.common.launch import Launch, next_power_of_2
 
-_TABLES = "Tensor cos, Tensor sin, Tensor positions"
-torch.library.define("fastllama::rotary", f"(Tensor x, {_TABLES}) -> Tensor")
 torch.library.define(
-    "fastllama::rotary_write", f"(Tensor qkv, {_TABLES}, Tensor(a!) key_cache, Tensor(b!) value_cache) -> Tensor"
+    "fastllama::rotary_write",
+    "(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) key_cache, Tensor(b!) value_cache) -> Tensor",
 )
-
-
-def rotary_ref(
-    x_bthd: torch.Tensor, cos_sd: torch.Tensor, sin_sd: torch.Tensor, position_bt: torch.Tensor
-) -> torch.Tensor:
-    """``rotary`` in torch operators."""
-    return rotate(x_bthd, cos_sd[position_bt][:, :, None], sin_sd[position_bt][:, :, None])
 
 
 def rotary_write_ref(
@@ -70,7 +60,34 @@ def rotated(x_ptr, cos_ptr, sin_ptr, at_r, position_r, table_rows, col_d, mask_r
 
 
 @triton.jit
-def _rotary_kernel(
+def write_new(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    key_ptr,
+    value_ptr,
+    at_t,
+    to_value,
+    position_t,
+    first,
+    last,
+    slots,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write the new tokens' keys, rotated, and values to those slots of a head that this program reads."""
+    col_d = tl.arange(0, BLOCK_D)
+    mask_td = ((position_t >= first) & (position_t < last))[:, None] & (col_d < HEAD_DIM)[None, :]
+    slot_td = position_t[:, None] * HEAD_DIM + col_d[None, :]
+    k_td = rotated(qkv_ptr, cos_ptr, sin_ptr, at_t, position_t, slots, col_d, mask_td, HEAD_DIM)
+    v_td = tl.load(qkv_ptr + at_t[:, None] + to_value + col_d[None, :], mask=mask_td, other=0.0)
+    tl.store(key_ptr + slot_td, k_td.to(key_ptr.dtype.element_ty), mask=mask_td)
+    tl.store(value_ptr + slot_td, v_td, mask=mask_td)
+    tl.debug_barrier()  # every thread sees the new slots
+
+
+@triton.jit
+def _rotary_write_kernel(
     x_ptr,
     cos_ptr,
     sin_ptr,
@@ -100,54 +117,47 @@ def _rotary_kernel(
     y_1d = rotated(x_ptr, cos_ptr, sin_ptr, at_1, position + one_1, table_rows, col_d, mask_1d, HEAD_DIM)
     y_1d = y_1d.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + (token * HEADS + head) * HEAD_DIM + col_d[None, :], y_1d, mask=mask_1d & (head_1d < HEADS))
-    if KV_HEADS > 0:
-        kv_head = (head - HEADS) % KV_HEADS
-        slot_1d = ((token // tokens * KV_HEADS + kv_head) * slots + position) * HEAD_DIM + col_d[None, :]
-        position_1d = position + tl.zeros((1, BLOCK_D), dtype=tl.int64)
-        mask_1d = mask_1d & (position_1d >= 0) & (position_1d < slots)
-        is_key_1d = (head_1d >= HEADS) & (head_1d < HEADS + KV_HEADS)
-        is_value_1d = head_1d >= HEADS + KV_HEADS
-        tl.store(key_ptr + slot_1d, y_1d, mask=mask_1d & is_key_1d)
-        value_1d = tl.load(x_ptr + at_1[:, None] + col_d[None, :], mask=mask_1d & is_value_1d, other=0.0)
-        tl.store(value_ptr + slot_1d, value_1d, mask=mask_1d & is_value_1d)
+
+    slot_1d = ((token // tokens * KV_HEADS + (head - HEADS) % KV_HEADS) * slots + position) * HEAD_DIM + col_d[None, :]
+    position_1d = position + tl.zeros((1, BLOCK_D), dtype=tl.int64)
+    mask_1d = mask_1d & (position_1d >= 0) & (position_1d < slots)
+    is_key_1d = (head_1d >= HEADS) & (head_1d < HEADS + KV_HEADS)
+    is_value_1d = head_1d >= HEADS + KV_HEADS
+    tl.store(key_ptr + slot_1d, y_1d, mask=mask_1d & is_key_1d)
+    value_1d = tl.load(x_ptr + at_1[:, None] + col_d[None, :], mask=mask_1d & is_value_1d, other=0.0)
+    tl.store(value_ptr + slot_1d, value_1d, mask=mask_1d & is_value_1d)
 
 
-def launch(
-    x: torch.Tensor,
+def plan_launch(
+    qkv_btn: torch.Tensor,
     cos_sd: torch.Tensor,
     sin_sd: torch.Tensor,
     position_bt: torch.Tensor,
-    k_cache_bksd: torch.Tensor | None = None,
-    v_cache_bksd: torch.Tensor | None = None,
+    k_cache_bksd: torch.Tensor,
+    v_cache_bksd: torch.Tensor,
     chip: tuple[int, int] | None = None,
 ) -> tuple[Launch, torch.Tensor]:
-    """The launch, and the rotated heads ``[b, t, h, d]`` it fills.
+    """The launch, and the rotated queries ``[b, t, h, d]`` it fills.
 
     Args:
-        x: packed projections ``[b, t, n]`` where there are caches, else heads ``[b, t, h, d]``.
+        qkv_btn: packed projections.
         cos_sd, sin_sd: float32 tables, at least as long as the cache.
         position_bt: int64 position of each token. One outside the cache is not written.
-        k_cache_bksd, v_cache_bksd: mutated; they may have more rows than x. Or None.
+        k_cache_bksd, v_cache_bksd: mutated; they may have more rows than qkv.
         chip: compute capability to make it for; None: that of the tensors' device.
 
     Raises:
         ValueError: arguments that the kernel would misread.
     """
-    check_dtype("x", x)
-    check("x", x, x)
-    if k_cache_bksd is None or v_cache_bksd is None:
-        if x.dim() != 4:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, tokens, heads, head_dim)")
-        batch, tokens, heads, head_dim = x.shape
-        sizes = Sizes(batch, tokens, heads, 0, 0, head_dim)
-    else:
-        sizes = check_packed(x, k_cache_bksd, v_cache_bksd)
-    check_tables(x, cos_sd, sin_sd, position_bt, sizes)
+    check_dtype("qkv", qkv_btn)
+    check("qkv", qkv_btn, qkv_btn)
+    sizes = check_packed(qkv_btn, k_cache_bksd, v_cache_bksd)
+    check_tables(qkv_btn, cos_sd, sin_sd, position_bt, sizes)
     batch, tokens, heads, kv_heads, slots, head_dim = sizes
-    out = x.new_empty((batch, tokens, heads, head_dim))
-    with_pdl = pdl.used(x.device, chip)
+    out = qkv_btn.new_empty((batch, tokens, heads, head_dim))
+    with_pdl = pdl.used(qkv_btn.device, chip)
     arguments = {
-        "x_ptr": x, "cos_ptr": cos_sd, "sin_ptr": sin_sd, "position_ptr": position_bt, "out_ptr": out,
+        "x_ptr": qkv_btn, "cos_ptr": cos_sd, "sin_ptr": sin_sd, "position_ptr": position_bt, "out_ptr": out,
         "key_ptr": k_cache_bksd, "value_ptr": v_cache_bksd, "tokens": tokens, "slots": slots,
         "table_rows": cos_sd.shape[0],
     }  # fmt: skip
@@ -155,64 +165,18 @@ def launch(
         "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim,
         "BLOCK_D": next_power_of_2(head_dim), "PDL": with_pdl,
     }  # fmt: skip
-    name = "rotary_write" if kv_heads else "rotary"
-    grid = (batch * tokens, heads + 2 * kv_heads)
-    return Launch(name, _rotary_kernel, grid, arguments, constants, x.nbytes, x.nbytes, warps=1, pdl=with_pdl), out
-
-
-class Sizes(NamedTuple):
-    """Of an op's arguments, once they are known to fit each other; 0 KV heads and slots where there is no cache."""
-
-    batch: int
-    tokens: int
-    heads: int
-    kv_heads: int
-    slots: int
-    head_dim: int
-
-
-def check_packed(qkv_btn: torch.Tensor, k_cache_bksd: torch.Tensor, v_cache_bksd: torch.Tensor) -> Sizes:
-    """The sizes; raises ValueError where they do not fit each other."""
-    if qkv_btn.dim() != 3:
-        raise ValueError(
-            f"qkv has shape {tuple(qkv_btn.shape)}, expected (batch, tokens, (heads + 2 kv_heads) head_dim)"
-        )
-    check("key_cache", k_cache_bksd, qkv_btn, (None, None, None, None))
-    check("value_cache", v_cache_bksd, qkv_btn, k_cache_bksd.shape)
-    (batch, tokens, packed), (rows, kv_heads, slots, head_dim) = qkv_btn.shape, k_cache_bksd.shape
-    heads = packed // head_dim - 2 * kv_heads
-    if heads < 1 or packed % head_dim or heads % kv_heads:
-        raise ValueError(
-            f"qkv has {packed} features, expected (heads + 2·{kv_heads})·{head_dim} with heads a multiple of {kv_heads}"
-        )
-    if batch > rows:
-        raise ValueError(f"qkv has {batch} rows, the cache holds {rows}")
-    return Sizes(batch, tokens, heads, kv_heads, slots, head_dim)
-
-
-def check_head_dim(head_dim: int) -> None:
-    """Raise ValueError for heads of a size that the kernels do not take."""
-    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim is {head_dim}, the kernel takes multiples of 8 up to {MAX_HEAD_DIM}")
-
-
-def check_tables(
-    x: torch.Tensor, cos_sd: torch.Tensor, sin_sd: torch.Tensor, position_bt: torch.Tensor, sizes: Sizes
-) -> None:
-    """Raise ValueError for rotary tables or positions that the kernel would misread."""
-    check_head_dim(sizes.head_dim)
-    check("cos", cos_sd, x, (None, sizes.head_dim), torch.float32)
-    check("sin", sin_sd, x, cos_sd.shape, torch.float32)
-    if cos_sd.shape[0] < sizes.slots:
-        raise ValueError(f"cos has {cos_sd.shape[0]} rows, the cache {sizes.slots} slots; there must be a row for each")
-    check("positions", position_bt, x, (sizes.batch, sizes.tokens), torch.int64)
-
-
-def rotary(x_bthd: torch.Tensor, cos_sd: torch.Tensor, sin_sd: torch.Tensor, position_bt: torch.Tensor) -> torch.Tensor:
-    """Heads ``[b, t, h, d]`` rotated to their positions; see :func:`launch` for the arguments."""
-    made, out = launch(x_bthd, cos_sd, sin_sd, position_bt)
-    made.run()
-    return out
+    launch = Launch(
+        "rotary_write",
+        _rotary_write_kernel,
+        (batch * tokens, heads + 2 * kv_heads),
+        arguments,
+        constants,
+        reads=qkv_btn.nbytes,
+        writes=qkv_btn.nbytes,
+        warps=1,
+        pdl=with_pdl,
+    )
+    return launch, out
 
 
 def rotary_write(
@@ -223,15 +187,10 @@ def rotary_write(
     k_cache_bksd: torch.Tensor,
     v_cache_bksd: torch.Tensor,
 ) -> torch.Tensor:
-    """Rotated queries ``[b, t, h, d]``; keys and values go to the caches; see :func:`launch` for the arguments."""
-    made, out = launch(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
-    made.run()
+    """Rotated queries ``[b, t, h, d]``; keys and values go to the caches; see :func:`plan_launch`."""
+    launch, out = plan_launch(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
+    launch.run()
     return out
-
-
-@torch.library.register_fake("fastllama::rotary")
-def _rotary_fake(x_bthd, cos_sd, sin_sd, position_bt):
-    return torch.empty_like(x_bthd)
 
 
 @torch.library.register_fake("fastllama::rotary_write")
@@ -241,7 +200,4 @@ def _rotary_write_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cac
     return qkv_btn.new_empty((b, t, n // d - 2 * kv_heads, d))
 
 
-torch.library.impl("fastllama::rotary", "CPU", rotary_ref)
-torch.library.impl("fastllama::rotary_write", "CPU", rotary_write_ref)
-torch.library.impl("fastllama::rotary", "CUDA", rotary)
 torch.library.impl("fastllama::rotary_write", "CUDA", rotary_write)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fastllama_kernels.common.activations import FUNCTIONS
+
 ALIGNMENT = 16  # bytes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,3 +53,9 @@ def check_dtype(name: str, tensor: torch.Tensor) -> None:
     """Raise ValueError unless the tensor is of a dtype that the kernels compute in."""
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name} is {tensor.dtype}, expected float32, bfloat16 or float16")
+
+
+def check_activation(number: int) -> None:
+    """Raise ValueError unless there is an activation of this number."""
+    if number not in FUNCTIONS:
+        raise ValueError(f"activation is number {number}, expected 0 to {max(FUNCTIONS)}")

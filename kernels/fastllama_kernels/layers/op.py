@@ -22,8 +22,6 @@ from typing import NamedTuple
 
 import torch
 
-from fastllama_kernels.linear.op import ACTIVATIONS
-
 DENSE, DENSE_BIAS = range(2)  # numbered as in common/matrix.h
 TENSORS = {DENSE: ("weight",), DENSE_BIAS: ("weight", "bias")}  # of a matrix of each kind, in their order
 
@@ -80,7 +78,7 @@ def layers(
     k_caches: Sequence[torch.Tensor],
     v_caches: Sequence[torch.Tensor],
     eps: float,
-    activation: str,
+    activation: int,
 ) -> torch.Tensor:
     """Hidden states ``[b, t, m]`` after all layers.
 
@@ -90,9 +88,8 @@ def layers(
         weights: of every layer.
         k_caches, v_caches: of every layer, mutated.
         eps: of every norm.
-        activation: of every gate, one of ACTIVATIONS.
+        activation: number of every gate's activation.
     """
-    number = list(ACTIVATIONS).index(activation)
     tensors, kinds = flatten(weights)
     caches = (list(k_caches), list(v_caches))
-    return torch.ops.fastllama.layers(x_btm, cos_sd, sin_sd, position_bt, tensors, kinds, *caches, eps, number)
+    return torch.ops.fastllama.layers(x_btm, cos_sd, sin_sd, position_bt, tensors, kinds, *caches, eps, activation)

@@ -18,12 +18,14 @@ namespace {
 constexpr int kWeightRows = 4;  // matrix rows streamed side by side: enough to keep the load queues full
 constexpr int kTile = 4;        // activation rows per pass over a weight tile (16 accumulators)
 
-float activate(float x, int64_t kind) {  // numbered as ACTIVATIONS of op.py
-  switch (kind) {
-    case 0: return x / (1.f + std::exp(-x));
-    case 1: return 0.5f * x * (1.f + std::erf(x * 0.70710678f));
-    case 2: return 0.5f * x * (1.f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
-    case 3: return x / (1.f + std::exp(-1.702f * x));
+enum Activation : int64_t { kSilu, kGelu, kGeluTanh, kQuickGelu, kRelu };  // numbered as in ../common/activations.py
+
+float activate(float x, int64_t activation) {
+  switch (activation) {
+    case kSilu: return x / (1.f + std::exp(-x));
+    case kGelu: return 0.5f * x * (1.f + std::erf(x * 0.70710678f));
+    case kGeluTanh: return 0.5f * x * (1.f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
+    case kQuickGelu: return x / (1.f + std::exp(-1.702f * x));
     default: return std::max(x, 0.f);
   }
 }
@@ -173,6 +175,8 @@ Tensor gate_up(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optiona
                int64_t activation) {
   check_arguments(x, weight, bias, norm_weight);
   STD_TORCH_CHECK(weight.size(0) % 2 == 0, "fastllama: weight has ", weight.size(0), " rows, expected gate and up");
+  STD_TORCH_CHECK(activation >= kSilu && activation <= kRelu, "fastllama: activation is number ", activation,
+                  ", expected 0 to ", static_cast<int>(kRelu));
   Tensor out = empty_with_last(x, weight.size(0) / 2);
   dispatch(x, [&](auto zero) {
     gate_up_kernel<decltype(zero)>(x, weight, bias, norm_weight, eps, activation, out);

@@ -9,32 +9,30 @@ Bytes moved per call: the matrix once, N·K·itemsize; all else is small at the 
 (``cpu.cpp``; :mod:`fastllama_kernels.linear.triton`, which registers itself for CUDA when imported) need contiguous
 tensors of one dtype among float32, bfloat16 and float16.
 
+For more rows than MAX_ROWS the product is torch's GEMM. On a GPU ``linear_wide`` and ``gate_up_wide`` put kernels
+around it: the norm before (:mod:`fastllama_kernels.linear.rms_norm`), the residual in it, the activation after
+(:mod:`fastllama_kernels.linear.silu_mul`).
+
 Shape suffixes: leading dimensions ``...``, ``k`` input features, ``n`` output features, ``f`` FFN dim.
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch.nn import functional as F
 
-ACTIVATIONS = {  # the position in this dict is the number that the kernels take
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-}
+from fastllama_kernels.common.activations import FUNCTIONS
+
 MAX_ROWS = {"cpu": 4, "cuda": 16}  # by device type; above, torch's GEMM is faster
 
 torch.library.define(
     "fastllama::linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm_weight=None, float eps=0.0, Tensor? residual=None)"
+    " -> Tensor",
 )
 torch.library.define(
     "fastllama::gate_up",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float eps, int activation) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm_weight=None, float eps=0.0, int activation=0) -> Tensor",
 )
 
 
@@ -66,43 +64,47 @@ def gate_up_ref(
     bias: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
     eps: float,
-    activation: str,
+    activation: int,
 ) -> torch.Tensor:
     """``gate_up`` in torch operators: any dtype and number of rows."""
     gate, up = linear_ref(x, weight, bias, norm_weight, eps, None).chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate) * up
+    return FUNCTIONS[activation](gate) * up
+
+
+def linear_wide(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """``linear`` of many rows on a GPU: a kernel for the norm, then one GEMM, which adds the residual as it writes."""
+    if norm_weight is not None:
+        x = torch.ops.fastllama.rms_norm(x, norm_weight, eps)
+    if residual is None:
+        return F.linear(x, weight, bias)
+    added = residual if bias is None else residual + bias
+    return torch.addmm(added.flatten(0, -2), x.flatten(0, -2), weight.t()).view(residual.shape)
+
+
+def gate_up_wide(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    activation: int,
+) -> torch.Tensor:
+    """``gate_up`` of many rows on a GPU: kernels for the norm and for the gated activation around one GEMM."""
+    return torch.ops.fastllama.silu_mul(linear_wide(x, weight, bias, norm_weight, eps, None), activation)
 
 
 @torch.library.register_fake("fastllama::linear")
-def _linear_fake(x, weight, bias, norm_weight, eps, residual):
+def _linear_fake(x, weight, bias=None, norm_weight=None, eps=0.0, residual=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("fastllama::gate_up")
-def _gate_up_fake(x, weight, bias, norm_weight, eps, activation):
+def _gate_up_fake(x, weight, bias=None, norm_weight=None, eps=0.0, activation=0):
     return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
-
-
-def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
-    eps: float = 0.0,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The kernel for ``[..., k]`` activations and an ``[n, k]`` matrix: ``[..., n]``; at most MAX_ROWS rows pay."""
-    return torch.ops.fastllama.linear(x, weight, bias, norm_weight, eps, residual)
-
-
-def gate_up(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
-    eps: float = 0.0,
-    activation: str = "silu",
-) -> torch.Tensor:
-    """The kernel for ``[..., k]`` activations and a ``[2f, k]`` matrix: ``[..., f]``."""
-    number = list(ACTIVATIONS).index(activation)
-    return torch.ops.fastllama.gate_up(x, weight, bias, norm_weight, eps, number)

@@ -1,9 +1,9 @@
 """The gated activation between two matrices of an FFN, in Triton.
 
-    y[..., f] = act(x[..., f]) · x[..., F + f]        act is SiLU (arXiv 2002.05202) or another of ACTIVATIONS
+    y[..., f] = act(x[..., f]) · x[..., F + f]        act is SiLU (arXiv 2002.05202) or another of the activations
 
-in float32, rounded once. Bytes moved: x once, y once, 3·F·itemsize a row. For more rows than the GEMV takes, where the
-gate and up projections are one GEMM of cuBLAS; the engine lets Inductor fuse it there.
+in float32, rounded once. Bytes moved: x once, y once, 3·F·itemsize a row. For more rows than the GEMV takes, after the
+one GEMM of cuBLAS that both projections are.
 
 Shape suffixes: leading dimensions ``...``, ``f`` FFN dim.
 """
@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from fastllama_kernels.common import pdl
-from fastllama_kernels.common.checks import check, check_dtype
+from fastllama_kernels.common.activations import FUNCTIONS
+from fastllama_kernels.common.checks import check, check_activation, check_dtype
 from fastllama_kernels.common.launch import Launch, cdiv
-from fastllama_kernels.linear.op import ACTIVATIONS
 from fastllama_kernels.linear.triton import activate
 
 BLOCK = 1024
@@ -26,7 +26,7 @@ torch.library.define("fastllama::silu_mul", "(Tensor x, int activation=0) -> Ten
 def silu_mul_ref(x: torch.Tensor, activation: int = 0) -> torch.Tensor:
     """``silu_mul`` in torch operators."""
     gate, up = x.chunk(2, dim=-1)
-    return list(ACTIVATIONS.values())[activation](gate) * up
+    return FUNCTIONS[activation](gate) * up
 
 
 @triton.jit
@@ -42,12 +42,14 @@ def _silu_mul_kernel(x_ptr, y_ptr, features, ACTIVATION: tl.constexpr, BLOCK: tl
     tl.store(y_ptr + row * features + col_f, y_f.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def launch(x: torch.Tensor, activation: int = 0, chip: tuple[int, int] | None = None) -> tuple[Launch, torch.Tensor]:
+def plan_launch(
+    x: torch.Tensor, activation: int = 0, chip: tuple[int, int] | None = None
+) -> tuple[Launch, torch.Tensor]:
     """The launch, and the tensor ``[..., f]`` it fills.
 
     Args:
         x: gate and up side by side, ``[..., 2f]``.
-        activation: number of the activation in ACTIVATIONS.
+        activation: number of the activation.
         chip: compute capability to make it for; None: that of the tensors' device.
 
     Raises:
@@ -57,8 +59,7 @@ def launch(x: torch.Tensor, activation: int = 0, chip: tuple[int, int] | None = 
     check("x", x, x)
     if x.shape[-1] % 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected an even number of features: gate and up")
-    if activation not in range(len(ACTIVATIONS)):
-        raise ValueError(f"activation is number {activation}, expected 0 to {len(ACTIVATIONS) - 1}")
+    check_activation(activation)
     features = x.shape[-1] // 2
     y = x.new_empty((*x.shape[:-1], features))
     with_pdl = pdl.used(x.device, chip)
@@ -69,9 +70,9 @@ def launch(x: torch.Tensor, activation: int = 0, chip: tuple[int, int] | None = 
 
 
 def silu_mul(x: torch.Tensor, activation: int = 0) -> torch.Tensor:
-    """``act(gate) · up``: ``[..., f]``, in x's dtype; see :func:`launch` for the arguments."""
-    made, y = launch(x, activation)
-    made.run()
+    """``act(gate) · up``: ``[..., f]``, in x's dtype; see :func:`plan_launch` for the arguments."""
+    launch, y = plan_launch(x, activation)
+    launch.run()
     return y
 
 
@@ -80,5 +81,4 @@ def _silu_mul_fake(x, activation=0):
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-torch.library.impl("fastllama::silu_mul", "CPU", silu_mul_ref)
 torch.library.impl("fastllama::silu_mul", "CUDA", silu_mul)

@@ -21,16 +21,40 @@ import torch
 import triton
 import triton.language as tl
 
-from fastllama_kernels.common import pdl, tiles
-from fastllama_kernels.common.checks import check, check_dtype
+from fastllama_kernels.common import activations, pdl, tiles
+from fastllama_kernels.common.checks import check, check_activation, check_dtype
 from fastllama_kernels.common.launch import Launch, cdiv, next_power_of_2
 from fastllama_kernels.common.products import dot
 from fastllama_kernels.linear import op as linear_op
-from fastllama_kernels.linear.op import ACTIVATIONS
 
 MAX_ROWS = linear_op.MAX_ROWS["cuda"]
 DOT_ROWS = 16  # what a matrix unit takes at once
 LINE_BYTES, MAX_LINES = 128, 32  # of a row of the matrix that go to the L2 cache before the wait
+SILU, GELU = tl.constexpr(activations.SILU), tl.constexpr(activations.GELU)
+GELU_TANH, QUICK_GELU = tl.constexpr(activations.GELU_TANH), tl.constexpr(activations.QUICK_GELU)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation of this number, in float32."""
+    if ACTIVATION == SILU:
+        y = x * tl.sigmoid(x)
+    elif ACTIVATION == GELU:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == GELU_TANH:
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == QUICK_GELU:
+        y = x * tl.sigmoid(1.702 * x)
+    else:  # ReLU
+        y = tl.maximum(x, 0.0)
+    return y
+
+
+@triton.jit
+def _prefetch_rows(w_ptr, row_n, k_in, is_row_n, LINES: tl.constexpr, LINE: tl.constexpr):
+    """Send for the beginnings of some rows of the matrix."""
+    line_k = tl.arange(0, LINES) * LINE
+    pdl.prefetch(w_ptr + row_n[:, None] * k_in + line_k[None, :], is_row_n[:, None] & (line_k < k_in)[None, :])
 
 
 @triton.jit
@@ -47,6 +71,22 @@ def _activations(x_ptr, col_k, k_in, ROWS: tl.constexpr, ROWS_PADDED: tl.constex
 
 
 @triton.jit
+def _scale_of_rows(x_ptr, k_in, eps, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The norm's scale ``[r]``, from a loop over x of its own."""
+    squares = tl.zeros((ROWS_PADDED, BLOCK_K), dtype=tl.float32)
+    for k in range(0, k_in, BLOCK_K):
+        x32_rk = _activations(x_ptr, k + tl.arange(0, BLOCK_K), k_in, ROWS, ROWS_PADDED).to(tl.float32)
+        squares += x32_rk * x32_rk
+    return tl.rsqrt(tl.sum(squares, axis=1) / k_in + eps)
+
+
+@triton.jit
+def _weighted(x32_rk, norm_ptr, col_k, k_in):
+    """Activations times the norm's weight."""
+    return x32_rk * tl.load(norm_ptr + col_k, mask=col_k < k_in, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def _multiply(acc, w_nk, x_rk, DOT: tl.constexpr):
     if DOT:
         acc = dot(w_nk, tl.trans(x_rk), acc)
@@ -56,19 +96,24 @@ def _multiply(acc, w_nk, x_rk, DOT: tl.constexpr):
 
 
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """Numbered as ACTIVATIONS of linear.py."""
-    if ACTIVATION == 0:
-        y = x * tl.sigmoid(x)
-    elif ACTIVATION == 1:
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == 2:
-        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACTIVATION == 3:
-        y = x * tl.sigmoid(1.702 * x)
-    else:
-        y = tl.maximum(x, 0.0)
-    return y
+def _finish(acc, scale_r, bias_ptr, row_n, DOT: tl.constexpr):
+    """Scaled sums ``[n, r]`` with their bias."""
+    y_nr = acc if DOT else tl.sum(acc, axis=1, keep_dims=True)
+    y_nr *= scale_r[None, :]
+    if bias_ptr is not None:
+        y_nr += tl.load(bias_ptr + row_n).to(tl.float32)[:, None]
+    return y_nr
+
+
+@triton.jit
+def _store(y_ptr, residual_ptr, y_nr, out_n, n_out, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr):
+    """Write ``[n, r]`` as ``[r, n]``, with the residual added."""
+    row_r = tl.arange(0, ROWS_PADDED)
+    at_nr = row_r[None, :] * n_out + out_n[:, None]
+    mask = (row_r < ROWS)[None, :] & (out_n < n_out)[:, None]
+    if residual_ptr is not None:
+        y_nr += tl.load(residual_ptr + at_nr, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at_nr, y_nr.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -96,33 +141,23 @@ def _gemv_kernel(
     PDL: tl.constexpr,
 ):
     pdl.let_next_start(PDL)
-    first = tl.program_id(0) * BLOCK_N
-    out_n = first + tl.arange(0, BLOCK_N)
+    out_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_n = tl.minimum(out_n, n_out - 1).to(tl.int64)  # rows past the end read the last one again
-    base_k = tl.arange(0, BLOCK_K)
     if PDL:
-        line_k = tl.arange(0, LINES) * LINE
-        is_there_nk = (out_n < n_out)[:, None] & (line_k < k_in)[None, :]
-        pdl.prefetch(w_ptr + row_n[:, None] * k_in + line_k[None, :], is_there_nk)
+        _prefetch_rows(w_ptr, row_n, k_in, out_n < n_out, LINES, LINE)
         if GATED:
-            pdl.prefetch(w_ptr + (row_n + n_out)[:, None] * k_in + line_k[None, :], is_there_nk)
+            _prefetch_rows(w_ptr, row_n + n_out, k_in, out_n < n_out, LINES, LINE)
     pdl.wait_for_previous(PDL)
 
-    squares = tl.zeros((ROWS_PADDED, BLOCK_K), dtype=tl.float32)
     if SCALE_FIRST:
-        for k in range(0, k_in, BLOCK_K):
-            x32_rk = _activations(x_ptr, k + base_k, k_in, ROWS, ROWS_PADDED).to(tl.float32)
-            squares += x32_rk * x32_rk
-        first_r = tl.rsqrt(tl.sum(squares, axis=1) / k_in + eps)
-
-    if DOT:
-        acc = tl.zeros((BLOCK_N, ROWS_PADDED), dtype=tl.float32)
-        up_acc = tl.zeros((BLOCK_N, ROWS_PADDED), dtype=tl.float32)
+        scale_r = _scale_of_rows(x_ptr, k_in, eps, ROWS, ROWS_PADDED, BLOCK_K)
     else:
-        acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-        up_acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+        scale_r = tl.full((ROWS_PADDED,), 1.0, dtype=tl.float32)
+    squares = tl.zeros((ROWS_PADDED, BLOCK_K), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_N, ROWS_PADDED if DOT else BLOCK_K), dtype=tl.float32)
+    up_acc = tl.zeros((BLOCK_N, ROWS_PADDED if DOT else BLOCK_K), dtype=tl.float32)
     for k in tl.range(0, k_in, BLOCK_K, num_stages=STAGES):
-        col_k = k + base_k
+        col_k = k + tl.arange(0, BLOCK_K)
         w_nk = _weights(w_ptr, row_n, col_k, k_in)
         if GATED:
             up_nk = _weights(w_ptr, row_n + n_out, col_k, k_in)
@@ -130,40 +165,26 @@ def _gemv_kernel(
         if norm_ptr is not None:
             x32_rk = x_rk.to(tl.float32)
             if SCALE_FIRST:
-                x32_rk *= first_r[:, None]
+                x32_rk *= scale_r[:, None]
             else:
                 squares += x32_rk * x32_rk
-            x32_rk *= tl.load(norm_ptr + col_k, mask=col_k < k_in, other=0.0).to(tl.float32)[None, :]
+            x32_rk = _weighted(x32_rk, norm_ptr, col_k, k_in)
             x_rk = x32_rk.to(x_rk.dtype) if DOT else x32_rk
         acc = _multiply(acc, w_nk, x_rk, DOT)
         if GATED:
             up_acc = _multiply(up_acc, up_nk, x_rk, DOT)
 
-    scale_r = tl.full((ROWS_PADDED,), 1.0, dtype=tl.float32)
-    if norm_ptr is not None and not SCALE_FIRST:
+    if SCALE_FIRST:
+        scale_r = tl.full((ROWS_PADDED,), 1.0, dtype=tl.float32)  # it is in x already
+    elif norm_ptr is not None:
         scale_r = tl.rsqrt(tl.sum(squares, axis=1) / k_in + eps)
     y_nr = _finish(acc, scale_r, bias_ptr, row_n, DOT)
     if GATED:
         y_nr = activate(y_nr, ACTIVATION) * _finish(up_acc, scale_r, bias_ptr, row_n + n_out, DOT)
-    row_r = tl.arange(0, ROWS_PADDED)
-    at_nr = row_r[None, :] * n_out + out_n[:, None]
-    mask = (row_r < ROWS)[None, :] & (out_n < n_out)[:, None]
-    if residual_ptr is not None:
-        y_nr += tl.load(residual_ptr + at_nr, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at_nr, y_nr.to(y_ptr.dtype.element_ty), mask=mask)
+    _store(y_ptr, residual_ptr, y_nr, out_n, n_out, ROWS, ROWS_PADDED)
 
 
-@triton.jit
-def _finish(acc, scale_r, bias_ptr, row_n, DOT: tl.constexpr):
-    """Scaled sums ``[n, r]`` with their bias."""
-    y_nr = acc if DOT else tl.sum(acc, axis=1, keep_dims=True)
-    y_nr *= scale_r[None, :]
-    if bias_ptr is not None:
-        y_nr += tl.load(bias_ptr + row_n).to(tl.float32)[:, None]
-    return y_nr
-
-
-def launch(
+def plan_launch(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -195,25 +216,38 @@ def launch(
     n_out = weight.shape[0] // (1 + gated)
     y = x.new_empty((*x.shape[:-1], n_out))
     tile = tile or tiles.gemv(chip or tiles.capability(x.device), rows, n_out, k_in, x.dtype, gated)
-    many, line = rows > 1, LINE_BYTES // x.itemsize
     with_pdl = pdl.used(x.device, chip)
     arguments = {
         "x_ptr": x, "w_ptr": weight, "bias_ptr": bias, "norm_ptr": norm_weight, "residual_ptr": residual, "y_ptr": y,
         "n_out": n_out, "k_in": k_in, "eps": float(eps),
     }  # fmt: skip
-    constants = {
-        "ROWS": rows, "ROWS_PADDED": DOT_ROWS if many else 1, "GATED": gated, "ACTIVATION": activation or 0,
-        "SCALE_FIRST": many and norm_weight is not None and x.dtype == torch.float16, "DOT": many,
+    launch = Launch(
+        "gate_up" if gated else "linear",
+        _gemv_kernel,
+        (cdiv(n_out, tile.block_n),),
+        arguments,
+        _constants(x, norm_weight is not None, activation, tile, with_pdl),
+        reads=sum(tensor.nbytes for tensor in (x, weight, bias, norm_weight, residual) if tensor is not None),
+        writes=y.nbytes,
+        warps=tile.warps,
+        stages=tile.stages,
+        pdl=with_pdl,
+    )
+    return launch, y
+
+
+def _constants(
+    x: torch.Tensor, has_norm: bool, activation: int | None, tile: tiles.GemvTile, with_pdl: bool
+) -> dict[str, int | bool]:
+    rows, k_in = x.shape[:-1].numel(), x.shape[-1]
+    many, line = rows > 1, LINE_BYTES // x.itemsize
+    return {
+        "ROWS": rows, "ROWS_PADDED": DOT_ROWS if many else 1,
+        "GATED": activation is not None, "ACTIVATION": activation or 0,
+        "SCALE_FIRST": many and has_norm and x.dtype == torch.float16, "DOT": many,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
         "LINES": min(MAX_LINES, next_power_of_2(cdiv(k_in, line))), "LINE": line, "PDL": with_pdl,
     }  # fmt: skip
-    read = (tensor.nbytes for tensor in (x, weight, bias, norm_weight, residual) if tensor is not None)
-    name = "gate_up" if gated else "linear"
-    grid = (cdiv(n_out, tile.block_n),)
-    made = Launch(
-        name, _gemv_kernel, grid, arguments, constants, sum(read), y.nbytes, tile.warps, tile.stages, with_pdl
-    )
-    return made, y
 
 
 def check_arguments(
@@ -234,8 +268,8 @@ def check_arguments(
         raise ValueError(f"x has {rows} rows, the kernel takes 1 to {MAX_ROWS}; use torch's GEMM above")
     if activation is not None and out_features % 2:
         raise ValueError(f"weight has {out_features} rows, expected an even number: gate and up")
-    if activation is not None and activation not in range(len(ACTIVATIONS)):
-        raise ValueError(f"activation is number {activation}, expected 0 to {len(ACTIVATIONS) - 1}")
+    if activation is not None:
+        check_activation(activation)
     if bias is not None:
         check("bias", bias, x, (out_features,))
     if norm_weight is not None:
@@ -253,9 +287,9 @@ def linear(
     eps: float = 0.0,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``norm(x) @ weightᵀ + bias + residual``: ``[..., n]``, in x's dtype; see :func:`launch` for the arguments."""
-    made, y = launch(x, weight, bias, norm_weight, eps, residual, None)
-    made.run()
+    """``norm(x) @ weightᵀ + bias + residual``: ``[..., n]``, in x's dtype; see :func:`plan_launch`."""
+    launch, y = plan_launch(x, weight, bias, norm_weight, eps, residual, None)
+    launch.run()
     return y
 
 
@@ -267,9 +301,9 @@ def gate_up(
     eps: float = 0.0,
     activation: int = 0,
 ) -> torch.Tensor:
-    """``act(gate) · up``: ``[..., f]``, in x's dtype; see :func:`launch` for the arguments."""
-    made, y = launch(x, weight, bias, norm_weight, eps, None, activation)
-    made.run()
+    """``act(gate) · up``: ``[..., f]``, in x's dtype; see :func:`plan_launch` for the arguments."""
+    launch, y = plan_launch(x, weight, bias, norm_weight, eps, None, activation)
+    launch.run()
     return y
 
 

@@ -120,14 +120,3 @@ def row_seed(seed: int, row: int) -> int:
 @torch.library.register_fake("fastllama::sample")
 def _sample_fake(logits_bv, temperature_b, top_k_b, top_p_b, min_p_b, seed_b, position_b):
     return torch.empty_like(position_b)
-
-
-def sample(logits_bv: torch.Tensor, params: SamplingParams, position_b: torch.Tensor) -> torch.Tensor:
-    """The kernel: a token of each row, int64 ``[b]``.
-
-    Args:
-        logits_bv: of every token; a logit of minus infinity is never drawn.
-        params: of each row.
-        position_b: int64, of the token that is drawn; makes every draw of a row a new one.
-    """
-    return torch.ops.fastllama.sample(logits_bv, *params, position_b)

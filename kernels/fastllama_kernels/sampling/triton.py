@@ -268,7 +268,7 @@ def _settle_kernel(
     tl.store(out_ptr + row, token.to(tl.int64))
 
 
-def launches(
+def plan_launches(
     logits_bv: torch.Tensor, params: SamplingParams, position_b: torch.Tensor, chip: tuple[int, int] | None = None
 ) -> tuple[tuple[Launch, Launch], torch.Tensor]:
     """Both launches in their order, and the tensor ``[b]`` that they fill.
@@ -276,27 +276,20 @@ def launches(
     Args:
         logits_bv: of every token.
         params: of each row.
-        position_b: int64, of the token that is drawn.
+        position_b: int64, of the token that is sampled.
         chip: compute capability to make them for; None: that of the tensors' device.
 
     Raises:
         ValueError: arguments that the kernels would misread.
     """
-    check_dtype("logits", logits_bv)
-    check("logits", logits_bv, logits_bv, (None, None))
+    _check_arguments(logits_bv, params, position_b)
     batch, vocab = logits_bv.shape
-    for name, value in params._asdict().items():
-        is_count = name in ("top_k", "seed")
-        check(name, value, logits_bv, (batch,), torch.int64 if is_count else torch.float32)
-    check("positions", position_b, logits_bv, (batch,), torch.int64)
     blocks = cdiv(vocab, BLOCK)
-    padded = next_power_of_2(blocks)
     top, weight, score = (logits_bv.new_empty((batch, blocks), dtype=torch.float32) for _ in range(3))
-    token, chosen = (logits_bv.new_empty((batch, blocks), dtype=torch.int32) for _ in range(2))
-    out = torch.empty_like(position_b)
-    with_pdl = pdl.used(logits_bv.device, chip)
+    token = logits_bv.new_empty((batch, blocks), dtype=torch.int32)
     of_blocks = {"top_ptr": top, "weight_ptr": weight, "score_ptr": score, "token_ptr": token}
     sizes = {"vocab": vocab, "blocks": blocks}
+    with_pdl = pdl.used(logits_bv.device, chip)
     race = Launch(
         "race",
         _race_kernel,
@@ -309,6 +302,8 @@ def launches(
         warps=RACE_WARPS,
         pdl=with_pdl,
     )  # fmt: skip
+    chosen, out = torch.empty_like(token), torch.empty_like(position_b)
+    padded = next_power_of_2(blocks)
     settle = Launch(
         "settle",
         _settle_kernel,
@@ -324,6 +319,16 @@ def launches(
     return (race, settle), out
 
 
+def _check_arguments(logits_bv: torch.Tensor, params: SamplingParams, position_b: torch.Tensor) -> None:
+    check_dtype("logits", logits_bv)
+    check("logits", logits_bv, logits_bv, (None, None))
+    batch = len(logits_bv)
+    for name, value in params._asdict().items():
+        is_count = name in ("top_k", "seed")
+        check(name, value, logits_bv, (batch,), torch.int64 if is_count else torch.float32)
+    check("positions", position_b, logits_bv, (batch,), torch.int64)
+
+
 def sample(
     logits_bv: torch.Tensor,
     temperature_b: torch.Tensor,
@@ -333,10 +338,10 @@ def sample(
     seed_b: torch.Tensor,
     position_b: torch.Tensor,
 ) -> torch.Tensor:
-    """A token of each row, int64 ``[b]``; see :func:`launches` for the arguments."""
+    """A token of each row, int64 ``[b]``; see :func:`plan_launches` for the arguments."""
     params = SamplingParams(temperature_b, top_k_b, top_p_b, min_p_b, seed_b)
-    made, out = launches(logits_bv, params, position_b)
-    for launch in made:
+    launches, out = plan_launches(logits_bv, params, position_b)
+    for launch in launches:
         launch.run()
     return out
 

@@ -20,8 +20,9 @@ import triton
 
 from fastllama_kernels.attention import rotary
 from fastllama_kernels.attention import triton as decode_attention
-from fastllama_kernels.common import pdl
+from fastllama_kernels.common import activations, pdl
 from fastllama_kernels.common.launch import Launch
+from fastllama_kernels.common.shapes import Shape
 from fastllama_kernels.linear import rms_norm, silu_mul
 from fastllama_kernels.linear import triton as gemv
 from fastllama_kernels.tools import step
@@ -111,16 +112,16 @@ def launches(arch: int) -> dict[str, Launch]:
     """Every distinct kernel that models of the published shapes run on a chip, by the name of its first use."""
     chip = divmod(arch, 10)
     found: dict[Any, tuple[str, Launch]] = {}
-    for name, made in _all_launches(chip):
+    for name, launch in _all_launches(chip):
         key = (
-            made.kernel,
-            tuple(sorted(made.constants.items())),
-            made.signature,
-            made.warps,
-            made.stages,
-            made.max_registers,
+            launch.kernel,
+            tuple(sorted(launch.constants.items())),
+            launch.signature,
+            launch.warps,
+            launch.stages,
+            launch.max_registers,
         )
-        found.setdefault(key, (name, made))
+        found.setdefault(key, (name, launch))
     return dict(found.values())
 
 
@@ -137,29 +138,26 @@ def _all_launches(chip: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
         yield from _attention_launches(name, shape, chip)
         m, f, d = shape.hidden_size, shape.intermediate_size, shape.head_dim
         x = tensor(512, m)
-        yield f"rms_norm ({name})", rms_norm.launch(x, None, tensor(m), step.EPS, chip)[0]
-        yield f"add_rms_norm ({name})", rms_norm.launch(x, x, tensor(m), step.EPS, chip)[0]
-        yield f"silu_mul ({name})", silu_mul.launch(tensor(512, 2 * f), 0, chip)[0]
-        cache, position = tensor(1, shape.kv_heads, 512, d), tensor(1, 512, dtype=torch.int64)
-        packed = tensor(1, 512, (shape.heads + 2 * shape.kv_heads) * d)
-        table = tensor(512, d, dtype=torch.float32)
-        yield f"rotary_write ({name})", rotary.launch(packed, table, table, position, cache, cache, chip)[0]
-        yield f"rotary ({name})", rotary.launch(tensor(1, 512, shape.heads, d), table, table, position, chip=chip)[0]
+        yield f"rms_norm ({name})", rms_norm.plan_launch(x, tensor(m), step.EPS, chip)[0]
+        yield f"silu_mul ({name})", silu_mul.plan_launch(tensor(512, 2 * f), activations.SILU, chip)[0]
+        cache, position = tensor(1, shape.num_key_value_heads, 512, d), tensor(1, 512, dtype=torch.int64)
+        packed, table = tensor(1, 512, shape.packed), tensor(512, d, dtype=torch.float32)
+        yield f"rotary_write ({name})", rotary.plan_launch(packed, table, table, position, cache, cache, chip)[0]
 
 
-def _attention_launches(name: str, shape: step.Shape, chip: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
+def _attention_launches(name: str, shape: Shape, chip: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
     """Attention of several query tokens, as speculation needs it, and of one from a start, in every dtype."""
     for dtype, tokens in itertools.product((torch.bfloat16, torch.float16, torch.float32), (1, 2, 4, 8)):
-        k, d = shape.kv_heads, shape.head_dim
+        k, d = shape.num_key_value_heads, shape.head_dim
         cache = torch.empty(1, k, 4096, d, dtype=dtype, device="meta")
         table = torch.empty(4096, d, device="meta")
         position, start = (torch.empty(sizes, dtype=torch.int64, device="meta") for sizes in ((1, tokens), (1,)))
         where = f"{name}, {tokens} tokens, {str(dtype).removeprefix('torch.')}"
-        packed = cache.new_empty(1, tokens, (shape.heads + 2 * k) * d)
-        made, _ = decode_attention.launch(packed, position, cache, cache, tables=(table, table), chip=chip)
-        yield f"rotary, KV write, attention ({where})", made
-        q = cache.new_empty(1, tokens, shape.heads, d)
-        yield f"attention ({where})", decode_attention.launch(q, position, cache, cache, start, chip=chip)[0]
+        packed = cache.new_empty(1, tokens, shape.packed)
+        launch, _ = decode_attention.plan_launch(packed, position, cache, cache, tables=(table, table), chip=chip)
+        yield f"rotary, KV write, attention ({where})", launch
+        q = cache.new_empty(1, tokens, shape.num_attention_heads, d)
+        yield f"attention ({where})", decode_attention.plan_launch(q, position, cache, cache, start, chip=chip)[0]
 
 
 def audit(archs: Iterable[int], workers: int = 2) -> Iterator[Finding]:
@@ -174,15 +172,15 @@ def _examine_named(work: tuple[int, str]) -> Finding:
     return examine(name, launches(arch)[name], arch)
 
 
-def examine(name: str, made: Launch, arch: int) -> Finding:
+def examine(name: str, launch: Launch, arch: int) -> Finding:
     """Compile one launch and read its machine code."""
-    compiled = made.compile(arch)
+    compiled = launch.compile(arch)
     ptx, (resources, sass) = compiled.asm["ptx"], _disassembled(compiled.asm["cubin"])
     stores = re.findall(r"\bst\.global\S*", ptx)
     loads = re.findall(r"\bld\.global\S*", ptx)
     copies = [int(size, 0) for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global\s+[^;]*?,\s*(0x\w+|\d+)", ptx)]
     early, waits, _ = ptx.partition("griddepcontrol.wait")
-    is_gemv, is_norm = made.kernel is gemv._gemv_kernel, made.kernel is rms_norm._rms_norm_kernel
+    is_gemv, is_norm = launch.kernel is gemv._gemv_kernel, launch.kernel is rms_norm._rms_norm_kernel
     registers, stack = (int(re.search(rf"{field}:(\d+)", resources)[1]) for field in ("REG", "STACK"))  # type: ignore
     shared = compiled.metadata.shared
     return Finding(
@@ -191,10 +189,10 @@ def examine(name: str, made: Launch, arch: int) -> Finding:
         registers=registers,
         spills=stack + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         shared_bytes=shared,
-        programs=programs_per_multiprocessor(CHIPS[arch], registers, made.warps, shared),
+        programs=programs_per_multiprocessor(CHIPS[arch], registers, launch.warps, shared),
         widest_load=max([*map(width, loads), *copies], default=0),
         widest_store=max(map(width, stores), default=0),
-        narrowest_weight_load=_narrowest_weight_load(made, loads, copies) if is_gemv else None,
+        narrowest_weight_load=_narrowest_weight_load(launch, loads, copies) if is_gemv else None,
         matrix_instructions=len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|IMMA)\b", sass)),
         pdl_instructions=len(set(re.findall(r"griddepcontrol\.\w+", ptx))),
         is_dependent=compiled.metadata.launch_pdl,
@@ -205,14 +203,14 @@ def examine(name: str, made: Launch, arch: int) -> Finding:
     )
 
 
-def _narrowest_weight_load(made: Launch, loads: list[str], copies: list[int]) -> int:
+def _narrowest_weight_load(launch: Launch, loads: list[str], copies: list[int]) -> int:
     """Bytes at once of a GEMV's loads of weights; 0 where none is to be found."""
     if straight := [width(load) for load in loads if "evict_first" in load]:
         return min(straight)
     # Asynchronous copies do not tell what they copy, but wide ones must be as many as the weights' tiles need.
-    tile = made.constants["BLOCK_N"] * made.constants["BLOCK_K"] * (1 + made.constants["GATED"])
-    needed = made.stages * tile * made.arguments["w_ptr"].itemsize
-    wide = WIDE * 32 * made.warps * sum(size >= WIDE for size in copies)
+    tile = launch.constants["BLOCK_N"] * launch.constants["BLOCK_K"] * (1 + launch.constants["GATED"])
+    needed = launch.stages * tile * launch.arguments["w_ptr"].itemsize
+    wide = WIDE * 32 * launch.warps * sum(size >= WIDE for size in copies)
     return WIDE if wide >= needed else min(copies, default=0)
 
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastllama_kernels.tools.step import Shape, parts
+from fastllama_kernels.common.shapes import Shape
+from fastllama_kernels.tools.step import parts
 
 EFFICIENCY = 0.92  # of the copy's bandwidth that a kernel which streams its bytes reaches
 GAP = 1.0e-6  # s between two kernels of a graph that start as programmatic dependents

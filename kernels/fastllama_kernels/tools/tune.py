@@ -21,12 +21,12 @@ from triton.errors import TritonError
 
 from fastllama_kernels.attention import op as attention
 from fastllama_kernels.attention import triton as decode_attention
-from fastllama_kernels.common import tiles
+from fastllama_kernels.common import activations, tiles
 from fastllama_kernels.common.launch import Launch
+from fastllama_kernels.common.shapes import Shape
 from fastllama_kernels.linear import op as linear
 from fastllama_kernels.linear import triton as gemv
-from fastllama_kernels.linear.op import ACTIVATIONS
-from fastllama_kernels.tools.step import EPS, SHAPES, Shape
+from fastllama_kernels.tools.step import EPS, SHAPES
 
 COLD_BYTES = 512 << 20  # several times any L2 cache
 REPLAYS = 15
@@ -71,13 +71,11 @@ def tune(names: Sequence[str], device: torch.device, file: Path = FILE) -> Itera
 
 def _to_measure(shape: Shape, device: torch.device) -> Iterator[tuple[str, str, Measure]]:
     """Kernel, key in the table, and what finds the best tile."""
-    m, f, d = shape.hidden_size, shape.intermediate_size, shape.head_dim
-    packed = (shape.heads + 2 * shape.kv_heads) * d
-    matrices = {(packed, m, False), (m, shape.heads * d, False), (f, m, True), (m, f, False)}
-    for (n, k, gated), rows in itertools.product(sorted(matrices | {(shape.vocab_size, m, False)}), ROWS):
+    matrices = {(n // (1 + (name == "gate_up")), k, name == "gate_up") for name, (n, k) in shape.matrices.items()}
+    for (n, k, gated), rows in itertools.product(sorted(matrices), ROWS):
         key = tiles.gemv_key(rows, n, k, torch.bfloat16, gated)
         yield "gemv", key, functools.partial(_best_gemv, rows, n, k, gated, device)
-    key = tiles.attention_key(d, torch.bfloat16, 16)
+    key = tiles.attention_key(shape.head_dim, torch.bfloat16, 16)
     yield "decode_attention", key, functools.partial(_best_attention, shape, device)
 
 
@@ -86,15 +84,15 @@ def _best_gemv(rows: int, n: int, k: int, gated: bool, device: torch.device) -> 
     x = torch.randn(rows, k, dtype=torch.bfloat16, device=device)
     copies = max(2, -(-COLD_BYTES // (weight_rows * k * 2)))
     weights = [torch.randn(weight_rows, k, dtype=torch.bfloat16, device=device) / k**0.5 for _ in range(copies)]
-    silu = list(ACTIVATIONS).index("silu") if gated else None
+    silu = activations.SILU if gated else None
     if gated:
-        expected = linear.gate_up_ref(x, weights[0], None, None, EPS, "silu")
+        expected = linear.gate_up_ref(x, weights[0], None, None, EPS, activations.SILU)
     else:
         expected = linear.linear_ref(x, weights[0], None, None, EPS, None)
 
     def candidate(tile: tiles.GemvTile) -> tuple[Make, torch.Tensor]:
-        made = [gemv.launch(x, weight, None, None, EPS, None, silu, tile=tile) for weight in weights]
-        return lambda copy: made[copy][0], made[0][1]
+        planned = [gemv.plan_launch(x, weight, None, None, EPS, None, silu, tile=tile) for weight in weights]
+        return lambda copy: planned[copy][0], planned[0][1]
 
     if rows == 1:  # a row of the tile is one load of every thread; see tiles.gemv
         sizes = [(n, 256 * warps, warps) for n, warps in itertools.product((1, 2, 4, 8), (2, 4))]
@@ -106,17 +104,17 @@ def _best_gemv(rows: int, n: int, k: int, gated: bool, device: torch.device) -> 
 
 
 def _best_attention(shape: Shape, device: torch.device) -> tuple[tiles.AttentionTile, float, int]:
-    sizes = (1, shape.kv_heads, LIVE, shape.head_dim)
-    copies = max(2, -(-COLD_BYTES // (2 * LIVE * shape.kv_heads * shape.head_dim * 2)))
+    sizes = (1, shape.num_key_value_heads, LIVE, shape.head_dim)
+    copies = max(2, -(-COLD_BYTES // (2 * LIVE * shape.num_key_value_heads * shape.head_dim * 2)))
     caches = [torch.randn(2, *sizes, dtype=torch.bfloat16, device=device) for _ in range(copies)]
-    q = torch.randn(1, 1, shape.heads, shape.head_dim, dtype=torch.bfloat16, device=device)
+    q = torch.randn(1, 1, shape.num_attention_heads, shape.head_dim, dtype=torch.bfloat16, device=device)
     position = torch.full((1, 1), LIVE - 1, device=device)
     out = attention.masked_attention(q.transpose(1, 2), position, *caches[0])
-    arrived = torch.zeros(shape.heads, dtype=torch.int32, device=device)
+    arrived = torch.zeros(shape.num_attention_heads, dtype=torch.int32, device=device)
 
     def candidate(tile: tiles.AttentionTile) -> tuple[Make, torch.Tensor]:
-        made = [decode_attention.launch(q, position, k, v, arrived=arrived, tile=tile) for k, v in caches]
-        return lambda copy: made[copy][0], made[0][1]
+        planned = [decode_attention.plan_launch(q, position, k, v, arrived=arrived, tile=tile) for k, v in caches]
+        return lambda copy: planned[copy][0], planned[0][1]
 
     choices = itertools.starmap(tiles.AttentionTile, itertools.product((32, 64, 128), (2, 4, 8), (1, 2, 3, 4)))
     tile, seconds = _fastest(choices, candidate, out.transpose(1, 2), copies)

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastllama_kernels.attention import op
 from fastllama_kernels.attention.op import MAX_TOKENS, rotary_attention_ref
 from fastllama_kernels.common import build
 
@@ -35,8 +34,8 @@ def draw(b, t, kv_heads, groups, d, dtype, starts, cache_rows=None) -> list[torc
 def rotary_attention(qkv, *others) -> torch.Tensor:
     """The decode kernel or the prefill's op, by the number of tokens, as :mod:`fastllama.ops` chooses."""
     if qkv.shape[1] > MAX_TOKENS:
-        return op.prefill_attention(qkv, *others)
-    return op.rotary_attention(qkv, *others)
+        return torch.ops.fastllama.prefill_attention(qkv, *others)
+    return torch.ops.fastllama.rotary_attention(qkv, *others)
 
 
 def in_float64(qkv, cos, sin, position, k_cache, v_cache) -> torch.Tensor:

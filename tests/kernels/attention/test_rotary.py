@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastllama_kernels.attention.rotary import rotary, rotary_ref, rotary_write, rotary_write_ref
+from fastllama_kernels.attention.rotary import rotary_write, rotary_write_ref
 
 pytestmark = pytest.mark.triton
 SETTINGS = settings(deadline=None, max_examples=10 if torch.cuda.is_available() else 40)  # a GPU's are compiled each
@@ -29,21 +29,8 @@ def in_float64(x, cos, sin, position) -> torch.Tensor:
 
 @SETTINGS
 @given(
-    b=st.integers(1, 3), t=st.integers(1, 4), heads=st.integers(1, 5), d=st.sampled_from([8, 24, 64, 80, 256]),
-    dtype=st.sampled_from(DTYPES),
-)  # fmt: skip
-def test_rotated_heads_are_as_exact_as_torch(device, assert_as_exact, b, t, heads, d, dtype) -> None:
-    cos, sin = tables(device, d)
-    x = torch.randn(b, t, heads, d, device=device).to(dtype)
-    position = torch.randint(0, SLOTS, (b, t), device=device)
-    args = (x, cos, sin, position)
-    assert_as_exact(rotary(*args), rotary_ref(*args), in_float64(*args))
-
-
-@SETTINGS
-@given(
     b=st.integers(1, 3), t=st.integers(1, 4), kv_heads=st.integers(1, 3), groups=st.sampled_from([1, 2, 7]),
-    d=st.sampled_from([8, 24, 128]), dtype=st.sampled_from(DTYPES),
+    d=st.sampled_from([8, 24, 80, 256]), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
 def test_keys_and_values_go_to_their_slots_and_nowhere_else(
     device, assert_as_exact, b, t, kv_heads, groups, d, dtype
@@ -91,16 +78,16 @@ def test_bad_input_is_refused(index, bad, said) -> None:
 
 
 def test_a_head_dim_that_the_kernel_cannot_take_and_short_tables_are_refused() -> None:
+    caches = torch.randn(2, 1, 1, SLOTS, 12)
     with pytest.raises(ValueError, match="head_dim is 12"):
-        rotary(torch.randn(1, 1, 2, 12), *tables("cpu", 12), torch.zeros(1, 1, dtype=torch.long))
+        rotary_write(torch.randn(1, 1, 36), *tables("cpu", 12), torch.zeros(1, 1, dtype=torch.long), *caches)
     caches = torch.randn(2, 1, 1, SLOTS, 16)
     with pytest.raises(ValueError, match="there must be a row for each"):
         rotary_write(torch.randn(1, 1, 48), *tables("cpu", 16, 8), torch.zeros(1, 1, dtype=torch.long), *caches)
 
 
-def test_schemas_and_fakes_are_right() -> None:
+def test_schema_and_fake_are_right(triton_on_cpu) -> None:
     position = torch.tensor([[1, 2], [3, 4]])
-    torch.library.opcheck(torch.ops.fastllama.rotary.default, (torch.randn(2, 2, 3, 16), *tables("cpu", 16), position))
     caches = torch.randn(2, 2, 1, SLOTS, 16)
     args = (torch.randn(2, 2, 64), *tables("cpu", 16), position, caches[0].clone(), caches[1].clone())
     torch.library.opcheck(torch.ops.fastllama.rotary_write.default, args)

@@ -43,8 +43,8 @@ def attend_in_float64(q, position, k_cache, v_cache, start=None) -> torch.Tensor
 
 def run(args: list[torch.Tensor], splits: int | None, **others) -> torch.Tensor:
     qkv, cos, sin, position, *caches = args
-    made, out = op.launch(qkv, position, *caches, tables=(cos, sin), splits=splits, **others)
-    made.run()
+    launch, out = op.plan_launch(qkv, position, *caches, tables=(cos, sin), splits=splits, **others)
+    launch.run()
     return out
 
 
@@ -96,8 +96,8 @@ def test_attention_between_start_and_position_is_as_exact_as_torch(
     torchs = caches.clone()
     for row in range(2):
         caches[:, row, :, : first[row]] = caches[:, row, :, last[row] + t :] = float("nan")
-    made, found = op.launch(q, position, *(cache.clone() for cache in caches), start_b=start, splits=splits)
-    made.run()
+    launch, found = op.plan_launch(q, position, *(cache.clone() for cache in caches), start_b=start, splits=splits)
+    launch.run()
     reference = op.decode_attention_ref(q, position, *torchs, start)
     assert_as_exact(found, reference, attend_in_float64(q, position, *torchs, start))
 
@@ -133,8 +133,8 @@ def test_a_position_beyond_the_cache_writes_nothing_and_sees_all_of_it(device, s
 def test_a_query_that_sees_nothing_gives_zeros(device, splits) -> None:
     q, caches = torch.randn(1, 2, 4, 16, device=device), torch.randn(2, 1, 2, 64, 16, device=device)
     position, start = torch.tensor([[3, 4]], device=device), torch.tensor([9], device=device)
-    made, found = op.launch(q, position, *caches, start_b=start, splits=splits)
-    made.run()
+    launch, found = op.plan_launch(q, position, *caches, start_b=start, splits=splits)
+    launch.run()
     assert (found == 0).all()
 
 
@@ -147,12 +147,12 @@ def test_a_start_before_the_cache_is_its_beginning(device) -> None:
 
 
 def test_one_launch_serves_every_length() -> None:
-    made = []
+    launches = []
     for live in (1, 299):
         args = draw("cpu", 1, 1, 2, 2, 16, torch.float32, [live])
-        made.append(op.launch(args[0], args[3], *args[4:], tables=tuple(args[1:3]))[0])
-    assert made[0].signature == made[1].signature
-    assert (made[0].constants, made[0].grid) == (made[1].constants, made[1].grid)
+        launches.append(op.plan_launch(args[0], args[3], *args[4:], tables=tuple(args[1:3]))[0])
+    assert launches[0].signature == launches[1].signature
+    assert (launches[0].constants, launches[0].grid) == (launches[1].constants, launches[1].grid)
 
 
 def test_launches_are_as_many_as_fill_the_chip_and_no_shorter_than_a_tile() -> None:
@@ -160,7 +160,7 @@ def test_launches_are_as_many_as_fill_the_chip_and_no_shorter_than_a_tile() -> N
         cache = torch.empty(batch, 8, slots, 64, dtype=torch.bfloat16, device="meta")
         q = torch.empty(batch, 1, 32, 64, dtype=torch.bfloat16, device="meta")
         position = torch.empty(batch, 1, dtype=torch.int64, device="meta")
-        return op.launch(q, position, cache, cache, chip=(9, 0))[0].grid[0]
+        return op.plan_launch(q, position, cache, cache, chip=(9, 0))[0].grid[0]
 
     assert splits(128, 1) == 1
     assert splits(512, 1) == 4
@@ -192,7 +192,7 @@ def test_bad_input_is_refused(bad, said) -> None:
     if "q" in bad and len(bad["q"]) == 3:
         bad = bad | {"position_bt": torch.zeros(3, 1, dtype=torch.long)}
     with pytest.raises(ValueError, match=said):
-        op.launch(**(good | bad))
+        op.plan_launch(**(good | bad))
 
 
 def test_schema_and_fake_are_right() -> None:
@@ -200,3 +200,11 @@ def test_schema_and_fake_are_right() -> None:
     position = torch.tensor([[1, 2], [3, 4]])
     args = (q, position, caches[0].clone(), caches[1].clone(), torch.tensor([0, 2]))
     torch.library.opcheck(torch.ops.fastllama.decode_attention.default, args)
+
+
+def test_schema_and_fake_of_the_rotary_form_are_right(triton_on_cpu) -> None:
+    args = draw("cpu", 2, 2, 2, 2, 16, torch.float32, [3, 4])
+    for cache in args[4:]:
+        cache.nan_to_num_()
+    counters = torch.zeros(8, dtype=torch.int32)
+    torch.library.opcheck(torch.ops.fastllama.rotary_attention_split.default, (*args, counters))

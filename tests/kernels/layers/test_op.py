@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastllama_kernels.attention.op import rotary_attention
 from fastllama_kernels.common import build
+from fastllama_kernels.common.activations import GELU, SILU
 from fastllama_kernels.layers.op import DENSE, DENSE_BIAS, Layer, Weights, flatten, layers
-from fastllama_kernels.linear.op import gate_up, linear
 
 LAYERS, M, F, HEADS, KV_HEADS, D, SLOTS = 3, 24, 40, 4, 2, 8, 20
 EPS = 1e-5
+linear, gate_up = torch.ops.fastllama.linear, torch.ops.fastllama.gate_up
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,14 +46,14 @@ def one_by_one(x, cos, sin, position, weights, k_caches, v_caches, activation) -
     for layer, k_cache, v_cache in zip(weights, k_caches, v_caches, strict=True):
         qkv, o, up, down = ((*weights.tensors, None)[:2] for weights in (layer.qkv, layer.o, layer.gate_up, layer.down))
         packed = linear(x, *qkv, layer.input_norm, EPS)
-        heads = rotary_attention(packed, cos, sin, position, k_cache, v_cache)
+        heads = torch.ops.fastllama.rotary_attention(packed, cos, sin, position, k_cache, v_cache)
         x = linear(heads, *o, residual=x)
         x = linear(gate_up(x, *up, layer.post_norm, EPS, activation), *down, residual=x)
     return x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("b", "t", "bias", "activation"), [(1, 1, False, "silu"), (2, 2, True, "gelu")])
+@pytest.mark.parametrize(("b", "t", "bias", "activation"), [(1, 1, False, SILU), (2, 2, True, GELU)])
 def test_it_is_its_operations_one_after_the_other(dtype, b, t, bias, activation) -> None:
     *args, k_caches, v_caches = draw(b, t, dtype, bias)
     copies = [[cache.clone() for cache in caches] for caches in (k_caches, v_caches)]
@@ -66,9 +66,9 @@ def test_it_is_its_operations_one_after_the_other(dtype, b, t, bias, activation)
 def test_a_number_of_weights_that_does_not_fit_the_caches_is_refused() -> None:
     x, cos, sin, position, weights, k_caches, v_caches = draw(1, 1, torch.float32, False)
     with pytest.raises(RuntimeError, match="got 8 matrices and 3 value caches for 3 key caches, expected 4 and 1"):
-        layers(x, cos, sin, position, weights[:-1], k_caches, v_caches, EPS, "silu")
+        layers(x, cos, sin, position, weights[:-1], k_caches, v_caches, EPS, SILU)
     with pytest.raises(RuntimeError, match="2 value caches"):
-        layers(x, cos, sin, position, weights, k_caches, v_caches[:-1], EPS, "silu")
+        layers(x, cos, sin, position, weights, k_caches, v_caches[:-1], EPS, SILU)
 
 
 def test_tensors_that_do_not_fit_their_kinds_are_refused() -> None:

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastllama_kernels.common import build
-from fastllama_kernels.linear.op import ACTIVATIONS, gate_up, gate_up_ref, linear, linear_ref
+from fastllama_kernels.common.activations import ACTIVATIONS
+from fastllama_kernels.linear.op import gate_up_ref, linear_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+linear, gate_up = torch.ops.fastllama.linear, torch.ops.fastllama.gate_up
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,8 +77,8 @@ def test_linear_is_as_exact_as_torch(rows, k, n, dtype, bias, norm, residual) ->
 def test_gate_up_is_as_exact_as_torch(rows, k, f, dtype, bias, norm, activation) -> None:
     args = draw(rows, k, 2 * f, dtype, bias, norm, False)[:5]
     gate, up = linear_in_float64(*exact(args), None).chunk(2, dim=-1)
-    expected = ACTIVATIONS[activation](gate) * up
-    assert_as_exact_as_torch(gate_up(*args, activation), gate_up_ref(*args, activation), expected)
+    number, function = ACTIVATIONS[activation]
+    assert_as_exact_as_torch(gate_up(*args, number), gate_up_ref(*args, number), function(gate) * up)
 
 
 def test_leading_dimensions_are_kept() -> None:

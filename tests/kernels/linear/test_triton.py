@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastllama_kernels.common.activations import ACTIVATIONS
 from fastllama_kernels.linear import triton as gemv
-from fastllama_kernels.linear.op import ACTIVATIONS, gate_up_ref, linear_ref
+from fastllama_kernels.linear.op import gate_up_ref, linear_ref
 
 pytestmark = pytest.mark.triton
 SETTINGS = settings(deadline=None, max_examples=10 if torch.cuda.is_available() else 40)  # a GPU's are compiled each
@@ -59,9 +60,8 @@ def test_linear_is_as_exact_as_torch(device, assert_as_exact, rows, k, n, dtype,
 def test_gate_up_is_as_exact_as_torch(device, assert_as_exact, rows, k, f, dtype, bias, norm, activation) -> None:
     args = draw(device, rows, k, 2 * f, dtype, bias, norm, False)[:5]
     gate, up = in_float64(*args, None).chunk(2, dim=-1)
-    expected = ACTIVATIONS[activation](gate) * up
-    found = gemv.gate_up(*args, list(ACTIVATIONS).index(activation))
-    assert_as_exact(found, gate_up_ref(*args, activation), expected)
+    number, function = ACTIVATIONS[activation]
+    assert_as_exact(gemv.gate_up(*args, number), gate_up_ref(*args, number), function(gate) * up)
 
 
 @pytest.mark.parametrize("rows", [1, 4])

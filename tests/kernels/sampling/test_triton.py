@@ -17,7 +17,6 @@ from transformers.generation.logits_process import (
 )
 
 from fastllama_kernels.common import build
-from fastllama_kernels.sampling import op as sampling
 from fastllama_kernels.sampling import triton as triton_sample
 from fastllama_kernels.sampling.op import SamplingParams, sample_ref, uniform, warped_probabilities
 
@@ -41,7 +40,7 @@ def sample(request: pytest.FixtureRequest, device: str) -> Sample:
     """An implementation, taking and giving tensors of the CPU."""
 
     def on_cpu(logits: torch.Tensor, params: SamplingParams, position: torch.Tensor) -> torch.Tensor:
-        return sampling.sample(logits, params, position)
+        return torch.ops.fastllama.sample(logits, *params, position)
 
     def in_triton(logits: torch.Tensor, params: SamplingParams, position: torch.Tensor) -> torch.Tensor:
         moved = (x.to(device) for x in params)
