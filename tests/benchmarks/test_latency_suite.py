@@ -18,8 +18,3 @@ def test_every_benchmark_of_the_suite_passes_its_check_of_outputs() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout.splitlines()[-1]
-
-
-def test_a_plain_pytest_does_not_collect_the_suite(pytestconfig: pytest.Config) -> None:
-    assert SUITE.is_file()
-    assert pytestconfig.getini("testpaths") == ["tests"]
