@@ -89,7 +89,7 @@ def decode(
         failed = list(measure_points(loaded, points, asked, described, keep, launches, quiet))
         keep.write_json(failed if len(points) > 1 else None)
         if plot and keep.records:
-            plots.draw([each for each in keep.records if each["kind"] == "decode"], plot)
+            plots.plot([each for each in keep.records if each["kind"] == "decode"], plot)
         wrong = [each["reason"] for each in failed if not keep.records or "parity gate" in each["reason"]]
         if wrong:
             raise ValueError(f"{len(failed)} points failed; the first with: {wrong[0]}")
@@ -154,7 +154,7 @@ def kernels(
         keep.add("kernels", fields)
         keep.write_json()
         if plot:
-            plots.draw(keep.records, plot)
+            plots.plot(keep.records, plot)
 
 
 @app.command()
@@ -167,7 +167,7 @@ def report(
     check: Check = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show, draw or publish records."""
+    """Show, plot or publish records."""
     with errors_in_one_line(debug):
         from . import plots
         from . import report as reports
@@ -185,7 +185,7 @@ def report(
             else:
                 stdout().print(f"\n{title}", markup=False)
                 stdout().print(reports.console(each))
-        return plots.draw(records, plot) if plot else None
+        return plots.plot(records, plot) if plot else None
 
 
 app.command("regress", context_settings={"help_option_names": ["-h", "--help"]})(regress)

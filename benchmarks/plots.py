@@ -26,15 +26,15 @@ def ready(path: Path | None) -> None:
     except ImportError as error:
         raise ValueError('--plot needs matplotlib: pip install "fastllama[bench]"') from error
     if path.suffix.lower() not in FORMATS or not path.parent.is_dir():
-        raise ValueError(f"cannot draw {path}: expected a name that ends in {', '.join(FORMATS)}, in a folder")
+        raise ValueError(f"cannot plot to {path}: expected a name that ends in {', '.join(FORMATS)}, in a folder")
 
 
-def draw(records: Sequence[Record], path: Path) -> None:
-    """Draw a decode's contenders, a grid of decodes, or a step's operations; equal records give equal files."""
+def plot(records: Sequence[Record], path: Path) -> None:
+    """Plot a decode's contenders, a grid of decodes, or a step's operations; equal records give equal files."""
     ready(path)
     kinds = {record["kind"] for record in records}
     if kinds not in ({"decode"}, {"kernels"}):
-        raise ValueError(f"decodes or kernels can be drawn, got {', '.join(sorted(kinds)) or 'no record'}")
+        raise ValueError(f"decodes or kernels can be plotted, got {', '.join(sorted(kinds)) or 'no record'}")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

@@ -87,7 +87,7 @@ class StaticTransformers(Transformers):
             self._shape = (workload.batch, slots)
         self._cache.reset()
         compile_config: Any = CompileConfig(mode="reduce-overhead", fullgraph=True)
-        compile_config._compile_all_devices = True  # transformers compiles for CUDA alone unless told
+        compile_config._compile_all_devices = True  # by default it compiles for CUDA alone
         return {"past_key_values": self._cache, "compile_config": compile_config}
 
 

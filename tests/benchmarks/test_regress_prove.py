@@ -1,7 +1,5 @@
 """The proof of the gate: equal and slowed heads, interleaved, and what counts as a proof."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -138,5 +138,5 @@ def test_every_arm_is_once_in_each_place_and_follows_each_other_once() -> None:
 
 def test_what_happens_every_few_steps_is_in_every_time_of_a_step() -> None:
     assert step_seconds(([1.0] * 7 + [9.0]) * 2) == [2.0, 2.0]
-    assert step_seconds([*[1.0] * 8, 700.0]) == [1.0]  # too few to stand beside the others
+    assert step_seconds([*[1.0] * 8, 700.0]) == [1.0]  # too few to count with the others
     assert step_seconds([2.0, 4.0]) == [3.0]
