@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fastllama_benchmarks import readme
-from fastllama_benchmarks.plots import draw
+from fastllama_benchmarks.plots import plot
 from fastllama_benchmarks.readme import BEGIN, END, figures, fill
 from fastllama_benchmarks.records import read, read_all
 from fastllama_benchmarks.report import cells, command, console, markdown
@@ -152,5 +152,5 @@ def test_equal_records_give_equal_drawings(tmp_path: Path, kind: str) -> None:
     if not records:
         pytest.skip("no such record")
     for name in ("a.svg", "b.svg"):
-        draw(records, tmp_path / name)
+        plot(records, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
