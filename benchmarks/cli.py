@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,8 +20,6 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and wrong usage answe
     from rich.console import RenderableType
 
     from fastllama import LlamaForCausalLM
-
-    from .decode import Point
 
 TABLE_TOKENS, TABLE_ROUNDS = 64, 2  # of each timed decode of generate --table
 
@@ -81,16 +80,16 @@ def decode(
     with errors_in_one_line(debug):
         asked = peers_of(peers, gpt_fast, llama_bench) | {"rounds": rounds}
         batches, prompts, slots = map(numbers, (batch, prompt_len, capacity))
-        from . import decode, plots
+        from . import plots
 
         plots.ready(plot)
         loaded, described = load(model, dtype, device, quiet)
-        points = list(decode.grid(batches, prompts, slots or [None], new_tokens))
+        points = [(*each, new_tokens) for each in itertools.product(batches, prompts, slots or [None])]
         keep = Keeper(loaded.device, json_file, record)
         failed = list(measure_points(loaded, points, asked, described, keep, launches, quiet))
         keep.write_json(failed if len(points) > 1 else None)
         if plot and keep.records:
-            plots.draw([each for each in keep.records if each["kind"] == "decode"], plot)
+            plots.plot([each for each in keep.records if each["kind"] == "decode"], plot)
         wrong = [each["reason"] for each in failed if not keep.records or "parity gate" in each["reason"]]
         if wrong:
             raise ValueError(f"{len(failed)} points failed; the first with: {wrong[0]}")
@@ -155,7 +154,7 @@ def kernels(
         keep.add("kernels", fields)
         keep.write_json()
         if plot:
-            plots.draw(keep.records, plot)
+            plots.plot(keep.records, plot)
 
 
 @app.command()
@@ -168,7 +167,7 @@ def report(
     check: Check = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show, draw or publish records."""
+    """Show, plot or publish records."""
     with errors_in_one_line(debug):
         from . import plots
         from . import report as reports
@@ -186,7 +185,7 @@ def report(
             else:
                 stdout().print(f"\n{title}", markup=False)
                 stdout().print(reports.console(each))
-        return plots.draw(records, plot) if plot else None
+        return plots.plot(records, plot) if plot else None
 
 
 app.command("regress", context_settings={"help_option_names": ["-h", "--help"]})(regress)
@@ -205,9 +204,6 @@ def generate_table(
     workload = Workload((tuple(prompt_ids),), max(2, min(TABLE_TOKENS, new_tokens)))
     fields = compare(model, workload, rounds=TABLE_ROUNDS, peers=(EAGER,), say=say)
     return console({"kind": "decode"} | fields), fields
-
-
-# ---- what the commands share -----------------------------------------------------------------------------------------
 
 
 def peers_of(text: str, gpt_fast: Path | None, llama_bench: Path | None) -> dict[str, Any]:
@@ -272,7 +268,7 @@ class Keeper:
 
 def measure_points(
     model: LlamaForCausalLM,
-    points: Sequence[Point],
+    points: Sequence[tuple[int, int, int | None, int]],
     asked: dict[str, Any],
     described: dict[str, Any],
     keep: Keeper,
@@ -287,20 +283,22 @@ def measure_points(
     from .launches import measure_launches
     from .workload import reason
 
-    for point in points:
+    for batch, prompt_len, slots, new_tokens in points:
+        title = f"batch {batch}, prompt of {prompt_len}" + f", {slots} slots" * bool(slots)
         try:
-            workload = workload_of(model, point)
+            workload = workload_of(model, batch, prompt_len, new_tokens, slots)
             model.release()
             with progress(quiet) as say:
-                fields = compare(model, workload, beside=point.beside, say=say, **asked)
-            keep.add("decode", described | fields, str(point) if len(points) > 1 else "")
+                fields = compare(model, workload, say=say, **asked)
+            keep.add("decode", described | fields, title if len(points) > 1 else "")
             if launches:
                 keep.add("launches", described | {"parity": True} | measure_launches(model, workload))
         except Exception as error:
             if len(points) == 1:
                 raise
-            stderr().print(f"{point} failed: {reason(error)}", markup=False)
-            yield point._asdict() | {"reason": reason(error)}
+            stderr().print(f"{title} failed: {reason(error)}", markup=False)
+            sizes = {"batch": batch, "prompt_len": prompt_len, "new_tokens": new_tokens, "capacity": slots}
+            yield sizes | {"reason": reason(error)}
 
 
 if __name__ == "__main__":

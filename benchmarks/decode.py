@@ -1,20 +1,31 @@
 """``bench decode``: fastllama, its peers and the bound interleaved in one run, outputs checked, over a grid."""
 
-from __future__ import annotations
-
 import itertools
+import resource
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
 
 from fastllama import LlamaForCausalLM
-from fastllama.measure import BandwidthProbe, free_memory, kv_cache_bytes, quantiles, weight_bytes_per_step
+from fastllama.measure import (
+    BandwidthProbe,
+    free_memory,
+    kv_cache_bytes,
+    last_level_cache,
+    quantiles,
+    weight_bytes_per_step,
+)
 
 from .contenders import Task, open_peers
-from .contenders.fastllama import Engine, EngineAt
-from .costs import Compilations, counting, last_level_cache, peak_memory
+from .contenders.fastllama import Engine
 from .parity import Parity, check_all
 from .rounds import WARMUP_RUNS, Results, Say, interleave
 from .workload import Decode, Workload
@@ -23,17 +34,32 @@ STEADY = 1.15  # largest over smallest reading of the bandwidth in a run that wa
 
 
 class CountedEngine(Engine):
-    """The engine, and what each of its runs has compiled and recorded."""
+    """The engine, and how many functions and CUDA graphs each of its runs has compiled and recorded."""
 
     def __init__(self) -> None:
-        self.costs: list[Compilations] = []
+        self.compilations: list[int] = []
+        self.recordings: list[int] = []
 
     def run(self, workload: Workload) -> Decode:
         """Decode once."""
-        with counting() as cost:
+        genuine, before, recorded = CUDAGraphTreeManager.record_function, counters["stats"]["unique_graphs"], []
+
+        def record_function(*arguments: Any, **settings: Any) -> Any:
+            recorded.append(1)
+            return genuine(*arguments, **settings)
+
+        with patch.object(CUDAGraphTreeManager, "record_function", record_function):
             done = super().run(workload)
-        self.costs.append(cost)
+        self.compilations.append(counters["stats"]["unique_graphs"] - before)
+        self.recordings.append(len(recorded))
         return done
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that were in use at once: of the device's memory on CUDA, else of this process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def compare(
@@ -43,21 +69,10 @@ def compare(
     rounds: int,
     warmups: int = WARMUP_RUNS,
     peers: Sequence[str] = (),
-    places: Mapping[str, str | None] | None = None,
-    beside: int | None = None,
+    places: Mapping[str, Any] | None = None,
     say: Say = lambda message: None,
 ) -> dict[str, Any]:
-    """Decode the same workload with the engine and its peers, interleaved; the fields of a record.
-
-    Args:
-        model: lends its weights; its engine compiles now if it has not yet.
-        workload: what to decode.
-        rounds, warmups: timed and unmeasured runs of each, of fastllama one more.
-        peers: names of :data:`fastllama_benchmarks.contenders.NAMES`.
-        places: ``gpt_fast`` and ``llama_bench``, where those are.
-        beside: slots of a second engine that takes part, to compare capacities in one run.
-        say: hears what is about to run.
-    """
+    """Decode the same workload with the engine and its peers, interleaved; the fields of a record."""
     slots, dtype = workload.capacity or workload.prompt_len + workload.new_tokens, str(model.dtype)[len("torch.") :]
     task = Task("", dtype, str(model.device), workload.batch, slots, lent=model, **(places or {}))
     engine, probe = CountedEngine(), BandwidthProbe(model.device)
@@ -68,9 +83,6 @@ def compare(
     first_run_s, peak = time.perf_counter() - start, peak_memory(model.device)
     with tempfile.TemporaryDirectory(prefix="fastllama-peers-") as workspace:
         opened, missing = open_peers(peers, replace(task, workspace=workspace))
-        if beside is not None:
-            opened.insert(0, EngineAt(beside))
-            opened[0].load(task)
         try:
             results = interleave([engine, *opened], workload, rounds, warmups=warmups, say=say, between=probe.sample)
             info = {peer.name: peer.info or None for peer in opened if peer.name in results.runs}
@@ -84,8 +96,8 @@ def compare(
     found |= {
         "rounds": rounds,
         "peak_memory_bytes": peak,
-        "compiles_after_warmup": sum(cost.graphs for cost in engine.costs[-rounds:]),
-        "recordings_after_warmup": sum(cost.recordings for cost in engine.costs[-rounds:]),
+        "compiles_after_warmup": sum(engine.compilations[-rounds:]),
+        "recordings_after_warmup": sum(engine.recordings[-rounds:]),
     }
     parities = check_all(model, workload, {name: runs[0].tokens for name, runs in results.runs.items()})
     found |= entries(workload, results, found, parities, info, missing | results.broken)
@@ -118,8 +130,7 @@ def entries(
     reference = next(iter(results.runs.values()))[0].tokens
     assert reference is not None
     ours, *others = (
-        {"name": name, "first_run_s": results.first_seconds[name]}
-        | figures(runs, workload, bound)
+        {"name": name, "first_run_s": results.first_seconds[name], **figures(runs, workload, bound)}
         | agreement(runs[0], parities[name], reference[0])
         for name, runs in results.runs.items()
     )
@@ -149,17 +160,11 @@ def figures(runs: Sequence[Decode], workload: Workload, bound: Mapping[str, Any]
 
 def agreement(run: Decode, parity: Parity | None, reference: Sequence[int]) -> dict[str, Any]:
     """Whether the tokens are right, and how many of the first row equal fastllama's before one differs."""
-    first = None if run.tokens is None else run.tokens[0]
-    return {
-        "parity": None if parity is None else parity.passed,
-        "parity_detail": None if parity is None else asdict(parity),
-        "same_tokens": None if first is None else common_prefix(first, reference),
-    }
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two decodes share before the first that differs."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+    if parity is None or run.tokens is None:
+        return {"parity": None, "parity_detail": None, "same_tokens": None}
+    pairs = zip(run.tokens[0], reference, strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return {"parity": parity.passed, "parity_detail": asdict(parity), "same_tokens": same}
 
 
 def disturbances(found: Mapping[str, Any], in_cache: bool) -> list[str]:
@@ -175,40 +180,16 @@ def disturbances(found: Mapping[str, Any], in_cache: bool) -> list[str]:
     return lines
 
 
-class Point(NamedTuple):
-    """One decode of a grid."""
-
-    batch: int
-    prompt_len: int
-    new_tokens: int
-    capacity: int | None = None
-    beside: int | None = None  # slots of a second engine that takes part, where capacities are compared
-
-    def __str__(self) -> str:
-        return f"batch {self.batch}, prompt of {self.prompt_len}" + f", {self.capacity} slots" * bool(self.capacity)
-
-
-def grid(
-    batches: Sequence[int], prompt_lens: Sequence[int], capacities: Sequence[int | None], new_tokens: int
-) -> Iterator[Point]:
-    """Every combination; each capacity but the first takes part in one run with the first that holds the tokens."""
-    for batch, prompt_len, capacity in itertools.product(batches, prompt_lens, capacities):
-        roomy = (slots for slots in capacities if slots and slots >= prompt_len + new_tokens)
-        beside = next(roomy, None) if len(capacities) > 1 else None
-        yield Point(batch, prompt_len, new_tokens, capacity, None if beside == capacity else beside)
-
-
-def workload_of(model: LlamaForCausalLM, point: Point) -> Workload:
-    """The point's random prompts; ValueError where the capacity or, on a CPU, the free memory cannot hold the tokens.
+def workload_of(model: LlamaForCausalLM, batch: int, prompt_len: int, new_tokens: int, slots: int | None) -> Workload:
+    """Random prompts; ValueError where the slots or, on a CPU, the free memory cannot hold the tokens.
 
     A CPU's system would not refuse such an allocation, but end the process once the memory is written to.
     """
-    batch, prompt_len, new_tokens, capacity, _ = point
     needed = prompt_len + new_tokens
-    if capacity is not None and capacity < needed:
-        raise ValueError(f"{prompt_len} + {new_tokens} tokens do not fit {capacity} slots")
+    if slots is not None and slots < needed:
+        raise ValueError(f"{prompt_len} + {new_tokens} tokens do not fit {slots} slots")
     bucket = 1 << (batch - 1).bit_length()  # rows run in powers of two
-    nbytes = kv_cache_bytes(model.config, capacity or needed, bucket, model.dtype.itemsize)
+    nbytes = kv_cache_bytes(model.config, slots or needed, bucket, model.dtype.itemsize)
     if model.device.type == "cpu" and nbytes > free_memory():
         raise ValueError(f"the KV cache takes {nbytes / 1e9:.3g} GB, {free_memory() / 1e9:.3g} GB are free")
-    return Workload.random(model.config.vocab_size, batch, prompt_len, new_tokens, capacity)
+    return Workload.random(model.config.vocab_size, batch, prompt_len, new_tokens, slots)

@@ -1,7 +1,5 @@
 """Where a record was measured: commit, versions, processor, device, clocks, threads."""
 
-from __future__ import annotations
-
 import functools
 import os
 import platform
@@ -18,10 +16,7 @@ from fastllama.cli.console import installed_version
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "TORCH", "PYTORCH_", "CUDA_", "TRITON_", "LD_PRELOAD")
-INSTRUCTION_SETS = (
-    "amx_tile", "amx_bf16", "amx_int8", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni", "avx2",
-    "fma", "f16c", "sve", "sve2", "bf16", "i8mm", "asimd",
-)  # fmt: skip
+INSTRUCTION_SETS = "amx_tile amx_bf16 amx_int8 avx512f avx512_bf16 avx512_vnni avx_vnni avx2 fma sve bf16 i8mm"
 PLACES = ("_DIR", "_PATH", "_HOME")  # where caches lie is irrelevant
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +28,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     return {
         **commit(),
         "python": platform.python_version(),
-        "packages": versions(),
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "system": platform.platform(),
         **processor(),
         "cpu_mhz": frequency.current if frequency else None,
@@ -51,12 +46,6 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str | None]:
-    """The versions of the packages that decide what runs."""
-    found = {name: installed_version(name) for name in PACKAGES}
-    return {name: None if version == "not installed" else version for name, version in found.items()}
-
-
 @functools.cache
 def processor() -> dict[str, Any]:
     """The processor's brand, and which of the instruction sets that matter to a decode it has."""
@@ -66,7 +55,7 @@ def processor() -> dict[str, Any]:
     brand = found.get("brand_raw") or platform.processor() or platform.machine()
     names = {"avx512bf16": "avx512_bf16", "avx512vnni": "avx512_vnni"}  # as cpuid has them
     flags = {names.get(flag, flag) for flag in found.get("flags", ())}
-    return {"cpu": brand, "cpu_instruction_sets": [name for name in INSTRUCTION_SETS if name in flags]}
+    return {"cpu": brand, "cpu_instruction_sets": [name for name in INSTRUCTION_SETS.split() if name in flags]}
 
 
 def commit(root: Path = ROOT) -> dict[str, Any]:
@@ -95,7 +84,6 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _output(command: Sequence[str]) -> str | None:
-    """What a command prints; None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

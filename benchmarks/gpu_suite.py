@@ -1,16 +1,11 @@
-"""Everything worth measuring on a GPU, in one go: a list of command lines with limits, and one table at the end.
+"""Everything worth measuring on a GPU, in one go: ``gpu_suite.json``, command lines with limits, then one table.
 
-    fastllama bench gpu                        # or, in a checkout: python -m benchmarks.gpu_suite
-    fastllama bench gpu --only 1b --only 8b    # parts of it; --list shows all
-    fastllama bench gpu --device cpu --tiny    # rehearse the suite itself
-
-Each line runs in a process of its own with a limit of time, so that a crash, a lost device or a hang costs one line.
-Records are appended the moment they exist. Lines are in the order of their value; none is started that would not end
-within the budget. What failed or was skipped is a line below the table.
+Each line runs in a process of its own, so that a crash, a lost device or a hang costs one line, and none is started
+that would not end within the budget; what failed or was skipped is a line below the table. ``--device cpu --tiny``
+rehearses the suite; ``python -m benchmarks.gpu_suite`` runs it in a checkout that is not installed.
 """
 
-from __future__ import annotations
-
+import json
 import os
 import re
 import shlex
@@ -30,59 +25,24 @@ import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_SECONDS = 520.0
-USAGE_ERROR, INTERRUPTED = 2, 130
+INTERRUPTED = 130
 MAX_WIDTH = 160
 TESTS = "tests"
-FULL = {
-    "1b": "random:llama-3.2-1b", "8b": "random:llama-3.1-8b", "sizes": "--new-tokens 96 --dtype bfloat16",
-    "short": "512", "long": "8192", "longest": "32672", "some": "8", "many": "32",
-    "slots": "640", "long_slots": "8320", "longest_slots": "32768",
-}  # fmt: skip
-TINY = {
-    "1b": "tiny", "8b": "tiny", "sizes": "--new-tokens 32 --dtype bfloat16",
-    "short": "16", "long": "160", "longest": "320", "some": "2", "many": "2",
-    "slots": "128", "long_slots": "256", "longest_slots": "384",
-}  # fmt: skip
 
 
 class Line(NamedTuple):
     """A command of ``fastllama bench``, or of pytest, with sizes to be filled in."""
 
     name: str
-    what: str
-    command: str
     expected: float  # seconds that it should take on an H100 or H200
     limit: float  # seconds after which it is ended
+    what: str
+    command: str
 
 
-def _decode(model: str, options: str) -> str:
-    return f"decode --model {{{model}}} {{sizes}} {options}"
-
-
-PEERS = "--prompt-len {short} --capacity {slots} --rounds 3 --peers transformers,static,gpt-fast --launches"
-BATCHES = "--prompt-len {short} --capacity {slots} --rounds 3 --peers none --batch {some},{many}"
-LONG = "--prompt-len {short},{long} --capacity {long_slots} --rounds 2 --peers none"
-LONGEST = "--prompt-len {longest} --capacity {longest_slots} --rounds 1 --peers none"
-LINES = (
-    Line(
-        TESTS,
-        "tests marked gpu and triton",
-        "tests --ignore tests/benchmarks -m 'gpu or triton' -q -p no:cacheprovider",
-        100,
-        170,
-    ),
-    Line("1b", "1B shape, batch 1, short context: peers, and what a step launches", _decode("1b", PEERS), 70, 150),
-    Line("8b", "8B shape, the same", _decode("8b", PEERS), 110, 220),
-    Line("1b-kernels", "each operation of a step, 1B shape", "kernels --model {1b} --live {short}", 20, 80),
-    Line("8b-kernels", "8B shape, the same", "kernels --model {8b} --live {short}", 25, 80),
-    Line("attention", "over 134 MB a layer", "kernels --model {8b} --live {longest} --only attention", 15, 60),
-    Line("8b-batches", "8B shape, larger batches", _decode("8b", BATCHES), 45, 110),
-    Line("1b-batches", "1B shape, larger batches", _decode("1b", BATCHES), 35, 90),
-    Line("8b-long", "8B shape, long context, and short in a long cache", _decode("8b", LONG), 55, 150),
-    Line("1b-long", "1B shape, the same, and a large batch", _decode("1b", LONG + " --batch 1,{many}"), 60, 150),
-    Line("8b-32k", "8B shape, batch 1, 32k tokens", _decode("8b", LONGEST), 60, 180),
-    Line("startup", "process start to first token", "startup --model {1b} --peers transformers --rounds 1", 90, 200),
-)
+PLAN = json.loads(Path(__file__).with_suffix(".json").read_text())
+FULL, TINY = PLAN["full"], PLAN["tiny"]  # the sizes
+LINES = tuple(Line(**line) for line in PLAN["lines"])
 
 
 def gpu(
@@ -101,9 +61,14 @@ def gpu(
         for line in LINES:
             typer.echo(f"{line.name:11} {line.expected:4.0f} s  {line.what}\n{'':19}{line.command}")
         return
-    if problem := _problem(device, gpt_fast, only or []):
-        typer.echo(f"gpu_suite: {problem}", err=True)
-        raise typer.Exit(USAGE_ERROR)
+    if unknown := sorted(set(only or ()) - {line.name for line in LINES}):
+        raise typer.BadParameter(f"no line is called {', '.join(unknown)}; see --list", param_hint="--only")
+    if gpt_fast and not gpt_fast.is_dir():
+        raise typer.BadParameter(f"there is no folder {gpt_fast}", param_hint="--gpt-fast")
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"torch {torch.__version__} sees no CUDA device; --device cpu --tiny tries the suite")
     # What tiny shapes give is no record.
     records = Path(tempfile.gettempdir()) / "fastllama-gpu-suite" if tiny else ROOT / "benchmarks" / "records"
     folder = (out or records).resolve()
@@ -113,19 +78,6 @@ def gpu(
         suite = Suite(device, folder, Path(workspace), budget_seconds, gpt_fast, tiny)
         code = suite.run([line for line in LINES if not only or line.name in only])
     raise typer.Exit(code)
-
-
-def _problem(device: str, gpt_fast: Path | None, only: Sequence[str]) -> str | None:
-    """Why the suite cannot run at all, in one line."""
-    import torch
-
-    if unknown := sorted(set(only) - {line.name for line in LINES}):
-        return f"no line is called {', '.join(unknown)}; see --list"
-    if device == "cuda" and not torch.cuda.is_available():
-        return f"torch {torch.__version__} sees no CUDA device; --device cpu --tiny tries the suite"
-    if gpt_fast and not gpt_fast.is_dir():
-        return f"--gpt-fast {gpt_fast}: there is no such folder"
-    return None
 
 
 @dataclass
@@ -142,7 +94,11 @@ class Suite:
 
     def __post_init__(self) -> None:
         self._start = time.monotonic()
-        stem = f"{file_name(self.device)}-{datetime.now(timezone.utc):%Y-%m-%d}"
+        import torch
+
+        device = f"gpu {torch.cuda.get_device_name()}" if self.device == "cuda" else self.device
+        name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        stem = f"{name}-{datetime.now(timezone.utc):%Y-%m-%d}"
         self.records, self.log = self.out / f"{stem}.jsonl", self.out / f"{stem}-log.txt"
 
     def run(self, lines: Sequence[Line]) -> int:
@@ -172,7 +128,7 @@ class Suite:
             return True
         typer.echo(f"[{elapsed:4.0f} s] {line.name}: {line.what}")
         limit = min(line.limit, left)
-        code, last = run_process(self.command(line), limit, self.log, self.environment())
+        code, last = run_process(self.command(line), limit, self.log)
         if code is None:
             self.notes.append(f"{line.name} ended after {limit:.0f} s, before it was through; see the log")
         elif code or line.name == TESTS:
@@ -190,14 +146,12 @@ class Suite:
         words += ["--device", self.device, "--record", str(self.records), "--quiet"]
         return [sys.executable, "-m", f"{__package__}.cli", *words]
 
-    def environment(self) -> dict[str, str]:
-        """Offline, and with this checkout importable where nothing is installed."""
-        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-        return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
-
-def run_process(command: Sequence[str], limit: float, log: Path, env: Mapping[str, str]) -> tuple[int | None, str]:
+def run_process(command: Sequence[str], limit: float, log: Path) -> tuple[int | None, str]:
     """Run a process and all that it starts for a limited time; its exit code, None if it was ended, and last line."""
+    # A checkout is importable where nothing is installed.
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     with open(log, "ab") as file:
         offset = file.seek(0, os.SEEK_END)
         process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
@@ -220,19 +174,7 @@ def write_tiny_model(folder: Path) -> None:
     from fastllama import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, dtype="bfloat16",
-    )  # fmt: skip
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-
-
-def file_name(device: str) -> str:
-    """What files of this device are called: lowercase letters, digits and hyphens."""
-    import torch
-
-    name = f"gpu {torch.cuda.get_device_name()}" if device == "cuda" else device
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    LlamaForCausalLM(LlamaConfig(**PLAN["tiny_model"])).bfloat16().save_pretrained(folder)
 
 
 def table(records: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
@@ -243,8 +185,7 @@ def table(records: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
 
     lines = [origin(records[-1])] if records else ["no records"]
     for kind in ("decode", "kernels", "startup"):
-        found = [cells(each).assign(run=point(each)) for each in records if each["kind"] == kind]
-        if found:
+        if found := [cells(each).assign(run=point(each)) for each in records if each["kind"] == kind]:
             lines += ["", *pd.concat(found).to_string(index=False).splitlines()]
     for each in records:
         said = remarks(each)

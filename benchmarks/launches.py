@@ -1,11 +1,8 @@
 """What a decode step launches on a GPU, and how long the host takes to launch it.
 
-Both compare a call of one new token with one of several, through the public ``generate()`` alone. *Host time* is what a
-step costs without waiting for the device: Python, guards, the replay of the graph. Where it comes near the step's own
-time the device waits for the host. On a CPU nothing is launched and the host computes: there it is the whole step.
+Both compare a call of one new token with one of several. *Host time* is what a step costs without waiting for the
+device; where it comes near the step's own time the device waits for the host. On a CPU it is the whole step.
 """
-
-from __future__ import annotations
 
 import statistics
 import time
@@ -84,19 +81,16 @@ def profile_launches(model: LlamaForCausalLM, workload: Workload) -> dict[str, A
 
 
 def _events(model: LlamaForCausalLM, workload: Workload, new_tokens: int) -> list[Any]:
-    """The work that a call does, as the profiler sees it."""
     is_cuda = model.device.type == "cuda"
     _generate(model, workload, new_tokens)
     with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as profiler:
         _generate(model, workload, new_tokens)
-    return [event for event in profiler.events() or () if (_is_device_work if is_cuda else _is_outermost)(event)]
+    return [event for event in profiler.events() or () if _is_work(event, is_cuda)]
 
 
-def _is_device_work(event: Any) -> bool:
-    return event.device_type.name == "CUDA" and not event.is_user_annotation and event.name not in NO_WORK
-
-
-def _is_outermost(event: Any) -> bool:
+def _is_work(event: Any, is_cuda: bool) -> bool:
+    if is_cuda:
+        return event.device_type.name == "CUDA" and not event.is_user_annotation and event.name not in NO_WORK
     outer = event.cpu_parent
     while outer is not None and "::" not in outer.name:
         outer = outer.cpu_parent

@@ -1,15 +1,10 @@
 """Are a contender's tokens right? Each must be as good as the best one, up to what rounding explains.
 
-Greedy tokens of two correct 16-bit decodes part where two logits nearly tie, so equality would be too strict and
-counting equal tokens says nothing. Here the eager forward reads the contender's own tokens twice, with its weights in
-float32 and in their own dtype. If ``e`` is the largest difference between those two, then a decode that rounds no worse
-than the eager forward picks only tokens whose float32 logit lies within ``2 e`` of the highest: being off by ``e``
-each, no two logits further apart can change places. In float32 the bound is 1e-5 of the largest logit.
-
-Shape suffixes: ``t`` prompt tokens, ``n`` new tokens, ``v`` vocabulary.
+The eager forward reads the contender's own tokens twice, with its weights in float32 and in their own dtype. If ``e``
+is the largest difference between those two, then a decode that rounds no worse picks only tokens whose float32 logit
+lies within ``2 e`` of the highest: being off by ``e`` each, no two logits further apart can change places. In float32
+the bound is 1e-5 of the largest logit. Shape suffixes: ``n`` new tokens, ``v`` vocabulary.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,11 +38,8 @@ def check_all(
     model: LlamaForCausalLM, workload: Workload, tokens: Mapping[str, Rows | None]
 ) -> dict[str, Parity | None]:
     """The parity of each contender's tokens; None for those that report none. Equal tokens are checked once."""
-    checked = {
-        rows: check(model, workload.prompts, rows, workload.new_tokens)
-        for rows in set(tokens.values())
-        if rows is not None
-    }
+    different = {rows for rows in tokens.values() if rows is not None}
+    checked = {rows: check(model, workload.prompts, rows, workload.new_tokens) for rows in different}
     return {name: None if rows is None else checked[rows] for name, rows in tokens.items()}
 
 
@@ -65,9 +57,9 @@ def check(
     found = [_check_row(model, prompts[row], tokens[row]) for row in rows]
     worst = max(found, key=lambda parity: parity.worst_gap / parity.bound)
     passed = all(each.passed for each in found)
-    tokens, best = sum(each.tokens for each in found), sum(each.best for each in found)
+    total, best = sum(each.tokens for each in found), sum(each.best for each in found)
     note = f"a token lies {worst.worst_gap:.3g} below the best logit, rounding explains {worst.bound:.3g}"
-    return Parity(passed, worst.worst_gap, worst.bound, tokens, best, "" if passed else note)
+    return Parity(passed, worst.worst_gap, worst.bound, total, best, "" if passed else note)
 
 
 def _check_row(model: LlamaForCausalLM, prompt: Sequence[int], tokens: Sequence[int]) -> Parity:
@@ -91,13 +83,9 @@ def next_token_logits(model: LlamaForCausalLM, prompt: Sequence[int], tokens: Se
     cache, logits = None, []
     for start in [*range(0, first, CHUNK), *range(first, ids.shape[1], CHUNK)]:
         end = min(start + CHUNK, first if start < first else ids.shape[1])
-        output = model(
-            ids[:, start:end],
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            num_logits_to_keep=1 if start < first else 0,
-        )
+        keep = 1 if start < first else 0  # 0: all
+        settings = {"use_cache": True, "return_dict": True, "num_logits_to_keep": keep}
+        output = model(ids[:, start:end], past_key_values=cache, **settings)
         cache = output.past_key_values
         if start >= first:
             logits.append(output.logits[0])

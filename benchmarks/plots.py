@@ -1,7 +1,5 @@
 """Drawings of records, from the frame of :mod:`.report`: decodes as bars or over a grid, operations as bars."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,28 +17,24 @@ AXES = {
 STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.hashsalt": "equal"}
 
 
-class PlotError(ValueError):
-    """A drawing cannot be made; the message is one line."""
-
-
 def ready(path: Path | None) -> None:
-    """Raise PlotError if a drawing could not be made later, before anything is measured; None asks for none."""
+    """Raise ValueError if a drawing could not be made later, before anything is measured; None asks for none."""
     if path is None:
         return
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise PlotError('--plot needs matplotlib: pip install "fastllama[bench]"') from error
+        raise ValueError('--plot needs matplotlib: pip install "fastllama[bench]"') from error
     if path.suffix.lower() not in FORMATS or not path.parent.is_dir():
-        raise PlotError(f"cannot draw {path}: expected a name that ends in {', '.join(FORMATS)}, in a folder")
+        raise ValueError(f"cannot plot to {path}: expected a name that ends in {', '.join(FORMATS)}, in a folder")
 
 
-def draw(records: Sequence[Record], path: Path) -> None:
-    """Draw a decode's contenders, a grid of decodes, or a step's operations; equal records give equal files."""
+def plot(records: Sequence[Record], path: Path) -> None:
+    """Plot a decode's contenders, a grid of decodes, or a step's operations; equal records give equal files."""
     ready(path)
     kinds = {record["kind"] for record in records}
     if kinds not in ({"decode"}, {"kernels"}):
-        raise PlotError(f"decodes or kernels can be drawn, got {', '.join(sorted(kinds)) or 'no record'}")
+        raise ValueError(f"decodes or kernels can be plotted, got {', '.join(sorted(kinds)) or 'no record'}")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -60,7 +54,6 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
 
 def _bars(axes: Any, rows: Any) -> None:
-    """Tokens per second of each contender, and the bound as a line."""
     axes.axvline(rows["tokens_per_second"].iloc[0], label=BOUND, **DASHED)
     axes.barh(rows["name"].iloc[1:], rows["tokens_per_second"].iloc[1:])
     axes.invert_yaxis()
@@ -68,7 +61,6 @@ def _bars(axes: Any, rows: Any) -> None:
 
 
 def _grid(axes: Any, rows: Any) -> None:
-    """Tokens per second of each contender over the size that varies most."""
     along = max(AXES, key=lambda name: rows[name].nunique())
     for name in dict.fromkeys(rows["name"]):
         points = rows[rows["name"] == name].groupby(along)["tokens_per_second"].median()
@@ -78,7 +70,6 @@ def _grid(axes: Any, rows: Any) -> None:
 
 
 def _operations(axes: Any, rows: Any, gb_s: float) -> None:
-    """GB/s of each operation of a greedy step that reads from memory, and of what it replaces."""
     rows = rows[(rows["calls_per_step"] > 0) & ~rows["in_cache"].astype(bool)].dropna(subset=["us"])
     for at, name in enumerate((FASTLLAMA, *REFERENCES)):
         speeds = rows["bandwidth_gb_s"] / (1.0 if name == FASTLLAMA else rows[name].astype(float))

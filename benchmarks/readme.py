@@ -1,13 +1,9 @@
 """README.md's figures, from committed records: nobody types them.
 
-    fastllama bench report --readme            # or python -m benchmarks.readme: fill the region between the markers
-    fastllama bench report --readme --check    # exit with 1 if it is not what the records say
-
-One table of :data:`ROWS`, where each row was measured, and who wins and where fastllama loses. A row without a record
-is left out.
+``fastllama bench report --readme``, or ``python -m benchmarks.readme``, fills the region between the markers with one
+table of :data:`ROWS`, where each row was measured, and who wins; ``--check`` exits with 1 if it is not what the
+records say.
 """
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +14,7 @@ import pandas as pd
 import typer
 
 from .contenders import FASTLLAMA, GPT_FAST, LLAMA_CPP, STATIC, TRANSFORMERS, title_of
-from .records import RECORDS, RecordError, read_all
+from .records import RECORDS, read_all
 from .report import Record, command, markdown, newest, number, origin
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -38,10 +34,6 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 LONG_PROMPT = 512
 MARKS = "¹²³"
-
-
-class ReadmeError(ValueError):
-    """README.md cannot be filled; the message is one line."""
 
 
 def figures(records: Iterable[Record]) -> str:
@@ -67,22 +59,24 @@ def _cell(record: Record, name: str) -> str:
     peer = record["peers"].get(name, {})
     if "ratio" not in peer:
         return "not run"
-    return (
-        "wrong output" if peer["parity"] is False else number(peer["tokens_per_second"]) + r"\*" * (not peer["parity"])
-    )
+    mark = r"\*" * (peer["parity"] is None)
+    return "wrong output" if peer["parity"] is False else number(peer["tokens_per_second"]) + mark
 
 
 def _sentences(label: str, record: Record, known: Sequence[Record]) -> Iterator[str]:
     """Who wins, how near the bound fastllama is, and where it loses."""
     right = {name: peer for name, peer in record["peers"].items() if name in PEERS and peer.get("parity") is not False}
-    ratios = {SPOKEN.get(name, name): peer["ratio"] for name, peer in right.items() if peer.get("ratio")}
+    ratios: dict[str, float] = {
+        SPOKEN.get(name) or name: peer["ratio"] for name, peer in right.items() if peer.get("ratio")
+    }
     wins = {name: ratio for name, ratio in ratios.items() if ratio >= 1}
     parts = [f"{100 * (1 - ratio):.0f} % slower than {name}" for name, ratio in ratios.items() if ratio < 1]
     if wins:
         low, high = (f"{bound(wins.values()):.2f}" for bound in (min, max))
         parts.insert(0, f"{low if low == high else f'{low} to {high}'} times as fast as {_listed(wins)}")
     if parts:
-        yield f"{label}fastllama is {', and '.join(parts)}, at {100 * record['mbu']:.0f} % memory-bandwidth utilisation."
+        mbu = f"{100 * record['mbu']:.0f} % memory-bandwidth utilisation"
+        yield f"{label}fastllama is {', and '.join(parts)}, at {mbu}."
     same = {name: record[name] for name in ("model", "dtype")} | {"device": record["device"].split(":")[0]}
     prompts = [each for each in known if each["kind"] in ("decode", "prefill") and each["batch"] == 1]
     prompt = _slower(newest(prompts, prompt_len=LONG_PROMPT, **same), "ms", lambda entry: entry["ttft_ms"])
@@ -114,7 +108,7 @@ def fill(page: str, region: str) -> str:
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in after:
-        raise ReadmeError(f"expected {BEGIN} and, below it, {END}, once each")
+        raise ValueError(f"README.md: expected {BEGIN} and, below it, {END}, once each")
     return f"{before}{BEGIN}\n\n{region}\n\n{END}{after}" if region else f"{before}{BEGIN}\n{END}{after}"
 
 
@@ -132,8 +126,8 @@ def main(
             page.write_text(wanted, encoding="utf-8")
         elif present != wanted:
             problem = f"{page.name} is not what the records say: run fastllama bench report --readme"
-    except (ReadmeError, RecordError, OSError) as error:
-        problem = f"{page.name}: {error}" if isinstance(error, ReadmeError) else str(error)
+    except (ValueError, OSError) as error:
+        problem = str(error)
     if problem:
         sys.stderr.write(f"readme: {problem}\n")
         raise typer.Exit(1)

@@ -1,10 +1,7 @@
-"""Records of measurements: one JSON object a line, in files that only grow.
+"""Records of measurements: one JSON object a line, in files that only grow; docs/measuring.md lists the fields.
 
-The fields are listed in docs/measuring.md. ``schema`` is raised when one changes its meaning or goes away; new ones do
-not raise it.
+``schema`` is raised when a field changes its meaning or goes away; new ones do not raise it.
 """
-
-from __future__ import annotations
 
 import json
 import os

@@ -1,10 +1,6 @@
-"""One report on one pandas frame: console, Markdown, README and drawings.
+"""One report on one pandas frame: console, Markdown, README and drawings."""
 
-:func:`frame` has a row for each contender of each record; :data:`COLUMNS` says what a table shows of such a row.
-"""
-
-from __future__ import annotations
-
+import functools
 import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +30,7 @@ PLACES = {"--gpt-fast": "DIR", "--llama-bench": "PATH"}
 
 
 def frame(records: Sequence[Record]) -> pd.DataFrame:
-    """A row for each contender of each record, by number ``record``, the bound's first; of kernels for each operation."""
+    """A row for each contender of each record, by number, the bound's first; of kernels for each operation."""
     return pd.DataFrame(
         {"record": number, **{name: record.get(name) for name in SIZES}, **row}
         for number, record in enumerate(records)
@@ -73,9 +69,6 @@ def _quantiles(name: str, entry: Record) -> dict[str, Any]:
     return {name: found.get("p50"), f"{name}_p20": found.get("p20"), f"{name}_p80": found.get("p80")}
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
 def number(value: Any) -> str:
     """Three digits, or all there are before the point; empty for what there is not."""
     if value is None or math.isnan(value):
@@ -83,14 +76,12 @@ def number(value: Any) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
 
-def percent(fraction: Any) -> str:
-    """A fraction as a whole percentage."""
-    return number(fraction) and f"{100 * fraction:.0f} %"
+def times(ratio: Any, form: str = "{:.2f} x") -> str:
+    """A ratio, with two decimals unless another form is given; empty for what there is not."""
+    return number(ratio) and form.format(ratio)
 
 
-def times(ratio: Any) -> str:
-    """A ratio with two decimals."""
-    return number(ratio) and f"{ratio:.2f} x"
+percent = functools.partial(times, form="{:.0%}")
 
 
 def _cell(name: str, form: Callable[[Any], str] = number) -> Callable[[Record], str]:
@@ -157,9 +148,6 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in row)}|" for row in rows)
 
 
-# ---- what the figures are worth --------------------------------------------------------------------------------------
-
-
 def remarks(record: Record) -> list[str]:
     """What a reader should know besides the table, one line each."""
     own = {"decode": _decode_remarks, "startup": _startup_remarks, "kernels": _kernel_remarks, "launches": _launches}
@@ -211,7 +199,7 @@ def _kernel_remarks(record: Record) -> Iterator[str]:
     yield f"torch operators fused by Inductor: {'; '.join(compiled)}" if compiled else "all are kernels of fastllama"
     if record.get("step_us"):
         step, torch_step, bound = (record[name] / 1e3 for name in ("step_us", "torch_step_us", "floor_us"))
-        yield f"a greedy step of these calls alone: {step:.3g} ms, of torch's {torch_step:.3g} ms; bound: {bound:.3g} ms"
+        yield f"a greedy step of these calls: {step:.3g} ms, of torch's {torch_step:.3g} ms; bound: {bound:.3g} ms"
     for kernel in record["kernels"]:
         if not kernel["parity"]:
             error, bound = (kernel["parity_detail"][name] for name in ("error", "bound"))
@@ -225,11 +213,8 @@ def _launches(record: Record) -> Iterator[str]:
         yield f"{kernel['us']:10.1f} us {kernel['calls']:6.3g} calls  {kernel['name'][:100]}"
 
 
-# ---- where a record comes from ---------------------------------------------------------------------------------------
-
-
 def newest(records: Iterable[Record], **fields: Any) -> Record | None:
-    """The record with these fields (``device`` without its number) that was measured last; of equally old ones the last."""
+    """The record with these fields (``device`` without its number) that was measured last."""
 
     def fits(record: Record) -> bool:
         found = {**record, "device": record["device"].split(":")[0]}

@@ -1,7 +1,5 @@
 """Runs contenders interleaved on one workload, in the order A B B A …, so that what disturbs one disturbs all."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,11 +1,8 @@
 """``bench startup``: how long a fresh process takes to its first token, with empty compile caches and with warm ones.
 
-Every contender starts in processes of its own, with caches of its own in a temporary folder: first on empty ones, then,
-interleaved with the others, on what was left there. All decode the same prompt from the same files. Libraries and
-weights were read once before, so they come from the page cache.
+Every contender starts in processes of its own, with caches of its own: first on empty ones, then, interleaved with the
+others, on what was left there. Libraries and weights were read once before, so they come from the page cache.
 """
-
-from __future__ import annotations
 
 import statistics
 import tempfile
@@ -81,7 +78,6 @@ def start(key: str, task: Task, workload: Workload, caches: Path) -> tuple[Phase
 
 
 def _run(worker: Remote, workload: Workload) -> tuple[Decode, float]:
-    """A decode, and the seconds of it as a whole: on CUDA it is two calls, of one token and of all."""
     begin = time.perf_counter()
     return worker.run(workload), time.perf_counter() - begin
 
@@ -109,7 +105,7 @@ def measure(
     rounds: int = 3,
     cold_rounds: int = 1,
     peers: Sequence[str] = (),
-    places: Mapping[str, str | None] | None = None,
+    places: Mapping[str, Any] | None = None,
     say: Say = lambda message: None,
 ) -> dict[str, Any]:
     """Start fastllama and its peers, interleaved; the fields of a record."""

@@ -7,8 +7,6 @@ Outputs are checked before anything is timed. Whether a change made anything slo
 which interleaves both revisions: two runs of this suite differ by what else the machine did.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,4 @@
-"""What a contender decodes, what a decode comes to, and the two clocks that time one; times are seconds.
-
-Shape suffixes: ``b`` batch, ``t`` prompt tokens, ``n`` new tokens.
-"""
+"""What a contender decodes, what a decode comes to, and the two clocks that time one; times are seconds."""
 
 from __future__ import annotations
 
@@ -108,7 +105,7 @@ def timed(tokens: Iterable[torch.Tensor], slowdown: float = 0.0) -> Decode:
 
 
 def timed_by_difference(call: Callable[[int], torch.Tensor], new_tokens: int, slowdown: float = 0.0) -> Decode:
-    """Time two whole calls on CUDA, of one new token and of all: a step is their difference, and nothing waits in it."""
+    """Time two whole calls on CUDA, of one new token and of all: a step is their difference; nothing waits in it."""
     seconds, tokens_bn = {}, torch.empty(0)
     for count in sorted({1, new_tokens}):
         torch.cuda.synchronize()
@@ -127,7 +124,6 @@ def rows_of(tokens_bn: torch.Tensor) -> Rows:
 
 
 def _wait(slowdown: float, since: float) -> None:
-    """Keep the processor busy for this fraction of the time since then."""
     now = time.perf_counter()
     until = now + slowdown * (now - since)
     while time.perf_counter() < until:

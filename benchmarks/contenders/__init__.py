@@ -72,8 +72,7 @@ def make(key: str) -> Contender:
 
 def title_of(key: str) -> str:
     """The contender's name in tables and records."""
-    titles = {EAGER: "eager forward", STATIC: "transformers static+compile"}
-    return titles.get(key, key)
+    return {EAGER: "eager forward", STATIC: "transformers static+compile"}.get(key, key)
 
 
 def prepare(key: str, task: Task) -> Task:

@@ -1,18 +1,16 @@
-"""fastllama's two ways to decode: the compiled engine, and the eager forward; through the public interface alone.
+"""fastllama's two ways to decode, the compiled engine and the eager forward, through the public interface alone.
 
 The regression gate times other revisions with this file, so nothing here may depend on how one of them is built.
-Shape suffixes: ``b`` batch, ``t`` tokens, ``n`` new tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastllama import LlamaForCausalLM
+import fastllama  # noqa: F401  (so that importing this is importing it)
 
 from ..workload import Decode, Workload, timed, timed_by_difference
 from . import EAGER, FASTLLAMA, title_of
@@ -55,26 +53,6 @@ class Engine:
     def close(self) -> None:
         """Give back the engine's memory; a model that was lent stays."""
         self.model.release()
-
-
-class EngineAt(Engine):
-    """A second engine over the same weights, but for a copy of the fused ones, with a cache of that number of slots."""
-
-    def __init__(self, slots: int) -> None:
-        self.name, self._slots = f"{slots} slots", slots
-
-    def load(self, task: Task) -> None:
-        """Share the weights of the task's model."""
-        model = task.weights()
-        with torch.device("meta"):
-            twin = LlamaForCausalLM(model.config)
-        twin.load_state_dict(model.state_dict(), assign=True)
-        twin.tie_weights()
-        super().load(replace(task, lent=twin.eval()))
-
-    def run(self, workload: Workload) -> Decode:
-        """Decode once, in that number of slots."""
-        return super().run(replace(workload, capacity=self._slots))
 
 
 class Eager:

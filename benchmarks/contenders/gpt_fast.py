@@ -1,9 +1,9 @@
 """gpt-fast from a checkout that the user names, on the same weights, in a process of its own.
 
 What is timed is gpt-fast's code: its ``Transformer``, its ``prefill``, and its ``decode_n_tokens`` around the
-``decode_one_token`` that its ``main`` compiles. Here is what ``main`` would take from files: the network's constants
-and its weights, which :func:`prepare` writes in gpt-fast's layout, as its users do once. gpt-fast of after 32971d3
-(September 2024) attends through flex attention, which torch 2.13 does not compile for float32 on a CPU.
+``decode_one_token`` that its ``main`` compiles. What ``main`` would take from files, :func:`prepare` writes in
+gpt-fast's layout, as its users do once. gpt-fast of after 32971d3 (September 2024) does not compile for float32 on a
+CPU.
 """
 
 from __future__ import annotations
@@ -143,8 +143,6 @@ class GptFast:
         """Nothing is held that the end of the process does not give back."""
 
     def _decode(self, workload: Workload, new_tokens: int, marks: list[float]) -> tuple[torch.Tensor, list[float]]:
-        """The new tokens ``[b, n]``, and the marks with the time of each added."""
-
         def mark(_: Any) -> None:
             marks.append(time.perf_counter())
 

@@ -1,7 +1,5 @@
 """llama.cpp on the same weights, timed by its own ``llama-bench``."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -49,10 +47,8 @@ def find_llama_bench(program: str | None = None) -> str:
 class LlamaCpp:
     """Runs ``llama-bench`` on a GGUF file, in new processes for each run.
 
-    Weights have the model's dtype; the KV cache is float16, llama-bench's default, for it has no float32. What it
-    measures is a little less than what others do: it feeds random tokens in place of the prompt's and of those it
-    decodes, never picks one, and reports none. Its first token's time is that of the prompt, ``-p``; its steps start
-    after the prompt, ``-d``, and are as many as others take after their first token. It sizes its cache itself.
+    It measures a little less than what others do: it feeds random tokens, never picks one, and reports none. Its first
+    token's time is that of the prompt, ``-p``; its steps start after it, ``-d``. Its KV cache is float16.
     """
 
     name = LLAMA_CPP

@@ -1,7 +1,5 @@
 """A contender in a process of its own, started by :mod:`.worker` and spoken to in lines of JSON."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -91,7 +89,6 @@ class Remote:
 
     @property
     def _streams(self) -> tuple[IO[str], IO[str]]:
-        """The worker's stdin and stdout."""
         process: Any = self._process
         return process.stdin, process.stdout
 

@@ -33,6 +33,7 @@ class Transformers:
     """Greedy ``generate()`` with its defaults."""
 
     name = title_of(TRANSFORMERS)
+    _model: Any = None
     info: dict[str, Any] = {}  # noqa: RUF012  (nothing to say)
 
     def load(self, task: Task) -> None:
@@ -75,11 +76,8 @@ class StaticTransformers(Transformers):
 
     name = title_of(STATIC)
 
-    def load(self, task: Task) -> None:
-        """As :meth:`Transformers.load`; the first run compiles."""
-        super().load(task)
-        self._cache: Any = None
-        self._shape: tuple[int, int] | None = None
+    _cache: Any = None
+    _shape: tuple[int, int] | None = None
 
     def settings(self, workload: Workload) -> dict[str, Any]:
         """The cache, empty, and the compiler's mode."""
@@ -89,7 +87,7 @@ class StaticTransformers(Transformers):
             self._shape = (workload.batch, slots)
         self._cache.reset()
         compile_config: Any = CompileConfig(mode="reduce-overhead", fullgraph=True)
-        compile_config._compile_all_devices = True  # transformers compiles for CUDA alone unless told
+        compile_config._compile_all_devices = True  # by default it compiles for CUDA alone
         return {"past_key_values": self._cache, "compile_config": compile_config}
 
 

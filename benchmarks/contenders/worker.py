@@ -1,15 +1,10 @@
-"""The process in which a contender runs: another library, another revision, empty caches.
+"""The process in which a contender runs, started by path: another library, another revision, empty caches.
 
-    python worker.py    # by path
-
-It talks in JSON, one object a line. The first line on stdin is the job; the answer is ``{"ready": info}``. Each
-``{"prompts": [[...]], "new_tokens": n, "capacity": null}`` is answered with ``{"tokens": [[...]], "ttft": s,
-"tpot": [s, ...]}`` or ``{"error": "..."}``. What libraries print goes to stderr. A worktree that is measured has a
+It talks in JSON, one object a line: the job comes first, ``{"ready": info}`` answers it, then each workload is answered
+with a decode or ``{"error": "..."}``. What libraries print goes to stderr. A worktree that is measured has a
 ``benchmarks`` of its own, so this file loads the package it lies in under a name that nothing else has; it imports no
 more of it than its contender needs, so its start takes as long as a user's own script.
 """
-
-from __future__ import annotations
 
 import gc
 import importlib
@@ -63,8 +58,8 @@ def main() -> None:
 def load_own_package() -> None:
     """Import the package that this file lies in, whatever ``sys.path`` says."""
     root = HERE.parent
-    places = {"submodule_search_locations": [str(root)]}
-    spec: Any = importlib.util.spec_from_file_location(PACKAGE, root / "__init__.py", **places)
+    spec_from: Any = importlib.util.spec_from_file_location
+    spec = spec_from(PACKAGE, root / "__init__.py", submodule_search_locations=[str(root)])
     sys.modules[PACKAGE] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 

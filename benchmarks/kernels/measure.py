@@ -1,29 +1,33 @@
 """How fast each operation of a decode step is, compared with the torch operators it replaces and the bandwidth.
 
-Weights and caches lie in several copies, which are gone through in turn: a step finds its own in memory, for the other
-layers have pushed them out of the processor's caches since. Activations stay where they are, as in a step. Outputs are
-compared with float64 before anything is timed.
+Weights and caches lie in several copies, gone through in turn: a step finds its own in memory, for the other layers
+have pushed them out of the caches since. Outputs are compared with float64 before anything is timed.
 """
 
-from __future__ import annotations
-
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastllama.measure import BandwidthProbe, Quantiles, quantiles
+from fastllama.measure import BandwidthProbe, Quantiles, free_memory, last_level_cache, quantiles
 
 from ..contenders import FASTLLAMA
 from ..rounds import Say
-from .cycles import Cycle, copies_of
-from .ops import TORCH, Function, Shapes, StepOp, nbytes, step_ops
+from .ops import TORCH, Arguments, Function, Shapes, StepOp, nbytes, step_ops
 
 WARMUP_CYCLES = 2
 KERNEL, INDUCTOR = "kernel", "Inductor"
+WORKING_SET = 256 * 2**20  # bytes of the copies together, or CACHES_COVERED times the last cache where that is more
+CACHES_COVERED = 4
+MIN_COPIES, MAX_COPIES = 2, 4096
+MIN_CALLS = 8  # in a cycle, however few the copies
+CACHED_COPIES, CACHED_PASSES = 16, 8  # of what may be in a cache, and over them in a cycle
+REPLAYS = 10  # of a CUDA graph in a cycle
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def interleaved(cycles: dict[str, Cycle], rounds: int, probe: BandwidthProbe, say: Say) -> dict[str, Quantiles]:
+def interleaved(cycles: dict[str, "Cycle"], rounds: int, probe: BandwidthProbe, say: Say) -> dict[str, Quantiles]:
     """Microseconds a call, from cycles in the order A B C, C B A, …, after some unmeasured ones of each."""
     seconds: dict[str, list[float]] = {name: [] for name in cycles}
     for number in range(-WARMUP_CYCLES, rounds):
@@ -151,3 +155,64 @@ def interleaved(cycles: dict[str, Cycle], rounds: int, probe: BandwidthProbe, sa
                 seconds[name] += found
         probe.sample()
     return {name: quantiles([1e6 * each for each in found]) for name, found in seconds.items()}
+
+
+class Cycle:
+    """Calls a function on each copy of its own arguments in turn; calling the cycle gives seconds of the calls.
+
+    A cycle begins with an unmeasured call. On CUDA each value is the mean over a replay.
+    """
+
+    def __init__(self, function: Function, op: StepOp, copies: Sequence[Arguments], device: torch.device) -> None:
+        passes = CACHED_PASSES if op.in_cache else -(-MIN_CALLS // len(copies))
+        self._function, self._calls = function, [(*op.shared, *own) for own in copies] * passes
+        self._device = device
+        self._graph = self._record() if device.type == "cuda" else None
+
+    def __call__(self) -> list[float]:
+        if self._graph is not None:
+            return self._replay(self._graph)
+        self._function(*self._calls[-1])
+        marks = [time.perf_counter()]
+        for arguments in self._calls:
+            self._function(*arguments)
+            marks.append(time.perf_counter())
+        return [after - before for before, after in pairwise(marks)]
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for arguments in self._calls[:3]:
+                self._function(*arguments)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for arguments in self._calls:
+                self._function(*arguments)
+        return graph
+
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> list[float]:
+        graph.replay()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
+        events[0].record()
+        for event in events[1:]:
+            graph.replay()
+            event.record()
+        events[-1].synchronize()
+        return [before.elapsed_time(after) / 1e3 / len(self._calls) for before, after in pairwise(events)]
+
+
+def copies_of(op: StepOp, device: torch.device) -> list[Arguments]:
+    """Distinct copies of an operation's own arguments, themselves first, of which a whole cycle fits no cache."""
+    own, size, count = op.own, nbytes(op.own), CACHED_COPIES
+    if not op.in_cache:
+        wanted = -(-max(WORKING_SET, CACHES_COVERED * last_level_cache(device)) // size)
+        count = min(max(wanted, MIN_COPIES), MAX_COPIES)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    if (count - 1) * size > free:
+        raise ValueError(
+            f"{count} copies of {size / 1e6:.4g} MB of weights or cache do not fit the {free / 1e9:.3g} GB of memory "
+            "that are free: take a smaller model, batch or live length"
+        )
+    return [own, *(tuple(None if x is None else x.clone() for x in own) for _ in range(count - 1))]

@@ -1,9 +1,6 @@
-"""The operations of a decode step at a model's shapes: what runs, what it replaces, what it reads.
+"""The operations of a decode step at a model's shapes, with random weights: what runs, what it replaces, what it reads.
 
-Only shapes are taken from the model; weights and caches are random. Formulas: :mod:`fastllama_kernels`.
-
-Shape suffixes: ``b`` batch, ``s`` cache slots, ``k`` KV heads, ``d`` head dim, ``m`` model dim, ``f`` FFN dim, ``v``
-vocabulary, ``n`` output features of a matrix.
+Shape suffixes: ``b`` batch, ``s`` cache slots, ``k`` KV heads, ``d`` head dim, ``v`` vocabulary, ``n`` output features.
 """
 
 from __future__ import annotations
@@ -122,10 +119,10 @@ def _linear(
     shared = (shapes.normal(shapes.batch, k), shapes.normal(shapes.batch, n, seed=1) if residual else None)
     own = _weights(shapes, k, n, norm, bias)
     references = {
-        TORCH: lambda x, residual, *matrix: linear_ref(x, *matrix, eps, residual),
-        PLAIN: lambda x, residual, weight, bias, norm: F.linear(x, weight, bias),
+        TORCH: lambda x, residual, w, bias, norm: linear_ref(x, w, bias, norm, eps, residual),
+        PLAIN: lambda x, residual, w, bias, norm: F.linear(x, w, bias),
     }
-    run = lambda x, residual, *matrix: ops.linear(x, *matrix, eps, residual)  # noqa: E731
+    run = lambda x, residual, w, bias, norm: ops.linear(x, w, bias, norm, eps, residual)  # noqa: E731
     return StepOp(name, label, f"{n} x {k}", calls, nbytes(own), shared, own, run, references)
 
 
@@ -135,16 +132,15 @@ def _gate_up(shapes: Shapes) -> StepOp:
     number, label = ops.ACTIVATIONS[config.hidden_act].number, f"norm, gate/up, {config.hidden_act}"
     own = _weights(shapes, m, 2 * f, True, config.mlp_bias)
     references = {
-        TORCH: lambda x, *matrix: gate_up_ref(x, *matrix, eps, number),
-        PLAIN: lambda x, weight, bias, norm: F.linear(x, weight, bias),
+        TORCH: lambda x, w, bias, norm: gate_up_ref(x, w, bias, norm, eps, number),
+        PLAIN: lambda x, w, bias, norm: F.linear(x, w, bias),
     }
-    run = lambda x, *matrix: ops.gate_up(x, *matrix, eps, config.hidden_act)  # noqa: E731
+    run = lambda x, w, bias, norm: ops.gate_up(x, w, bias, norm, eps, config.hidden_act)  # noqa: E731
     shared, layers = (shapes.normal(shapes.batch, m),), config.num_hidden_layers
     return StepOp("gate_up", label, f"{2 * f} x {m}", layers, nbytes(own), shared, own, run, references)
 
 
 def _weights(shapes: Shapes, k: int, n: int, has_norm: bool, has_bias: bool) -> Arguments:
-    """Matrix, bias and norm weight, such that results are of unit size."""
     bias_n = shapes.normal(n, seed=3) if has_bias else None
     norm_k = shapes.normal(k, scale=0.1, seed=4).add_(1) if has_norm else None
     return shapes.normal(n, k, scale=k**-0.5, seed=2), bias_n, norm_k
@@ -168,7 +164,6 @@ def _attention(shapes: Shapes) -> StepOp:
 
 
 def _attention_results(function: Function, arguments: Arguments) -> torch.Tensor:
-    """The heads' outputs and what was written to the caches, ``[b, (h + 2k)·d]``; the arguments stay as they are."""
     *shared, k_cache_bksd, v_cache_bksd = arguments
     caches = k_cache_bksd.clone(), v_cache_bksd.clone()
     out_b1n = function(*shared, *caches)
@@ -177,7 +172,6 @@ def _attention_results(function: Function, arguments: Arguments) -> torch.Tensor
 
 
 def _sampling(shapes: Shapes, name: str, label: str, calls: int, temperature: float) -> StepOp:
-    """Logits as the head gives them to token ids; they come from the cache, where the head has just put them."""
     b, v, device = shapes.batch, shapes.config.vocab_size, shapes.device
     settings = {"temperature": temperature, "top_k": TOP_K, "top_p": TOP_P, "min_p": 0.0}
     rows = {name: torch.full((b,), value, device=device) for name, value in settings.items()}

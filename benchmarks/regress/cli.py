@@ -1,8 +1,7 @@
 """The gate's command: ``fastllama-regress``, ``fastllama bench regress``, ``python -m benchmarks.regress``.
 
-Exits with 0 when the head is not slower (or that is inconclusive, see ``--strict``), 1 when it is slower or its outputs
-differ, 2 when it could not be measured or was asked for something impossible, 3 with ``--strict`` when the outcome is
-inconclusive, 130 after Ctrl-C. The report goes to stdout, progress and errors to stderr.
+Exits with 0 when the head is not slower, 1 when it is slower or its outputs differ, 2 when it could not be measured, 3
+with ``--strict`` when the outcome is inconclusive, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and wrong usage answe
 
 FAILED, UNAVAILABLE, INCONCLUSIVE, CTRL_C = 1, 2, 3, 130
 NAME = "fastllama-regress"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastllama" / "regress"
 
 Base = Annotated[str, typer.Option(help="Revision to compare with: a branch, a tag, a commit.")]
 Head = Annotated[str, typer.Option(help="Revision to judge; . is the checkout as it is.")]
@@ -92,8 +92,9 @@ def regress(
 ) -> None:
     """Fail when one revision of fastllama decodes slower than another."""
     asked = dict(locals())
-    with _one_line_errors(), _interrupted_by_sigterm():
-        asked |= {"cache": (cache_dir or _default_cache()).resolve(), "metrics": _metrics(metrics)}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that worktrees and workers go
+    with _one_line_errors():
+        asked |= {"cache": (cache_dir or CACHE).resolve(), "metrics": _metrics(metrics)}
         asked |= {"threshold": _threshold(threshold), "python": _interpreter(python), "slowdown": slowdown / 100}
         asked |= {"device": options.pick_device(device), "max_rounds": max(rounds, max_rounds)}
         found = _run(asked, skip_old_base, quiet)
@@ -103,7 +104,6 @@ def regress(
 
 
 def _run(asked: dict[str, Any], skip_old_base: bool, quiet: bool) -> Result | str:
-    """What the gate found, or why the base cannot be measured where that is accepted."""
     from . import gate
 
     settings = gate.Settings(**{each.name: asked[each.name] for each in dataclasses.fields(gate.Settings)})
@@ -117,7 +117,6 @@ def _run(asked: dict[str, Any], skip_old_base: bool, quiet: bool) -> Result | st
 
 
 def _publish(result: Result | str, report_file: Path | None, json_file: str | None, summary: Path | None) -> None:
-    """Print the outcome, and write what was asked for."""
     from ..environment import environment
     from . import report
 
@@ -157,20 +156,14 @@ def _threshold(text: str) -> float | None:
 
 
 def _interpreter(python: Path | None) -> Path:
-    """The interpreter as given, made absolute; links are kept, since an environment's python is one."""
     absolute = Path(os.path.abspath(python or sys.executable))
     if not os.access(absolute, os.X_OK):
         raise typer.BadParameter(f"{python} is no interpreter", param_hint="--python")
     return absolute
 
 
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastllama" / "regress"
-
-
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """What cannot be measured is one line on stderr, and exit code 2."""
     from ..workload import Unavailable
 
     try:
@@ -185,17 +178,3 @@ def _one_line_errors() -> Iterator[None]:
     except Exception:
         traceback.print_exc()  # a fault of the gate: its exit code must not say that the head is slower
         raise typer.Exit(UNAVAILABLE) from None
-
-
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """While open, SIGTERM ends the run as Ctrl-C does, so that worktrees and workers go."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,11 +1,6 @@
-"""The gate itself: revisions made ready, outputs compared, then rounds until there is a verdict.
+"""The gate itself: revisions made ready, outputs compared, then rounds until there is a verdict."""
 
-Rounds go on past the first few only while a metric is inconclusive: noise costs time, and hides nothing.
-"""
-
-from __future__ import annotations
-
-import fcntl
+import filecmp
 import os
 import sys
 import time
@@ -15,17 +10,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock
+
 from ..contenders import FASTLLAMA, Task
 from ..contenders.remote import Remote
 from ..rounds import Say
 from ..workload import Unavailable, Workload
 from .outputs import Difference, compare, first_difference, prompts
-from .revisions import Revision, files_of, repository, resolve
+from .revisions import Revision, files_of, git, resolve
 from .rounds import BASE, HEAD, SIDES, Metric, Round, lead_in, run_round
 from .verdict import THRESHOLD, Outcome, Verdict, estimate, judge
 
-CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TORCH_EXTENSIONS_DIR": "extensions", "TRITON_CACHE_DIR": "triton"}
-REQUIREMENTS = ("pyproject.toml", "requirements-dev.lock")
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
+REQUIREMENTS = "pyproject.toml"
 REFERENCE_DTYPE = "float32"
 BUSY = 0.5  # load for each core that is worth a note
 
@@ -117,10 +114,11 @@ class Result:
 def run(settings: Settings, say: Say) -> Result:
     """Compare two revisions."""
     load = os.getloadavg()[0]
-    repo = repository(settings.repo)
+    repo = Path(git(settings.repo, "rev-parse", "--show-toplevel"))
     base, head = resolve(repo, settings.base), resolve(repo, settings.head)
     with ExitStack() as stack:
-        stack.enter_context(alone(settings.cache, say))
+        settings.cache.mkdir(parents=True, exist_ok=True)  # two runs at once would be each other's noise
+        stack.enter_context(FileLock(settings.cache / "lock"))
         sides = {}
         for side, revision in {BASE: base, HEAD: head}.items():
             say(f"checking out the {side} {revision}")
@@ -145,10 +143,7 @@ class Gate:
         self._settings, self._sides, self._say = settings, sides, say
 
     def start(self, arm: str, dtype: str | None = None) -> Remote:
-        """Start the worker of an arm: a process of this package's own worker that imports the revision's fastllama.
-
-        It decodes a little of each batch size before it is ready, the largest first, which sizes the cache.
-        """
+        """Start the worker of an arm, which decodes a little of each batch size, the largest first, to be ready."""
         settings, side = self._settings, self._sides[SIDES[arm]]
         paths = os.pathsep.join(map(str, (side.tree, side.tree / "kernels")))
         folders = {name: str(side.caches / name.lower()) for name in CACHES}
@@ -187,7 +182,9 @@ class Gate:
         end = time.monotonic() + 60 * settings.minutes
 
         def go_on() -> bool:
-            return not is_decided(verdicts) and len(rounds) < settings.max_rounds and time.monotonic() < end
+            outcomes = {verdict.outcome for verdict in verdicts.values()}
+            is_decided = Outcome.SLOWER in outcomes or Outcome.UNDECIDED not in outcomes
+            return not is_decided and len(rounds) < settings.max_rounds and time.monotonic() < end
 
         threshold = settings.threshold or (THRESHOLD if settings.device.startswith("cuda") else None)
         while len(rounds) < settings.rounds or go_on():
@@ -195,12 +192,13 @@ class Gate:
             sizes = (settings.metrics, settings.workload, settings.turns)
             rounds.append(run_round(len(rounds), self.start, *sizes))
             verdicts = verdicts_of(rounds, threshold)
-        difference = timed_difference(rounds[0], settings)
+        base, head = rounds[0].tokens[BASE], rounds[0].tokens[HEAD]
+        found = (first_difference(base[batch], head[batch], settings.prompt_len) for batch in settings.batches)
+        difference = next(filter(None, found), None)
         return replace(result, timed_difference=difference, rounds=tuple(rounds), verdicts=verdicts)
 
     @contextmanager
     def _both(self, dtype: str) -> Iterator[tuple[Remote, Remote]]:
-        """A worker of the base and one of the head, ready to decode."""
         with ExitStack() as stack:
             base, head = (stack.enter_context(closing(self.start(arm, dtype))) for arm in (BASE, HEAD))
             assert head.info  # the head first: what both lack is no fault of the base
@@ -211,50 +209,19 @@ class Gate:
             yield base, head
 
 
-def is_decided(verdicts: Mapping[str, Verdict]) -> bool:
-    """Whether more rounds could not change what becomes of the head."""
-    outcomes = {verdict.outcome for verdict in verdicts.values()}
-    return Outcome.SLOWER in outcomes or Outcome.UNDECIDED not in outcomes
-
-
 def verdicts_of(rounds: Sequence[Round], threshold: float | None) -> dict[str, Verdict]:
     """The verdict on every metric after these rounds."""
     return {metric: judge([estimate(each.times[metric]) for each in rounds], threshold) for metric in rounds[0].times}
 
 
-def timed_difference(first: Round, settings: Settings) -> Difference | None:
-    """Where the timed outputs part, in the first batch size in which they do."""
-    base, head = first.tokens[BASE], first.tokens[HEAD]
-    found = (first_difference(base[batch], head[batch], settings.prompt_len) for batch in settings.batches)
-    return next(filter(None, found), None)
-
-
 def notes(sides: Mapping[str, Side], settings: Settings, load: float) -> Iterator[str]:
     """What a reader should know besides the verdicts."""
-    base, head = sides[BASE], sides[HEAD]
-    cores = os.cpu_count() or 1
+    (base, head), cores = sides.values(), os.cpu_count() or 1
     if load > BUSY * cores:
         yield f"Something else was running: before this began, the load was {load:.1f} on {cores} cores."
     if settings.slowdown:
         yield f"Every step of the head was made {100 * settings.slowdown:g} % longer on purpose."
     if base.revision.key == head.revision.key:
         yield "Base and head are the same files: whatever differs is noise."
-    elif any(_text(base.tree / name) != _text(head.tree / name) for name in REQUIREMENTS):
+    elif not filecmp.cmp(base.tree / REQUIREMENTS, head.tree / REQUIREMENTS, shallow=False):
         yield f"The revisions have different requirements; both ran on what {settings.python} has installed."
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-@contextmanager
-def alone(folder: Path, say: Say) -> Iterator[None]:
-    """Hold the cache folder: two runs at once would share worktrees, and each would be the other's noise."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another run of the gate to end")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -1,11 +1,8 @@
 """The parity gate: do base and head decode the same tokens?
 
-The speed of different outputs cannot be compared. In float32 the greedy tokens of two correct implementations are
-equal, so there equality is required. In 16-bit precision they part wherever two logits nearly tie, so there a
-difference is only reported.
+In float32 the greedy tokens of two correct implementations are equal, so there equality is required. In 16-bit
+precision they part wherever two logits nearly tie, so there a difference is only reported.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass

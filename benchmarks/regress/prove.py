@@ -1,13 +1,8 @@
 """Does the gate pass equal revisions and fail a slower one, every time, on this machine?
 
-    python -m benchmarks.regress.prove --runs 20 --log proof.jsonl -- --threads 1
-
-Runs the gate on the base against itself, interleaved with runs in which the head's worker makes every step 10 % longer:
-the former must pass, the latter must fail. Each outcome is a JSON line in the log as soon as it is there. Exits with 1
-unless all came out as they should.
+Runs the gate on the base against itself, interleaved with runs in which the head's worker makes every step 10 % longer;
+exits with 1 unless all came out as they should.
 """
-
-from __future__ import annotations
 
 import json
 import subprocess
@@ -17,8 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-KEPT = ("headline", "verdicts", "environment")
 
 
 def main(
@@ -46,8 +39,8 @@ def invoke(options: list[str]) -> dict[str, Any]:
     start = time.perf_counter()
     command = [sys.executable, "-m", str(__package__), "--json", "-", "--quiet", *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    found = json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {}
-    kept = {name: found.get(name, "no report") for name in KEPT}
+    found = json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {"headline": "no report"}
+    kept = {name: found.get(name) for name in ("headline", "verdicts", "environment")}
     return {"exit": done.returncode, "seconds": round(time.perf_counter() - start, 1), **kept}
 
 

@@ -1,7 +1,5 @@
 """What the gate found, for people (console, Markdown) and for programs (a plain object for JSON)."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterator, Mapping
@@ -109,7 +107,6 @@ def _reasons(result: Result) -> Iterator[str]:
 
 
 def _rounds(result: Result) -> pd.DataFrame:
-    """Head against base in every round, so that a reader sees whether they agree; disturbed rounds in parentheses."""
     rows = []
     for metric in result.settings.metrics:
         found = [estimate(each.times[str(metric)]) for each in result.rounds]
@@ -121,7 +118,6 @@ def _rounds(result: Result) -> pd.DataFrame:
 
 
 def _revisions(result: Result) -> str:
-    """The two revisions; a commit's subject is text, whatever it holds."""
     lines = []
     for side, revision in ((BASE, result.base), (HEAD, result.head)):
         where = "the checkout at " if revision.is_checkout else ""
@@ -149,14 +145,11 @@ def _machine(result: Result, machine: dict[str, Any]) -> Iterator[str]:
     yield f"{asked.model}, {asked.dtype}, {sizes}; {count} rounds of {asked.turns} turns"
     gpu = machine.get("gpu") or {}
     yield f"{machine['cpu']}, {machine['cores']} cores" + (f"; {gpu['name']}" if gpu else "")
-    for side in (BASE, HEAD):
-        if info := result.info.get(side):
-            versions = f"torch {info['torch']}, Python {info['python']}"
-            yield f"{side}: {info['device']}, {versions}, {info['threads']} threads"
+    if info := result.info.get(BASE):
+        yield f"{info['device']}, torch {info['torch']}, Python {info['python']}, {info['threads']} threads"
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: no infinities, NaN, paths or metrics."""
     if isinstance(value, Outcome):
         return value.value
     if is_dataclass(value) and not isinstance(value, Metric):

@@ -1,9 +1,7 @@
 """One round: two fresh processes of the base and two of the head, interleaved on the same decodes.
 
 Fresh, because how fast a process decodes depends on where its memory happened to fall. Two, because that shows what
-equal code differs by here and now, and because now and then a process is slow from its first token to its last.
-Interleaved, because the machine is not equally fast at all times. The processes start in an order that rotates over the
-rounds and decode in one that rotates over the turns, so that none is always the first or always follows the same other.
+equal code differs by here and now. The orders in which they start and decode rotate, so that none is always the first.
 """
 
 from __future__ import annotations

@@ -1,18 +1,12 @@
 """From times to a verdict: has a metric become slower? Functions of numbers alone.
 
-Everything is computed on natural logarithms of ratios: there, twice as slow and twice as fast are equally far from
-zero, and exchanging base and head changes the sign and nothing else.
-
-One round is one sample of four fresh processes, two of each revision, interleaved. The time of a process is the
-``QUANTILE`` of all its times: how fast it goes while nothing else has the processor. The time of a revision is that of
-its faster process, for one in twenty of equal code was up to a third slower from its first token to its last. The
-round's *change* is the head's time to the base's, its *noises* are what the two processes of each revision differ by.
-
-Rounds are independent, turns of a round are not. So a confidence interval is Student's over the rounds (Biometrika 6,
-1908); within a round a bootstrap of its turns shows how far it can be relied on (Efron, Annals of Statistics 7, 1979).
+Everything is computed on natural logarithms of ratios: exchanging base and head changes the sign and nothing else. One
+round is one sample of four fresh processes, two of each revision, interleaved. The time of a process is the
+``QUANTILE`` of all its times; that of a revision is its faster process's, for now and then one of equal code is a
+third slower from its first token to its last. The round's *change* is the head's time to the base's, its *noises* are
+what the two processes of each revision differ by. Rounds are independent, turns of a round are not: so a confidence
+interval is Student's over the rounds, and a bootstrap of its turns shows how far a round can be relied on.
 """
-
-from __future__ import annotations
 
 import math
 import statistics
@@ -88,7 +82,6 @@ def estimate(times: Mapping[str, Sequence[Sequence[float]]]) -> Estimate:
 
 
 def _contrasts(logs: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Change and noises of these turns."""
     base, head, head_again, base_again = np.quantile(logs.reshape(len(logs), -1), QUANTILE, axis=1).tolist()
     return min(head, head_again) - min(base, base_again), (base_again - base, head_again - head)
 
@@ -108,11 +101,8 @@ def judge(estimates: Sequence[Estimate], threshold: float | None = None) -> Verd
     *Slower*: the whole interval of the change lies beyond the threshold, and the head was slower in each of at least
     ``ROUNDS_TO_FAIL`` rounds. *Faster*: the mirror image, where fewer rounds will do. *No slower*: the interval
     excludes a slowdown of ``SIGHT`` (or of the threshold, where that is larger) and the mean is within the threshold as
-    it would be without noise, for noise is no reason to let pass what it might not have caused. *Inconclusive*:
-    anything else.
-
-    A round whose turns differ so much that it could not see a slowdown of ``SIGHT`` does not count. What is looked at
-    is how its turns differ, never the change, so leaving a round out favours no outcome.
+    it would be without noise. *Inconclusive*: anything else. A round whose turns differ so much that it could not see
+    ``SIGHT`` does not count; the change is not looked at, so this favours no outcome.
     """
     counted = [each for each in estimates if counts(each, threshold)]
     change = interval([each.change for each in counted])
@@ -134,7 +124,6 @@ def counts(each: Estimate, threshold: float | None = None) -> bool:
 def _decide(
     changes: Sequence[float], change: Interval, to_pass: float, to_fail: float, sight: float
 ) -> tuple[Outcome, str]:
-    """What logarithms of ratios say, held against what passes, what fails and what must be seen."""
     if len(changes) < MIN_ROUNDS:
         return Outcome.UNDECIDED, f"only {len(changes)} rounds were quiet enough to count, {MIN_ROUNDS} are needed"
     if change.low > to_fail and min(changes) > 0:

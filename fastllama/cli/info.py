@@ -164,4 +164,6 @@ def readable(name: str, value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return decimal(value, separator=" ") if "bytes" in name else f"{value:,}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return str(value)

@@ -290,7 +290,7 @@ class Snapshot:
 
 
 def _static(tensor: torch.Tensor) -> torch.Tensor:
-    """Tell CUDA graphs that this tensor never moves, so that replays read it in place instead of copying it in."""
+    """Mark a tensor as one that never moves, so that replays of CUDA graphs read it in place and do not copy it."""
     if tensor.is_cuda:
         torch._dynamo.mark_static_address(tensor)
     return tensor

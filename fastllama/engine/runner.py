@@ -199,7 +199,7 @@ class Runner:
         """Load rows into slots and fill the cache with their prompts; what other slots hold is not changed.
 
         Where the prefill is compiled it stops short of each prompt's last token, which takes the decode step: so there
-        are no graphs that prefill and draw. Elsewhere the last chunk samples the first new token.
+        are no graphs that prefill and sample. Elsewhere the last chunk samples the first new token.
 
         A row that is shorter than a chunk is padded with copies of its last prefilled token, at that token's
         position: they write what is there already. So nothing is written past a row's end and no mask is needed.
@@ -210,20 +210,20 @@ class Runner:
         Returns:
             How many new tokens that has given each of the rows, 0 or 1.
         """
-        draws = not self._compiles_prefill
+        samples = not self._compiles_prefill
         with self._launching():
             self._lengths |= {slot: len(row.prompt) for slot, row in rows.items()}
             self._decode = self._compiled("decode", self._batch, 1)  # before the first token, not after it
             self._ready.load(rows)
             self._set_rope()
             prompts = {slot: row.prompt for slot, row in rows.items()}
-            if draws:
+            if samples:
                 for first, last in _runs(prompts):
                     self._prefill_eagerly(first, [prompts[slot] for slot in range(first, last)])
             else:
                 self._prefill_compiled(prompts)
-        self._lengths |= {slot: self._lengths[slot] + draws for slot in rows}
-        return int(draws)
+        self._lengths |= {slot: self._lengths[slot] + samples for slot in rows}
+        return int(samples)
 
     def step(self) -> None:
         """Every loaded row that has not ended is one token further."""
@@ -306,7 +306,7 @@ class Runner:
         *chunks, final = prompt_chunks(prompts, short_of=0, exact=True)
         for chunk in chunks:
             call_plainly(self.device.type, steps.prefill, (self._net, chunk, memory))
-        call_plainly(self.device.type, steps.prefill_and_draw, (self._net, final, memory, rows))
+        call_plainly(self.device.type, steps.prefill_and_sample, (self._net, final, memory, rows))
 
     def _prefill_compiled(self, prompts: Mapping[int, torch.Tensor]) -> None:
         """Fill the slots in padded chunks, up to each prompt's last token; other slots repeat their newest one."""

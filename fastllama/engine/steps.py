@@ -22,14 +22,14 @@ def prefill(net: FusedDecoder, chunk: Chunk, memory: Memory) -> None:
     net(*chunk, *memory)
 
 
-def prefill_and_draw(net: FusedDecoder, chunk: Chunk, memory: Memory, rows: Rows) -> None:
+def prefill_and_sample(net: FusedDecoder, chunk: Chunk, memory: Memory, rows: Rows) -> None:
     """Write the last tokens of the rows' prompts to the cache and sample their first new ones."""
-    _draw(net, net(*chunk, *memory)[:, -1], rows)
+    _sample(net, net(*chunk, *memory)[:, -1], rows)
 
 
 def decode(net: FusedDecoder, rows: Rows, memory: Memory) -> None:
     """From the rows' newest tokens to their next ones."""
-    _draw(net, net(rows.ids_b1, rows.position_b1, *memory)[:, -1], rows)
+    _sample(net, net(rows.ids_b1, rows.position_b1, *memory)[:, -1], rows)
 
 
 def verify(net: FusedDecoder, chunk: Chunk, memory: Memory, logits_btv: torch.Tensor) -> None:
@@ -37,7 +37,7 @@ def verify(net: FusedDecoder, chunk: Chunk, memory: Memory, logits_btv: torch.Te
     logits_btv.copy_(net.logits(net(*chunk, *memory)))
 
 
-def _draw(net: FusedDecoder, x_bm: torch.Tensor, rows: Rows) -> None:
+def _sample(net: FusedDecoder, x_bm: torch.Tensor, rows: Rows) -> None:
     """From hidden states to next tokens; every row that has not ended is one token further."""
     token_b = ops.sample(net.logits(x_bm), rows.params, rows.position_b1[:, 0] + 1)
     token_b = torch.where(rows.finished_b, rows.pad_b, token_b)

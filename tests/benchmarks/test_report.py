@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fastllama_benchmarks import readme
-from fastllama_benchmarks.plots import PlotError, draw, ready
-from fastllama_benchmarks.readme import BEGIN, END, ReadmeError, figures, fill
+from fastllama_benchmarks.plots import plot
+from fastllama_benchmarks.readme import BEGIN, END, figures, fill
 from fastllama_benchmarks.records import read, read_all
-from fastllama_benchmarks.report import cells, command, console, markdown, newest, number, origin
+from fastllama_benchmarks.report import cells, command, console, markdown
 
 DATA = Path(__file__).parent / "data"
 RECORDS = read(DATA / "records.jsonl")
@@ -43,18 +42,10 @@ def test_a_decode_shows_the_bound_every_contender_and_what_the_figures_are_worth
     text = text_of(RECORDS[1] | {"disturbed": ["it was noisy"]})
     assert text.index("bound") < text.index("fastllama")
     for words in (
-        "2662", "62 %", "6.84 x", "11.0 MB", "0 compilations, 0 graph recordings", "100.0 MB",
+        "2662", "62%", "6.84 x", "11.0 MB", "0 compilations, 0 graph recordings", "100.0 MB",
         "llama.cpp reports no tokens", "gpt-fast not run: head_dim", "DISTURBED: it was noisy",
     ):  # fmt: skip
         assert words in text, words
-
-
-def test_wrong_and_other_tokens_are_named() -> None:
-    peer = RECORDS[1]["peers"]["transformers"]
-    wrong = peer | {"parity": False, "parity_detail": {"note": "far off"}}
-    text = text_of(RECORDS[1] | {"peers": {"a": wrong, "b": peer | {"same_tokens": 2}}})
-    assert "a FAILED parity: far off" in text
-    assert "b decoded other tokens from token 3 of 64 on, within rounding" in text
 
 
 def test_every_committed_record_can_be_shown() -> None:
@@ -62,23 +53,6 @@ def test_every_committed_record_can_be_shown() -> None:
         assert "fastllama" in text_of(record) or record["kind"] == "kernels"
         if record["kind"] != "launches":
             assert markdown(cells(record)).count("\n") > 2
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(2662.4, "2662"), (100, "100"), (61.73, "61.7"), (9.5, "9.50"), (None, ""), (float("nan"), "")]
-)
-def test_numbers_have_three_digits(value, text) -> None:
-    assert number(value) == text
-
-
-def test_of_equally_old_records_the_last_counts() -> None:
-    twins = [RECORDS[0] | {"tokens_per_second": speed} for speed in (1.0, 2.0)]
-    assert newest(twins, kind="decode") == twins[1]
-    assert newest(twins, kind="launches") is None
-
-
-def test_a_record_says_where_it_was_measured() -> None:
-    assert origin(RECORDS[1]) == "Example CPU, 2 threads, torch 2.13.0, commit 012345678, 2026-01-03"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +114,7 @@ def test_only_what_is_between_the_markers_changes() -> None:
     assert fill(PAGE, "| a |") == f"# Title\n\n{BEGIN}\n\n| a |\n\n{END}\n\nMore.\n"
     assert fill(fill(PAGE, "| a |"), "") == f"# Title\n\n{BEGIN}\n{END}\n\nMore.\n"
     for page in ("", BEGIN, END + BEGIN, f"{BEGIN}{END}{BEGIN}{END}"):
-        with pytest.raises(ReadmeError, match="figures:begin"):
+        with pytest.raises(ValueError, match="figures:begin"):
             fill(page, "")
 
 
@@ -163,17 +137,6 @@ def test_the_page_is_written_and_then_found_up_to_date(tmp_path: Path) -> None:
     assert run(*arguments, "--check").exit_code == 0
 
 
-@pytest.mark.parametrize("content", ["{", json.dumps({"schema": 1, "kind": "decode"})])
-def test_bad_records_and_pages_are_one_line(tmp_path: Path, content) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(PAGE)
-    (tmp_path / "bad.jsonl").write_text(content + "\n")
-    done = run("--readme", str(page), "--records", str(tmp_path))
-    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
-    assert run("--readme", str(tmp_path / "none.md"), "--records", str(DATA)).exit_code == 1
-    assert page.read_text() == PAGE
-
-
 def test_the_readme_shows_what_the_committed_records_say() -> None:
     assert run("--check").exit_code == 0
 
@@ -189,15 +152,5 @@ def test_equal_records_give_equal_drawings(tmp_path: Path, kind: str) -> None:
     if not records:
         pytest.skip("no such record")
     for name in ("a.svg", "b.svg"):
-        draw(records, tmp_path / name)
+        plot(records, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-
-
-def test_what_cannot_be_drawn_is_known_before_anything_is_measured(tmp_path: Path) -> None:
-    ready(None)
-    ready(tmp_path / "a.png")
-    for path, words in ((tmp_path / "a.gif", r"ends in \.png"), (tmp_path / "no" / "a.png", "no folder")):
-        with pytest.raises(PlotError, match=words):
-            ready(path)
-    with pytest.raises(PlotError, match="got no record"):
-        draw([], tmp_path / "a.png")

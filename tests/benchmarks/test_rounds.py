@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from fastllama import LlamaConfig, LlamaForCausalLM
-from fastllama_benchmarks.contenders import NAMES, Task, parse
+from fastllama_benchmarks.contenders import Task
 from fastllama_benchmarks.contenders.fastllama import Eager
-from fastllama_benchmarks.contenders.remote import Remote, last_words
+from fastllama_benchmarks.contenders.remote import Remote
 from fastllama_benchmarks.rounds import interleave
-from fastllama_benchmarks.workload import Decode, Unavailable, Workload, reason, timed, timed_by_difference
+from fastllama_benchmarks.workload import Decode, Unavailable, Workload, timed, timed_by_difference
 
 WORKLOAD = Workload(((1, 2),), 3)
 
@@ -65,25 +65,6 @@ def test_a_peer_that_breaks_is_one_line_and_leaves_no_figures() -> None:
     assert set(results.runs) == {"a"}
     assert len(results.runs["a"]) == 3
     assert turns.count("b") == 4
-
-
-def test_the_first_contender_may_not_break() -> None:
-    with pytest.raises(RuntimeError, match="out of luck"):
-        interleave([Scripted("a", [], fails_at=1), Scripted("b", [])], WORKLOAD, 3)
-
-
-def test_random_prompts_are_the_same_for_the_same_arguments() -> None:
-    workload = Workload.random(100, batch=3, prompt_len=5, new_tokens=7)
-    assert workload == Workload.random(100, 3, 5, 7)
-    assert (workload.batch, workload.prompt_len, workload.live_tokens) == (3, 5, 8)
-    assert workload.input_ids().shape == (3, 5)
-    assert max(map(max, workload.prompts)) < 100
-
-
-def test_the_reason_of_an_error_is_its_first_line() -> None:
-    assert reason(Unavailable("not here\nreally")) == "not here"
-    assert reason(ValueError("bad\nworse")) == "ValueError: bad"
-    assert reason(KeyError()) == "KeyError: "
 
 
 class Clock:
@@ -166,23 +147,3 @@ def test_a_worker_refuses_a_fastllama_of_another_place(task: Task, tmp_path: Pat
     remote.load(task)
     with closing(remote), pytest.raises(Unavailable, match="it has no package fastllama"):
         _ = remote.info
-
-
-@pytest.mark.parametrize(
-    ("stderr", "expected"),
-    [
-        ("Traceback\n  a line\ntorch._inductor.exc.InductorError: no compiler\n\nSet TORCH_LOGS", "no compiler"),
-        ("it has no weights\n", "it has no weights"),
-        ("", "it wrote nothing"),
-    ],
-)
-def test_a_failed_process_is_explained_by_the_line_that_names_its_error(stderr: str, expected: str) -> None:
-    assert last_words(stderr).endswith(expected)
-
-
-def test_peers_are_picked_by_name() -> None:
-    assert parse("all") == NAMES
-    assert parse("none") == ()
-    assert parse("eager, static") == ("eager", "static")
-    with pytest.raises(ValueError, match="no peer is called vllm; there are eager"):
-        parse("vllm")

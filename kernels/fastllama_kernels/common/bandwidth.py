@@ -1,8 +1,8 @@
 """A read of memory and nothing else, which is what the bandwidth that bounds a decode is measured by.
 
-Formula: the sum of the buffer's 64-bit words modulo 2⁶⁴, the last word filled up with zeros. Bytes moved: the buffer's,
-once. The kernel (``bandwidth.cpp``, CPU only) uses all of torch's threads; torch's own ``sum`` is no measure, it read
-24.7 to 32.8 GB/s within minutes on one idle machine.
+Formula: the sum of the buffer's 64-bit words modulo 2 to the 64, the last word filled up with zeros. Bytes moved: the
+buffer's, once. The kernel (``bandwidth.cpp``, CPU only) uses all of torch's threads; torch's own ``sum`` is no measure,
+it read 24.7 to 32.8 GB/s within minutes on one idle machine.
 """
 
 from __future__ import annotations
