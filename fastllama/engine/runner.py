@@ -51,6 +51,7 @@ class Runner:
         self._buffers: Buffers | None = None
         self._lengths: dict[int, int] = {}  # of the loaded slots, in tokens; followed where rotary tables depend on it
         self._rope_follows_length = static_length(model.config) is not None
+        self._batch = 0  # the bucket that holds every loaded slot
         self._decode: Callable[[], None] = _nothing_is_loaded
         self._lock = threading.Lock()
         self._owner: int | None = None
@@ -96,7 +97,7 @@ class Runner:
             )
         with self._lock, self._order.call() as stream:
             self.hold()
-            self._stream = stream
+            self._stream, self._decode = stream, _nothing_is_loaded
             self._lengths.clear()
             try:
                 if self._buffers:
@@ -213,7 +214,7 @@ class Runner:
         samples = not self._compiles_prefill
         with self._launching():
             self._lengths |= {slot: len(row.prompt) for slot, row in rows.items()}
-            self._decode = self._compiled("decode", self._batch, 1)  # before the first token, not after it
+            self._bind()  # compiles before the first token, not after it
             self._ready.load(rows)
             self._set_rope()
             prompts = {slot: row.prompt for slot, row in rows.items()}
@@ -262,7 +263,7 @@ class Runner:
             self._ready.free(slot)
         del self._lengths[slot]
         if self._lengths:
-            self._decode = self._compiled("decode", self._batch, 1)
+            self._bind()
 
     def newest(self) -> Snapshot:
         """A copy of the newest token of every slot up to the last loaded one, ``[b, 1]``."""
@@ -281,10 +282,10 @@ class Runner:
         assert self._buffers is not None, "reserve() comes first"
         return self._buffers
 
-    @property
-    def _batch(self) -> int:
-        """The bucket that holds every loaded slot."""
-        return batch_bucket(max(self._lengths) + 1)
+    def _bind(self) -> None:
+        """Take the decode step of the bucket that holds every loaded slot."""
+        self._batch = batch_bucket(max(self._lengths) + 1)
+        self._decode = self._compiled("decode", self._batch, 1)
 
     @property
     def _compiles_prefill(self) -> bool:
