@@ -51,7 +51,7 @@ class Runner:
         self._buffers: Buffers | None = None
         self._lengths: dict[int, int] = {}  # of the loaded slots, in tokens; followed where rotary tables depend on it
         self._rope_follows_length = static_length(model.config) is not None
-        self._batch = 0  # the bucket that holds every loaded slot
+        self._batch = 1  # the bucket that holds every loaded slot
         self._decode: Callable[[], None] = _nothing_is_loaded
         self._lock = threading.Lock()
         self._owner: int | None = None
@@ -97,8 +97,9 @@ class Runner:
             )
         with self._lock, self._order.call() as stream:
             self.hold()
-            self._stream, self._decode = stream, _nothing_is_loaded
+            self._stream = stream
             self._lengths.clear()
+            self._bind()
             try:
                 if self._buffers:
                     with self._launching():
@@ -160,7 +161,7 @@ class Runner:
     def _drop(self) -> None:
         self._steps.clear()
         self._lengths.clear()
-        self._decode = _nothing_is_loaded
+        self._bind()
         self._buffers = None
 
     def _compile_bucket(self, b: int, verify: bool) -> None:
@@ -211,7 +212,8 @@ class Runner:
         Returns:
             How many new tokens that has given each of the rows, 0 or 1.
         """
-        samples = not self._compiles_prefill
+        samples, held = not self._compiles_prefill, self._ready.cache.batch_size
+        assert max(rows) < held, f"slot {max(rows)} of {held}: reserve() comes first"
         with self._launching():
             self._lengths |= {slot: len(row.prompt) for slot, row in rows.items()}
             self._bind()  # compiles before the first token, not after it
@@ -262,8 +264,7 @@ class Runner:
         with self._launching():
             self._ready.free(slot)
         del self._lengths[slot]
-        if self._lengths:
-            self._bind()
+        self._bind()
 
     def newest(self) -> Snapshot:
         """A copy of the newest token of every slot up to the last loaded one, ``[b, 1]``."""
@@ -284,6 +285,9 @@ class Runner:
 
     def _bind(self) -> None:
         """Take the decode step of the bucket that holds every loaded slot."""
+        if not self._lengths:
+            self._batch, self._decode = 1, _nothing_is_loaded
+            return
         self._batch = batch_bucket(max(self._lengths) + 1)
         self._decode = self._compiled("decode", self._batch, 1)
 
