@@ -25,9 +25,7 @@ TABLE_TOKENS, TABLE_ROUNDS = 64, 2  # of each timed decode of generate --table
 
 Batch = Annotated[str, typer.Option(help="Sequences decoded together, with commas.", metavar="LIST")]
 PromptLen = Annotated[str, typer.Option(help="Tokens of each prompt, which is random, with commas.", metavar="LIST")]
-Capacity = Annotated[
-    str, typer.Option(help="Slots of the KV cache, with commas.", show_default="enough", metavar="LIST")
-]
+Capacity = Annotated[str, typer.Option(help="KV cache slots, with commas.", show_default="enough", metavar="LIST")]
 NewTokens = Annotated[int, typer.Option(min=2, help="New tokens of each decode.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Timed runs of each contender.")]
 Peers = Annotated[
