@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from fastllama import ops
 from fastllama.config import LlamaConfig, RopeParameters
 from fastllama.model.llama import Llama
 from fastllama.model.rope import inverse_frequencies
 
-ACTIVATIONS = ("silu", "swish")
 ROPE_TYPES = ("default", "linear", "llama3")
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
@@ -68,7 +68,7 @@ def check_expressible(config: LlamaConfig, dtype: torch.dtype) -> None:
     """Raise :class:`NotImplementedError` if llama.cpp's llama architecture cannot compute this network."""
     if dtype not in TYPES:
         raise NotImplementedError(f"llama.cpp has no {str(dtype).removeprefix('torch.')} matrices")
-    if config.hidden_act not in ACTIVATIONS:
+    if ops.ACTIVATIONS[config.hidden_act] != ops.ACTIVATIONS["silu"]:
         raise NotImplementedError(f"llama.cpp's llama has hidden_act silu, not {config.hidden_act}")
     if config.rope.rope_type not in ROPE_TYPES:
         raise NotImplementedError(
