@@ -8,17 +8,20 @@ ARGS   ?=
 PROMPT ?= def read_config(path):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench clean
+.PHONY: help demo test test-slow lint format docs bench clean
 
 help: ## show this list
 	@echo "usage: make TARGET [PYTHON=python3.12] [ARGS='...']"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP) ## the shipped checkpoint writes text, then a table of what that cost (PROMPT='...')
 	@$(RUN) fastllama generate --table --temperature 0.7 --top-p 0.95 --seed 1 $(ARGS) '$(subst ','\'',$(PROMPT))'
 
-test: $(STAMP) ## run the tests (ARGS='-k cache')
-	@$(RUN) pytest $(ARGS)
+test: $(STAMP) ## run the tests but for the slow ones (ARGS='-k cache')
+	@$(RUN) pytest -m "not slow" $(ARGS)
+
+test-slow: $(STAMP) ## run the slow tests
+	@$(RUN) pytest -m slow $(ARGS)
 
 lint: $(STAMP) ## ruff, pyright, spelling and words, changing nothing
 	@$(RUN) ruff check .

@@ -25,19 +25,19 @@ TABLE_TOKENS, TABLE_ROUNDS = 64, 2  # of each timed decode of generate --table
 
 Batch = Annotated[str, typer.Option(help="Sequences decoded together, with commas.", metavar="LIST")]
 PromptLen = Annotated[str, typer.Option(help="Tokens of each prompt, which is random, with commas.", metavar="LIST")]
-Capacity = Annotated[str, typer.Option(help="Slots of the KV cache, with commas. [default: enough]", metavar="LIST")]
+Capacity = Annotated[str, typer.Option(help="KV cache slots, with commas.", show_default="enough", metavar="LIST")]
 NewTokens = Annotated[int, typer.Option(min=2, help="New tokens of each decode.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Timed runs of each contender.")]
 Peers = Annotated[
     str, typer.Option(help="all, none, or some of eager,transformers,static,gpt-fast,llama.cpp.", metavar="LIST")
 ]
 GptFast = Annotated[Path | None, typer.Option("--gpt-fast", metavar="DIR", help="A checkout of gpt-fast.")]
-LlamaBench = Annotated[Path | None, typer.Option(metavar="PATH", help="llama.cpp's program. [default: from PATH]")]
+LlamaBench = Annotated[Path | None, typer.Option(metavar="PATH", help="llama.cpp's program.", show_default="from PATH")]
 Launches = Annotated[bool, typer.Option("--launches", help="Record what a step launches and the host's time, too.")]
 Record = Annotated[Path | None, typer.Option(metavar="FILE", help="File of JSON lines to append the record to.")]
-Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Drawing to write: .png, .svg or .pdf.")]
-Files = Annotated[list[Path] | None, typer.Argument(help="Files of records. [default: the committed ones]")]
-Kind = Annotated[str | None, typer.Option(help="decode, prefill, startup, kernels or launches. [default: all]")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Plot to write: .png, .svg or .pdf.")]
+Files = Annotated[list[Path] | None, typer.Argument(help="Files of records.", show_default="the committed ones")]
+Kind = Annotated[str | None, typer.Option(help="decode, prefill, startup, kernels or launches.", show_default="all")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Markdown in place of tables for a terminal.")]
 Readme = Annotated[bool, typer.Option("--readme", help="Fill README.md's figures from the committed records.")]
 Check = Annotated[bool, typer.Option("--check", help="With --readme: exit with 1 where it is out of date.")]
@@ -53,7 +53,7 @@ class _DecodeByDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(cls=_DecodeByDefault, help="Measure decoding against peers and the bound. [default: decode]")
+app = typer.Typer(cls=_DecodeByDefault, help="Measure decoding against peers and the bound; decode is the default.")
 
 
 @app.command()
@@ -131,8 +131,8 @@ def kernels(
     device: options.Device = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
     live: Annotated[int, typer.Option(min=1, help="Tokens that each row attends.")] = 512,
-    capacity: Annotated[int | None, typer.Option(min=1, help="Slots of the KV cache. [default: --live]")] = None,
-    only: Annotated[str, typer.Option(help="Names of operations, with commas. [default: all]")] = "",
+    capacity: Annotated[int | None, typer.Option(min=1, help="Slots of the KV cache.", show_default="--live")] = None,
+    only: Annotated[str, typer.Option(help="Names of operations, with commas.", show_default="all")] = "",
     rounds: Rounds = 5,
     json_file: options.JsonFile = None,
     record: Record = None,

@@ -49,7 +49,7 @@ def gpu(
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     tiny: Annotated[bool, typer.Option("--tiny", help="Tiny shapes, to try the suite itself.")] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for records. [default: the package's]")
+        Path | None, typer.Option(metavar="DIR", help="Folder for records.", show_default="the package's")
     ] = None,
     gpt_fast: Annotated[Path | None, typer.Option(metavar="DIR", help="A checkout of gpt-fast.")] = None,
     budget_seconds: Annotated[float, typer.Option(metavar="S", help="Seconds for all lines.")] = BUDGET_SECONDS,

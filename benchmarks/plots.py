@@ -1,4 +1,4 @@
-"""Drawings of records, from the frame of :mod:`.report`: decodes as bars or over a grid, operations as bars."""
+"""Plots of records, from the frame of :mod:`.report`: decodes as bars or over a grid, operations as bars."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size":
 
 
 def ready(path: Path | None) -> None:
-    """Raise ValueError if a drawing could not be made later, before anything is measured; None asks for none."""
+    """Raise ValueError if a plot could not be made later, before anything is measured; None asks for none."""
     if path is None:
         return
     try:

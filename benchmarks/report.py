@@ -1,4 +1,4 @@
-"""One report on one pandas frame: console, Markdown, README and drawings."""
+"""One report on one pandas frame: console, Markdown, README and plots."""
 
 import functools
 import math

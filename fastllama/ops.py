@@ -188,7 +188,7 @@ def _register_triton() -> None:
     from fastllama_kernels.sampling import triton as sample  # noqa: F401
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)  # prompts of any length are asked for
 def _first_rule(op: str, device_type: str | None, case: Case) -> tuple[int | None, str | None]:
     """Index in RULES of what runs, None if nothing does, and why not what comes before it on that device."""
     refusal = None

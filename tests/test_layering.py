@@ -78,14 +78,15 @@ def test_a_module_imports_only_modules_above_it(path: Path) -> None:
     assert not violations(layer, path.read_text(), package)
 
 
-def test_no_two_modules_import_each_other() -> None:
+@pytest.mark.parametrize(("root", "name"), [(PACKAGE, "fastllama"), (KERNELS, "fastllama_kernels")])
+def test_no_two_modules_import_each_other(root: Path, name: str) -> None:
     files = {}
-    for path in python_files(PACKAGE):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        files[".".join(["fastllama", *parts]).removesuffix(".__init__")] = path
+    for path in python_files(root):
+        parts = path.relative_to(root).with_suffix("").parts
+        files[".".join([name, *parts]).removesuffix(".__init__")] = path
     imported = {}
     for module, path in files.items():
-        package = ".".join(["fastllama", *path.relative_to(PACKAGE).parent.parts])
+        package = ".".join([name, *path.relative_to(root).parent.parts])
         names = {name for name, _ in imports_of(path.read_text(), package)}
         imported[module] = {name if name in files else name.rpartition(".")[0] for name in names} & set(files)
     cleared: set[str] = set()

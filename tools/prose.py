@@ -29,7 +29,7 @@ WORDS = {
         r"so many": "a number, as in: maximum number of tokens",
         r"(?<!math\.)floors?": "bound",
         r"tells?|told": "return, report, say",
-        r"draws?|drawn": "sample; of a figure, plot",
+        r"draws?|drawn|drawings?|drew": "sample; of a figure, plot",
         r"reckon(s|ed|ing)?": "assume, count on",
     }.items()
 }

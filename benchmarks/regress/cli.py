@@ -49,8 +49,8 @@ Threshold = Annotated[str, typer.Option(help="Slowdown in percent, or auto: 3, o
 Accept = Annotated[
     bool, typer.Option("--accept-different-outputs", help="Time revisions whose float32 outputs differ.")
 ]
-Python = Annotated[Path | None, typer.Option(help="Interpreter of both. [default: this one]")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each process. [default: all cores]")]
+Python = Annotated[Path | None, typer.Option(help="Interpreter of both.", show_default="this one")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each process.", show_default="all cores")]
 CacheDir = Annotated[Path | None, typer.Option(help="Folder for worktrees and what was compiled.")]
 ReportFile = Annotated[Path | None, typer.Option("--report", help="Markdown file to write.")]
 JsonFile = Annotated[str | None, typer.Option("--json", help="File for every sample as JSON; - is stdout.")]

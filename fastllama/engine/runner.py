@@ -51,6 +51,7 @@ class Runner:
         self._buffers: Buffers | None = None
         self._lengths: dict[int, int] = {}  # of the loaded slots, in tokens; followed where rotary tables depend on it
         self._rope_follows_length = static_length(model.config) is not None
+        self._batch = 1  # the bucket that holds every loaded slot
         self._decode: Callable[[], None] = _nothing_is_loaded
         self._lock = threading.Lock()
         self._owner: int | None = None
@@ -98,6 +99,7 @@ class Runner:
             self.hold()
             self._stream = stream
             self._lengths.clear()
+            self._bind()
             try:
                 if self._buffers:
                     with self._launching():
@@ -159,7 +161,7 @@ class Runner:
     def _drop(self) -> None:
         self._steps.clear()
         self._lengths.clear()
-        self._decode = _nothing_is_loaded
+        self._bind()
         self._buffers = None
 
     def _compile_bucket(self, b: int, verify: bool) -> None:
@@ -210,10 +212,11 @@ class Runner:
         Returns:
             How many new tokens that has given each of the rows, 0 or 1.
         """
-        samples = not self._compiles_prefill
+        samples, held = not self._compiles_prefill, self._ready.cache.batch_size
+        assert max(rows) < held, f"slot {max(rows)} of {held}: reserve() comes first"
         with self._launching():
             self._lengths |= {slot: len(row.prompt) for slot, row in rows.items()}
-            self._decode = self._compiled("decode", self._batch, 1)  # before the first token, not after it
+            self._bind()  # compiles before the first token, not after it
             self._ready.load(rows)
             self._set_rope()
             prompts = {slot: row.prompt for slot, row in rows.items()}
@@ -261,8 +264,7 @@ class Runner:
         with self._launching():
             self._ready.free(slot)
         del self._lengths[slot]
-        if self._lengths:
-            self._decode = self._compiled("decode", self._batch, 1)
+        self._bind()
 
     def newest(self) -> Snapshot:
         """A copy of the newest token of every slot up to the last loaded one, ``[b, 1]``."""
@@ -281,10 +283,13 @@ class Runner:
         assert self._buffers is not None, "reserve() comes first"
         return self._buffers
 
-    @property
-    def _batch(self) -> int:
-        """The bucket that holds every loaded slot."""
-        return batch_bucket(max(self._lengths) + 1)
+    def _bind(self) -> None:
+        """Take the decode step of the bucket that holds every loaded slot."""
+        if not self._lengths:
+            self._batch, self._decode = 1, _nothing_is_loaded
+            return
+        self._batch = batch_bucket(max(self._lengths) + 1)
+        self._decode = self._compiled("decode", self._batch, 1)
 
     @property
     def _compiles_prefill(self) -> bool:

@@ -27,12 +27,13 @@ class Stopping:
 
     def take(self, tokens_bn: torch.Tensor) -> torch.Tensor:
         """The rows' next tokens, up to the step in which the last row ended; pad ids where a row had ended."""
-        rows, longest = [], 0
-        for index, tokens in enumerate(tokens_bn.tolist()):
-            kept = self._until_the_end(index, tokens)
-            longest = max(longest, kept)
-            rows.append(tokens[:kept] + [self._pad[index]] * (len(tokens) - kept))
-        return torch.tensor(rows, dtype=torch.long)[:, :longest]
+        rows = tokens_bn.tolist()
+        kept = [self._until_the_end(index, tokens) for index, tokens in enumerate(rows)]
+        if min(kept) == tokens_bn.shape[1]:
+            return tokens_bn
+        for index, (tokens, count) in enumerate(zip(rows, kept, strict=True)):
+            tokens[count:] = [self._pad[index]] * (len(tokens) - count)
+        return torch.tensor(rows, dtype=torch.long)[:, : max(kept)]
 
     def _until_the_end(self, index: int, tokens: Sequence[int]) -> int:
         """How many of the tokens the row still gives."""

@@ -1,4 +1,4 @@
-"""The report: tables, what figures are worth, README's region, drawings; old records are read as new ones."""
+"""The report: tables, what figures are worth, README's region, plots; old records are read as new ones."""
 
 from __future__ import annotations
 
@@ -141,11 +141,11 @@ def test_the_readme_shows_what_the_committed_records_say() -> None:
     assert run("--check").exit_code == 0
 
 
-# ---- drawings ------------------------------------------------------------------------------------------------------
+# ---- plots ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["decode", "grid", "kernels"])
-def test_equal_records_give_equal_drawings(tmp_path: Path, kind: str) -> None:
+def test_equal_records_give_equal_plots(tmp_path: Path, kind: str) -> None:
     decodes = [RECORDS[1] | {"batch": batch} for batch in (1, 2, 4)]
     kernels = [record for record in RECORDS if record["kind"] == "kernels"]
     records = {"decode": decodes[:1], "grid": decodes, "kernels": kernels}[kind]

@@ -15,6 +15,7 @@ from fastllama.generation.loop import decode
 from fastllama.generation.request import Request
 
 SLOTS, CACHE_LEN = 4, 32  # few, so that there is little to compile
+MANY = 8  # more than the kernels take on a CPU
 CONFIG = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, bos_token_id=None, eos_token_id=None,
@@ -27,13 +28,13 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(CONFIG).eval()
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["eager", "compiled"])
+@pytest.fixture(scope="module", params=["eager", "compiled"])
 def runner(request, model) -> Iterator[Runner]:
-    """With both ways to prefill: the one that a CPU takes, and the one that CUDA takes."""
+    """With both ways to prefill, a CPU's and CUDA's, and with more rows than the kernels take."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Runner, "_compiles_prefill", request.param)
+        patch.setattr(Runner, "_compiles_prefill", request.param == "compiled")
         made = Runner(model)
-        made.warmup(SLOTS, CACHE_LEN)
+        made.warmup(MANY if request.param == "many" else SLOTS, CACHE_LEN)
         yield made
 
 
@@ -61,12 +62,13 @@ def ended(request: Request, tokens: list[int]) -> bool:
 
 
 def run_schedule(runner: Runner, requests: list[Request], draw: random.Random) -> list[list[int]]:
-    """Decode all requests in SLOTS slots, loading free slots in random order, at random steps, while others decode."""
+    """Decode all requests in all slots, loading free slots in random order, at random steps, while others decode."""
+    slots = runner.cache.batch_size
     waiting, results = list(enumerate(requests)), [[] for _ in requests]
     active: dict[int, int] = {}
     with runner.session():
         while waiting or active:
-            free = [slot for slot in range(SLOTS) if slot not in active]
+            free = [slot for slot in range(slots) if slot not in active]
             take = draw.randint(0 if active else 1, len(free)) if free else 0
             chosen = dict(zip(draw.sample(free, take), waiting[:take], strict=False))
             del waiting[:take]
@@ -88,12 +90,15 @@ def run_schedule(runner: Runner, requests: list[Request], draw: random.Random) -
     return results
 
 
+SCHEDULES = {"eager": 100, "compiled": 30, "many": 5}
+
+
 @pytest.mark.parametrize(
-    ("runner", "schedule"), [(False, n) for n in range(100)] + [(True, n) for n in range(30)], indirect=["runner"]
+    ("runner", "schedule"), [(kind, n) for kind, count in SCHEDULES.items() for n in range(count)], indirect=["runner"]
 )
 def test_rows_that_come_and_go_equal_each_row_alone(runner, schedule) -> None:
     draw = random.Random(schedule)
-    requests = [random_request(draw) for _ in range(draw.randint(2, 9))]
+    requests = [random_request(draw) for _ in range(draw.randint(2, 2 * runner.cache.batch_size + 1))]
     expected = [tokens_alone(runner, request) for request in requests]
     before = runner.compiled_steps
     with torch.compiler.set_stance("fail_on_recompile"):

@@ -1,4 +1,4 @@
-"""Draws of the reference, the C++ and the Triton kernel: by their definition in float64, and by their shares."""
+"""Samples of the reference, the C++ and the Triton kernel: by their definition in float64, and by their shares."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def splitmix64(state: int) -> int:
 
 
 def scores(logits_v: torch.Tensor, temperature: float, seed: int, position: int) -> torch.Tensor:
-    """What the token drawn has the highest of, float64 ``[v]``, whether or not it is kept."""
+    """What the sampled token has the highest of, float64 ``[v]``, whether or not it is kept."""
     if temperature == 0:
         return logits_v.double()
     golden = 0x9E3779B97F4A7C15
@@ -74,7 +74,7 @@ def scores(logits_v: torch.Tensor, temperature: float, seed: int, position: int)
 
 
 def kept(logits_v: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float, edge: float):
-    """Which tokens may be drawn, when the edges of nucleus and min-p are moved outwards by ``edge``."""
+    """Which tokens may be sampled, when the edges of nucleus and min-p are moved outwards by ``edge``."""
     scaled_v = logits_v.double() / (temperature or 1.0)
     by_rank_v = scaled_v >= scaled_v.sort(descending=True).values[min(top_k or len(scaled_v), len(scaled_v)) - 1]
     share_v = scaled_v.masked_fill(~by_rank_v, -torch.inf).softmax(0)
