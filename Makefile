@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-RUN    := PATH="$(abspath $(BIN)):$$PATH" # torch looks for ninja there when it compiles the C++ kernels
+RUN    := PATH="$(abspath $(BIN)):$$PATH" # programs of this environment, such as fastllama
 ARGS   ?=
 PROMPT ?= def read_config(path):
 
