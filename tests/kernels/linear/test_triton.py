@@ -30,11 +30,23 @@ def draw(device, rows, k, n, dtype, bias, norm, residual) -> tuple:
 
 
 def in_float64(x, weight, bias, norm_weight, eps, residual) -> torch.Tensor:
+    """The formula, with the one rounding that the kernel has in it.
+
+    Several rows are multiplied on tensor cores, whose operands are of the weights' dtype: x times the norm's weight is
+    rounded to it, before the norm's scale in bfloat16, after it in float16, which it could overflow.
+    """
+    dtype, rows = x.dtype, x.shape[:-1].numel()
     x, weight, bias, norm_weight, residual = (
         None if a is None else a.double() for a in (x, weight, bias, norm_weight, residual)
     )
     if norm_weight is not None:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm_weight
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        if rows == 1:
+            x = x * scale * norm_weight
+        elif dtype == torch.float16:
+            x = (x * scale * norm_weight).to(dtype).double()
+        else:
+            x = (x * norm_weight).to(dtype).double() * scale
     y = x @ weight.T
     y = y if bias is None else y + bias
     return y if residual is None else y + residual
