@@ -75,7 +75,7 @@ def problem_of(command: list[str]) -> str | None:
     """Why a command of ours would not run, or None; other commands are not checked."""
     program, *words = command
     if program == "make":
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
         unknown = [word for word in words if "=" not in word and word not in targets]
         return f"no target {unknown}" if unknown else None
     if program == "fastllama":
