@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -28,14 +29,29 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(CONFIG).eval()
 
 
-@pytest.fixture(scope="module", params=["eager", "compiled"])
-def runner(request, model) -> Iterator[Runner]:
-    """With both ways to prefill, a CPU's and CUDA's, and with more rows than the kernels take."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Runner, "_compiles_prefill", request.param == "compiled")
-        made = Runner(model)
-        made.warmup(MANY if request.param == "many" else SLOTS, CACHE_LEN)
-        yield made
+class EagerPrefill(Runner):
+    """Prefills as on a CPU."""
+
+    _compiles_prefill = False
+
+
+class CompiledPrefill(Runner):
+    """Prefills as on CUDA."""
+
+    _compiles_prefill = True
+
+
+@pytest.fixture(scope="module")
+def runners(model) -> Callable[[str], Runner]:
+    """With both ways to prefill, and with more rows than the kernels take; made once, for all tests."""
+
+    @functools.cache
+    def made(kind: str) -> Runner:
+        runner = (CompiledPrefill if kind == "compiled" else EagerPrefill)(model)
+        runner.warmup(MANY if kind == "many" else SLOTS, CACHE_LEN)
+        return runner
+
+    return made
 
 
 def random_request(draw: random.Random) -> Request:
@@ -93,11 +109,9 @@ def run_schedule(runner: Runner, requests: list[Request], draw: random.Random) -
 SCHEDULES = {"eager": 100, "compiled": 30, "many": 5}
 
 
-@pytest.mark.parametrize(
-    ("runner", "schedule"), [(kind, n) for kind, count in SCHEDULES.items() for n in range(count)], indirect=["runner"]
-)
-def test_rows_that_come_and_go_equal_each_row_alone(runner, schedule) -> None:
-    draw = random.Random(schedule)
+@pytest.mark.parametrize(("kind", "schedule"), [(kind, n) for kind, count in SCHEDULES.items() for n in range(count)])
+def test_rows_that_come_and_go_equal_each_row_alone(runners, kind, schedule) -> None:
+    runner, draw = runners(kind), random.Random(schedule)
     requests = [random_request(draw) for _ in range(draw.randint(2, 2 * runner.cache.batch_size + 1))]
     expected = [tokens_alone(runner, request) for request in requests]
     before = runner.compiled_steps
@@ -106,7 +120,9 @@ def test_rows_that_come_and_go_equal_each_row_alone(runner, schedule) -> None:
     assert runner.compiled_steps == before
 
 
-def test_a_row_that_ends_in_a_burst_gives_nothing_but_its_pad_id_from_then_on(runner) -> None:
+@pytest.mark.parametrize("kind", ["eager", "compiled"])
+def test_a_row_that_ends_in_a_burst_gives_nothing_but_its_pad_id_from_then_on(runners, kind) -> None:
+    runner = runners(kind)
     requests = [Request(torch.tensor([5, 6]), 3, pad_token_id=9), Request(torch.tensor([7]), 11, pad_token_id=8)]
     expected = [tokens_alone(runner, request) for request in requests]
     out = torch.cat(list(decode(runner, requests)), dim=1)

@@ -385,6 +385,7 @@ def test_batches_run_in_powers_of_two() -> None:
     assert [batch_bucket(n) for n in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 4, 4, 8, 8, 16]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled_prefill", [False, True])
 def test_without_kernels_torch_operators_decode_the_same_tokens(monkeypatch, compiled_prefill) -> None:
     monkeypatch.setattr("fastllama.ops._without_kernels", lambda device_type, dtype: "as on a device without kernels")
