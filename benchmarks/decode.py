@@ -17,12 +17,12 @@ from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
 from fastllama import LlamaForCausalLM
 from fastllama.measure import (
     BandwidthProbe,
-    free_memory,
     kv_cache_bytes,
     last_level_cache,
     quantiles,
     weight_bytes_per_step,
 )
+from fastllama.model.cache import free_memory
 
 from .contenders import Task, open_peers
 from .contenders.fastllama import Engine

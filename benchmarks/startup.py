@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllama import LlamaForCausalLM
-from fastllama.loading.names import is_random, resolve, resolve_folder
+from fastllama.loading.names import is_random, resolve, resolve_path
 from fastllama.measure import BandwidthProbe
 
 from .contenders import FASTLLAMA, LLAMA_CPP, Task, prepare, title_of
@@ -109,8 +109,8 @@ def measure(
     say: Say = lambda message: None,
 ) -> dict[str, Any]:
     """Start fastllama and its peers, interleaved; the fields of a record."""
-    config = resolve(name).config
-    dtype = dtype or config.dtype
+    source = resolve(name)
+    config, dtype = source.config, source.dtype(dtype)
     workload = Workload.random(config.vocab_size, 1, prompt_len, NEW_TOKENS)
     with tempfile.TemporaryDirectory(prefix="fastllama-startup-") as folder:
         say("reading the weights once")
@@ -142,11 +142,11 @@ def ratios(other: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, float
 
 def stored_weights(name: str, dtype: str, workspace: Path) -> Path:
     """A folder that holds the checkpoint in this dtype, its files in the page cache."""
-    if is_random(name) or resolve(name).config.dtype != dtype:
+    if is_random(name) or resolve(name).dtype() != dtype or resolve_path(name).is_file():
         folder = workspace / "weights"
         LlamaForCausalLM.from_pretrained(name, dtype=dtype, progress=False).save_pretrained(folder)
     else:
-        folder = resolve_folder(name)
+        folder = resolve_path(name)
     for path in folder.glob("*.safetensors"):
         with open(path, "rb") as file:
             while file.read(READ_BYTES):

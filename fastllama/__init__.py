@@ -2,7 +2,7 @@
 
 from fastllama.causal_lm import LlamaForCausalLM
 from fastllama.config import GenerationConfig, LlamaConfig
-from fastllama.loading.names import CheckpointError
+from fastllama.loading.stored import CheckpointError
 from fastllama.model.cache import CacheOverflowError, StaticCache
 from fastllama.tokenizer import load_tokenizer
 

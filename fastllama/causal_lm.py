@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastllama.config import GenerationConfig, LlamaConfig
+from fastllama.engine.decoder import check_plain
 from fastllama.engine.runner import Runner
 from fastllama.generation.generate import Streamer, generate, stream
 from fastllama.loading.load import load_model
@@ -49,16 +50,19 @@ class LlamaForCausalLM(Llama):
         device: str | torch.device = "cpu",
         quantize: str | None = None,
         progress: bool = True,
+        strict: bool = False,
     ) -> LlamaForCausalLM:
         """Load a checkpoint.
 
         Args:
-            name: a folder, a Hugging Face id, ``"demo"`` for the bundled checkpoint, or ``"random:SHAPE"`` for random
-                weights in a published shape such as ``"random:llama-3.2-1b"``.
-            dtype: dtype of the parameters; the checkpoint's for None and ``"auto"``.
+            name: a folder, a ``.gguf`` file, a Hugging Face id, ``"demo"`` for the bundled checkpoint, or
+                ``"random:SHAPE"`` for random weights in a published shape such as ``"random:llama-3.2-1b"``.
+            dtype: dtype of the parameters; the checkpoint's for None and ``"auto"`` (bfloat16 for blocks of GGUF).
             device: where the parameters go.
             quantize: not available yet; must be None.
             progress: show a progress bar on stderr if that is a terminal.
+            strict: refuse what is otherwise named in a warning and left out: unknown keys of the configs, tensors that
+                no Llama uses, generation settings that ``generate`` does not do.
 
         Returns:
             The model in eval mode.
@@ -67,7 +71,7 @@ class LlamaForCausalLM(Llama):
             CheckpointError: the checkpoint was not found, is incomplete, damaged or does not fit its config.
             ValueError, NotImplementedError: its configs ask for something that fastllama does not support.
         """
-        return load_model(cls, name, dtype=dtype, device=device, quantize=quantize, progress=progress)
+        return load_model(cls, name, dtype=dtype, device=device, quantize=quantize, progress=progress, strict=strict)
 
     def save_pretrained(self, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
         """Write a checkpoint that transformers loads: configs and safetensors weights.
@@ -144,7 +148,12 @@ class LlamaForCausalLM(Llama):
 
 
 def engine_of(model: LlamaForCausalLM) -> Runner:
-    """The model's engine, made on first use and again when the model's weights were replaced or moved."""
+    """The model's engine, made on first use and again when the model's weights were replaced or moved.
+
+    Raises:
+        NotImplementedError: the model's modules do something that the engine would not do.
+    """
+    check_plain(model)
     with _making_an_engine:
         if model.engine is None or not model.engine.serves(model):
             model.engine = Runner(model)

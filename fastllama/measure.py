@@ -7,7 +7,6 @@ Times are seconds, sizes bytes, bandwidths bytes per second.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ import torch
 
 from fastllama import ops
 from fastllama.config import LlamaConfig
+from fastllama.model.cache import free_memory
 from fastllama.model.llama import Llama
 
 GIB = 1 << 30
@@ -96,16 +96,6 @@ class BandwidthProbe:
 def memory_bandwidth(device: torch.device | str = "cpu") -> Bandwidth:
     """Measure the memory bandwidth of a device; about a second on the CPU."""
     return BandwidthProbe(device).best
-
-
-def free_memory() -> int:
-    """Bytes of host memory still to be had; half of all memory where the system does not say."""
-    try:
-        with open("/proc/meminfo") as lines:
-            available = next(line for line in lines if line.startswith("MemAvailable"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def last_level_cache(device: torch.device) -> int:

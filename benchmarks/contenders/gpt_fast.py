@@ -87,7 +87,7 @@ def model_arguments(config: LlamaConfig) -> dict[str, Any]:
 
 def converted(weights: Mapping[str, torch.Tensor], config: LlamaConfig) -> dict[str, torch.Tensor]:
     """Hugging Face's tensors under gpt-fast's names: q, k and v in one matrix, for a rotary that turns neighbours."""
-    from fastllama.loading.gguf import interleaved
+    from fastllama.loading.gguf_writer import interleaved
 
     embedding = weights["model.embed_tokens.weight"]
     found = {

@@ -22,7 +22,7 @@ REPORTED = ("build_commit", "build_number", "backends", "n_threads", "n_gpu_laye
 
 def prepare(task: Task) -> Task:
     """Write the weights as GGUF; the task that is returned names the file and the program."""
-    from fastllama.loading.gguf import write_gguf
+    from fastllama.loading.gguf_writer import write_gguf
 
     if task.batch > 1:
         raise Unavailable(f"{PROGRAM} decodes one sequence at a time, not {task.batch}")

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastllama.measure import BandwidthProbe, Quantiles, free_memory, last_level_cache, quantiles
+from fastllama.measure import BandwidthProbe, Quantiles, last_level_cache, quantiles
+from fastllama.model.cache import free_memory
 
 from ..contenders import FASTLLAMA
 from ..rounds import Say
@@ -209,7 +210,7 @@ def copies_of(op: StepOp, device: torch.device) -> list[Arguments]:
     if not op.in_cache:
         wanted = -(-max(WORKING_SET, CACHES_COVERED * last_level_cache(device)) // size)
         count = min(max(wanted, MIN_COPIES), MAX_COPIES)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    free = free_memory(device)
     if (count - 1) * size > free:
         raise ValueError(
             f"{count} copies of {size / 1e6:.4g} MB of weights or cache do not fit the {free / 1e9:.3g} GB of memory "

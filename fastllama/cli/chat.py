@@ -25,13 +25,14 @@ def chat(
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     seed: options.Seed = None,
+    strict: options.Strict = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Chat with a model. Ctrl-C stops an answer, /clear starts a new conversation, /quit or Ctrl-D exits."""
     with errors_in_one_line(debug):
         sampling = options.sampling_arguments(sample, temperature, top_k, top_p, min_p, seed)
-        loaded = options.load(model, dtype, device, quiet)
+        loaded = options.load(model, dtype, device, quiet, strict)
         conversation = Conversation(loaded.tokenizer, system)
         if not conversation.has_template and not quiet:
             stderr().print(

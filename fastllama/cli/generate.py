@@ -33,6 +33,7 @@ def generate(
     table: Annotated[
         bool, typer.Option("--table", help="A table of timings, compared with the eager forward.")
     ] = False,
+    strict: options.Strict = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
@@ -40,7 +41,7 @@ def generate(
     with errors_in_one_line(debug):
         sampling = options.sampling_arguments(sample, temperature, top_k, top_p, min_p, seed)
         text = sys.stdin.read() if prompt == "-" else prompt
-        loaded = options.load(model, dtype, device, quiet)
+        loaded = options.load(model, dtype, device, quiet, strict)
         prompt_ids = list(loaded.tokenizer(text).input_ids)
         budget = loaded.budget(len(prompt_ids), max_new_tokens)
         show = _discard if as_json else _echo_after(text)

@@ -56,6 +56,7 @@ def info(
         typer.Option(min=1, help="Context length to assume, in tokens.", show_default="the model's maximum"),
     ] = None,
     json_file: options.JsonFile = None,
+    strict: options.Strict = False,
     debug: options.Debug = False,
 ) -> None:
     """Show what would run without loading weights: device, sizes, bandwidth bound, kernels and why.
@@ -63,23 +64,24 @@ def info(
     Measures the memory bandwidth, which takes about a second.
     """
     with errors_in_one_line(debug):
-        facts = gather(model, dtype, options.pick_device(device), context, quiet=json_file == "-")
+        facts = gather(model, dtype, options.pick_device(device), context, json_file == "-", strict)
         if json_file != "-":
             show(facts)
         if json_file:
             write_json(facts, json_file)
 
 
-def gather(model: str, dtype: str | None, device: str, context: int | None, quiet: bool = False) -> dict[str, Any]:
+def gather(
+    model: str, dtype: str | None, device: str, context: int | None, quiet: bool = False, strict: bool = False
+) -> dict[str, Any]:
     """Everything that ``info`` reports, in sections of plain values."""
     import torch
 
     from fastllama import ops
     from fastllama.loading.names import resolve
 
-    config = resolve(model).config
-    if dtype is not None:
-        config = config.replace(dtype=dtype)
+    source = resolve(model, strict)
+    config = source.config.replace(dtype=source.dtype(dtype))
     where = torch.device(device)
     with progress(quiet) as say:
         say("measuring memory bandwidth")
@@ -87,7 +89,7 @@ def gather(model: str, dtype: str | None, device: str, context: int | None, quie
     return {
         "model": {"name": model} | {field: getattr(config, field) for field in SHAPE_FIELDS},
         "decoding": decoding,
-        "ops": [choice._asdict() for choice in ops.report(where, getattr(torch, config.dtype), config.head_dim)],
+        "ops": [choice._asdict() for choice in ops.report(where, config.torch_dtype, config.head_dim)],
         "machine": _machine(where),
         "versions": versions(),
     }
@@ -96,7 +98,7 @@ def gather(model: str, dtype: str | None, device: str, context: int | None, quie
 def _machine(device: torch.device) -> dict[str, Any]:
     import torch
 
-    from fastllama.measure import free_memory
+    from fastllama.model.cache import free_memory
 
     machine = {
         "device": str(device),
@@ -124,7 +126,7 @@ def _decoding(config: LlamaConfig, device: torch.device, context: int) -> dict[s
 
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(config)
-    itemsize = getattr(torch, config.dtype).itemsize
+    itemsize = config.torch_dtype.itemsize
     parameters = parameter_count(skeleton)
     weights = weight_bytes_per_step(skeleton, itemsize=itemsize)
     cache = kv_cache_bytes(config, context, itemsize=itemsize)
@@ -138,9 +140,7 @@ def _decoding(config: LlamaConfig, device: torch.device, context: int) -> dict[s
         "kv_cache_bytes": cache,
         "memory_bandwidth_gb_s": bandwidth.bytes_per_second / 1e9,
         "memory_bandwidth_method": bandwidth.method,
-        "kernels_per_step": ops.kernels_per_step(
-            device, getattr(torch, config.dtype), config.num_hidden_layers, config.head_dim
-        ),
+        "kernels_per_step": ops.kernels_per_step(device, config.torch_dtype, config.num_hidden_layers, config.head_dim),
         "floor_ms_empty_cache": 1e3 * weights / bandwidth.bytes_per_second,
         "floor_ms_full_cache": 1e3 * (weights + cache) / bandwidth.bytes_per_second,
     }

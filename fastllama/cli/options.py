@@ -15,7 +15,9 @@ CHECKPOINT_SETTING = "the checkpoint's setting"
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help="Folder, Hugging Face id, demo, or random:SHAPE such as random:llama-3.2-1b."),
+    typer.Option(
+        "--model", "-m", help="Folder, .gguf file, Hugging Face id, demo, or random:SHAPE such as random:llama-3.2-1b."
+    ),
 ]
 Dtype = Annotated[
     str | None,
@@ -47,6 +49,9 @@ MinP = Annotated[
     typer.Option(help="Minimum probability, relative to the most likely token's.", show_default=CHECKPOINT_SETTING),
 ]
 Seed = Annotated[int | None, typer.Option(help="Random seed of the sampling.", show_default="a new one each time")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse what a checkpoint has and a Llama does not use, instead of warning.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress messages, no statistics.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks and the library's log.")]
 JsonFile = Annotated[
@@ -65,11 +70,15 @@ def sampling_arguments(
 ) -> dict[str, Any]:
     """The arguments for ``model.generate``; any of temperature, top-k, top-p and min-p turns sampling on.
 
+    A temperature of 0 is greedy decoding, as it is in servers' interfaces.
+
     Raises:
         typer.BadParameter: one of them was given together with ``--greedy``.
     """
     shaping = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     given = {name: value for name, value in shaping.items() if value is not None}
+    if temperature == 0 and not sample:
+        given, sample = {}, False
     if given and sample is False:
         names = ", ".join("--" + name.replace("_", "-") for name in given)
         raise typer.BadParameter(f"--greedy takes the most likely token: leave out {names}")
@@ -104,9 +113,11 @@ def pick_device(device: str | None) -> str:
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load(name: str, dtype: str | None, device: str | None, quiet: bool) -> Loaded:
-    """Load a model and its tokenizer."""
+def load(name: str, dtype: str | None, device: str | None, quiet: bool, strict: bool = False) -> Loaded:
+    """Load a model and its tokenizer; generation settings that are not available go, as their warning says."""
     from fastllama import LlamaForCausalLM, load_tokenizer
 
-    model = LlamaForCausalLM.from_pretrained(name, dtype=dtype, device=pick_device(device), progress=not quiet)
+    where = pick_device(device)
+    model = LlamaForCausalLM.from_pretrained(name, dtype=dtype, device=where, progress=not quiet, strict=strict)
+    model.generation_config = model.generation_config.replace(other={})
     return Loaded(name, model, load_tokenizer(name))

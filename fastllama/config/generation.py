@@ -1,7 +1,8 @@
 """GenerationConfig: a frozen dataclass read from ``generation_config.json``.
 
-Every key of a file is accounted for: it is a field here, it is on a list of keys that cannot change which tokens come
-out, or it is an error that names it.
+Nothing in a file keeps a checkpoint from loading. What ``generate()`` cannot do is kept and named in a warning, and is
+an error of the call that would use it; what nobody knows is kept and named; keys that cannot change which tokens come
+out are left out.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Any
 from fastllama.config.fields import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
-    bad,
     check_bool,
     check_int,
     check_number,
     plain_eos,
-    plain_pad,
+    plain_id,
     read_json,
+    shortened,
+    tolerate,
     write_json,
 )
 
@@ -55,6 +57,9 @@ INERT_GENERATION = frozenset({
 })
 # fmt: on
 
+# Fields that matter to a call that samples only.
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p")
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
@@ -65,13 +70,15 @@ class GenerationConfig:
         max_new_tokens: maximum number of new tokens; wins over ``max_length`` where both are set.
         do_sample: sample, instead of taking the most likely token.
         temperature: divides the logits before sampling.
-        top_k: sample from the k most likely tokens; 0 for all.
+        top_k: sample from the k most likely tokens; 0 or -1 for all.
         top_p: sample from the most likely tokens whose probabilities add up to p; 1.0 for all.
         min_p: sample from tokens with at least this fraction of the most likely token's probability.
         eos_token_id: ids that end a row: an int, several, or None; held as a tuple.
         pad_token_id: fills rows that ended early.
         bos_token_id: the id that begins a text; not used in decoding.
         seed: makes sampling reproducible; transformers has no such field.
+        other: what else a file holds, by key: settings that ``generate()`` does not do or does not know, and values
+            that are out of range. They matter to the calls that would use them only.
 
     Raises:
         ValueError: a value out of range; the message has the field, the value and what was expected.
@@ -88,12 +95,16 @@ class GenerationConfig:
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     seed: int | None = None
+    other: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         eos = plain_eos(self.eos_token_id)
         eos = () if eos is None else (eos,) if isinstance(eos, int) else eos
         object.__setattr__(self, "eos_token_id", eos)
-        object.__setattr__(self, "pad_token_id", plain_pad(self.pad_token_id))
+        for name in ("bos_token_id", "pad_token_id"):
+            object.__setattr__(self, name, plain_id(getattr(self, name)))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
         check_bool("do_sample", self.do_sample)
         check_int("max_length", self.max_length, at_least=1)
         check_int("top_k", self.top_k, at_least=0)
@@ -106,33 +117,52 @@ class GenerationConfig:
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), at_least=0)
         check_number("temperature", self.temperature, at_least=0)
-        if self.do_sample and self.temperature == 0:
-            expected = "above 0 when sampling; do_sample=False takes the most likely token"
-            raise bad("temperature", self.temperature, expected)
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> GenerationConfig:
+    def from_dict(cls, config: Mapping[str, Any], strict: bool = False) -> GenerationConfig:
         """Read the object of a ``generation_config.json``; null means the default of a field.
 
+        Args:
+            config: the object.
+            strict: refuse what is otherwise kept in ``other`` with a warning.
+
         Raises:
-            NotImplementedError: settings that would change the output and that fastllama does not support, by name.
-            ValueError: an unknown key or a value out of range.
+            ValueError: under ``strict`` only.
         """
         values = {key: value for key, value in config.items() if value is not None}
-        unsupported = [
-            f"{key}={values[key]!r}"
-            for key, neutral in UNSUPPORTED_GENERATION.items()
-            if values.get(key, neutral) != neutral
-        ]
-        if unsupported:
-            raise NotImplementedError(
-                f"generation settings not available: {', '.join(unsupported)}; remove them from the generation config"
-            )
-        names = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - names - set(UNSUPPORTED_GENERATION) - INERT_GENERATION):
-            expected = ", ".join(sorted(names))
-            raise ValueError(f"unknown generation settings {', '.join(unknown)}; expected {expected}")
-        return cls(**{key: value for key, value in values.items() if key in names})
+        names = {field.name for field in dataclasses.fields(cls)} - {"other"}
+        unsupported = unsupported_settings(values)
+        unknown = {key: values[key] for key in values.keys() - names - UNSUPPORTED_GENERATION.keys() - INERT_GENERATION}
+        wrong = {key: value for key, value in values.items() if key in names and _problem_of(key, value)}
+        for what, kept in (("not available", unsupported), ("unknown", unknown)):
+            if kept:
+                listed = ", ".join(f"{key}={shortened(repr(kept[key]), 100)}" for key in sorted(kept))
+                tolerate(f"generation settings {what}, left out: {listed}", strict)
+        for key, value in wrong.items():
+            tolerate(f"{_problem_of(key, value)}; left out", strict)
+        other = unsupported | unknown | wrong
+        return cls(**{key: values[key] for key in names & values.keys() - other.keys()}, other=other)
+
+    def check_usable(self, given: Mapping[str, Any]) -> None:
+        """Check what a call would use of ``other``.
+
+        Args:
+            given: the call's own settings, which count instead.
+
+        Raises:
+            NotImplementedError: a setting that would change the output and that ``generate()`` does not do.
+            ValueError: a value out of range.
+        """
+        kept = {key: value for key, value in self.other.items() if key not in given}
+        names = {field.name for field in dataclasses.fields(self)}
+        samples = given.get("do_sample", self.do_sample)
+        for key, value in kept.items():
+            if key in names and (samples or key not in SAMPLING_FIELDS):
+                raise ValueError(f"generation config: {_problem_of(key, value)}; give {key} to generate()")
+        if unsupported := unsupported_settings({**kept, **given}):
+            listed = ", ".join(f"{key}={value!r}" for key, value in unsupported.items())
+            neutral = ", ".join(f"{key}={UNSUPPORTED_GENERATION[key]!r}" for key in unsupported)
+            raise NotImplementedError(f"generate() does not do {listed}; pass {neutral} to go without")
 
     @classmethod
     def from_hf(cls, config: Any) -> GenerationConfig:
@@ -140,14 +170,14 @@ class GenerationConfig:
         return cls.from_dict(config.to_dict())
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> GenerationConfig:
+    def from_pretrained(cls, folder: str | os.PathLike[str], strict: bool = False) -> GenerationConfig:
         """Read ``generation_config.json`` of a checkpoint folder.
 
         Without that file, the generation settings in ``config.json`` are read, as in transformers: special token ids
         and what older checkpoints put there. Without either file, the defaults.
 
         Raises:
-            NotImplementedError, ValueError: as :meth:`from_dict`, with the file's name before the message.
+            ValueError: a file that is not JSON; what :meth:`from_dict` raises, with the file's name before the message.
         """
         file, values = Path(folder) / GENERATION_CONFIG_NAME, {}
         if file.is_file():
@@ -156,13 +186,14 @@ class GenerationConfig:
             known = {field.name for field in dataclasses.fields(cls)} | set(UNSUPPORTED_GENERATION)
             values = {key: value for key, value in read_json(file).items() if key in known}
         try:
-            return cls.from_dict(values)
-        except (ValueError, NotImplementedError) as error:
-            raise type(error)(f"{file}: {error}") from error
+            return cls.from_dict(values, strict)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object of a ``generation_config.json``: the fields that are set, as transformers spells them."""
         config = dataclasses.asdict(self)
+        config |= config.pop("other")
         eos = list(self.eos_token_id)
         config["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
         return {key: value for key, value in config.items() if value is not None}
@@ -174,3 +205,21 @@ class GenerationConfig:
     def replace(self, **changes: Any) -> GenerationConfig:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def unsupported_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that ``generate()`` does not do and that would change what comes out."""
+    return {
+        key: values[key]
+        for key, neutral in UNSUPPORTED_GENERATION.items()
+        if values.get(key) is not None and values[key] != neutral
+    }
+
+
+def _problem_of(name: str, value: Any) -> str | None:
+    """What is wrong with the value of a field, or None."""
+    try:
+        GenerationConfig(**{name: value})
+    except ValueError as error:
+        return str(error)
+    return None

@@ -1,167 +1,44 @@
 """LlamaConfig: a frozen dataclass read from ``config.json``.
 
 Both spellings are read: transformers v4 (``rope_theta``, ``rope_scaling``, ``torch_dtype``) and v5
-(``rope_parameters``, ``dtype``). Every key of a file is accounted for: it is a field here, or it is on a list of keys
-that cannot change what the model computes, or it is an error that names it.
+(``rope_parameters``, ``dtype``). Every key of a file is accounted for: it is a field here, or it is known to change
+nothing, or it is known to change the result and an error, or it is named in a warning.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastllama import ops
 from fastllama.config.fields import (
     CONFIG_NAME,
+    INDEX_LIMIT,
     bad,
     check_bool,
     check_int,
     check_number,
-    numbers,
     plain_eos,
-    plain_pad,
+    plain_id,
     read_json,
+    tolerate,
     write_json,
 )
 from fastllama.config.generation import INERT_GENERATION, UNSUPPORTED_GENERATION, GenerationConfig
+from fastllama.config.keys import CHANGING_KEYS, INERT_KEYS, check_changing, check_own_code
+from fastllama.config.rope import ROPE_KEYS, RopeParameters
 
-logger = logging.getLogger(__name__)
-
+AUTO = "auto"  # the dtype of the stored weights
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-# fmt: off
-# What each rope type reads besides rope_type, rope_theta and partial_rotary_factor: the keys it cannot do
-# without, then all.
-_ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": (),
-    "longrope": ("short_factor", "long_factor"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}
-_ROPE_KEYS: dict[str, tuple[str, ...]] = _ROPE_REQUIRED | {
-    "yarn": (
-        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-        "mscale_all_dim", "truncate",
-    ),
-    "longrope": (
-        "short_factor", "long_factor", "factor", "original_max_position_embeddings", "attention_factor",
-    ),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-# Keys of config.json that Llama inference never reads, whatever their value.
-_INERT_KEYS = frozenset({
-    "architectures", "auto_map", "transformers_version", "transformers.js_config", "_name_or_path",
-    "name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset",
-    "_attn_implementation_internal", "_experts_implementation", "_experts_implementation_internal",
-    "_flash_attn_2_enabled", "attn_implementation", "experts_implementation", "use_return_dict",
-    "torchscript", "use_bfloat16", "tf_legacy_loss", "chunk_size_feed_forward", "finetuning_task", "id2label",
-    "label2id", "num_labels", "problem_type", "task_specific_params", "tokenizer_class", "prefix",
-    "sep_token_id", "cross_attention_hidden_size", "gradient_checkpointing", "max_sequence_length",
-    "model_max_length", "is_decoder", "is_llama_config", "unsloth_fixed", "unsloth_version",
-})
-
-# Keys that would change the result, each with the one value (besides null) under which it does not.
-_NEUTRAL_VALUES: dict[str, Any] = {
-    "sliding_window": None, "use_sliding_window": False, "quantization_config": None,
-    "compression_config": None, "partial_rotary_factor": 1.0, "rope_interleaved": False,
-    "is_encoder_decoder": False, "tie_encoder_decoder": False, "add_cross_attention": False,
-    "pruned_heads": {}, "per_layer_config": {},
-}
-# fmt: on
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeParameters:
-    """Parameters of the rotary position embedding, named as in ``rope_parameters`` of a v5 config.json.
-
-    ``rope_type`` decides which of the others are read (see :mod:`fastllama.model.rope`); the rest stay None.
-    ``original_max_position_embeddings`` is the context length before it was extended, in tokens; where a type
-    needs it and it is None, :class:`LlamaConfig` fills in its ``max_position_embeddings``.
-
-    Raises:
-        ValueError: a value out of range; the message has the parameter, the value and what was expected.
-    """
-
-    rope_type: str = "default"
-    rope_theta: float = 10000.0
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    short_factor: tuple[float, ...] | None = None
-    long_factor: tuple[float, ...] | None = None
-    partial_rotary_factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.rope_type not in tuple(_ROPE_KEYS):
-            raise bad("rope_type", self.rope_type, f"one of {', '.join(_ROPE_KEYS)}")
-        for name in _ROPE_REQUIRED[self.rope_type]:
-            if getattr(self, name) is None:
-                raise bad(name, None, f"a value, because rope_type is {self.rope_type!r}")
-        for name in ("short_factor", "long_factor"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, numbers(name, getattr(self, name)))
-        self._check_values()
-
-    def _check_values(self) -> None:
-        check_number("rope_theta", self.rope_theta, above=0)
-        for name in ("factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), above=0)
-        for name in ("attention_factor", "mscale", "mscale_all_dim"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), at_least=0)
-        if self.original_max_position_embeddings is not None:
-            check_int("original_max_position_embeddings", self.original_max_position_embeddings, at_least=1)
-        if self.truncate is not None:
-            check_bool("truncate", self.truncate)
-        if self.rope_type == "llama3" and self.low_freq_factor == self.high_freq_factor:
-            raise bad("high_freq_factor", self.high_freq_factor, "another value than low_freq_factor")
-        if self.partial_rotary_factor != 1.0:
-            expected = "1.0: Llama rotates every dimension of a head"
-            raise bad("partial_rotary_factor", self.partial_rotary_factor, expected)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the ``rope_parameters`` object of a v5 config.json: the keys that this type reads and that are set."""
-        names = ("rope_type", "rope_theta", *_ROPE_KEYS[self.rope_type])
-        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    @classmethod
-    def from_dict(cls, rope: Mapping[str, Any]) -> RopeParameters:
-        """Read a ``rope_parameters`` or ``rope_scaling`` object.
-
-        A key that only another type reads is left out with a warning, as in transformers.
-
-        Raises:
-            ValueError: an unknown key, or a value out of range.
-        """
-        values = {key: value for key, value in rope.items() if value is not None}
-        legacy = values.pop("type", None)
-        rope_type = values.setdefault("rope_type", legacy or "default")
-        if legacy not in (None, rope_type):
-            raise bad("rope_type", rope_type, f"the same as type, which is {legacy!r}: remove one of them")
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            expected = f"{', '.join(known)} (one set for all layers)"
-            raise ValueError(f"unknown rope parameters {', '.join(unknown)}; expected some of {expected}")
-        read = {"rope_type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS.get(str(rope_type), known)}
-        if unread := sorted(set(values) - read):
-            logger.warning("rope_type %r does not read %s: left out", rope_type, ", ".join(unread))
-        return cls(**{key: value for key, value in values.items() if key in read})
+DTYPE_ALIASES = {
+    "float": "float32", "fp32": "float32", "f32": "float32", "half": "float16", "fp16": "float16", "f16": "float16",
+    "bf16": "bfloat16", "double": "float64", "fp64": "float64", "f64": "float64",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +46,8 @@ class LlamaConfig:
     """Shape and constants of a Llama network; fields are named as in a v4 ``config.json``.
 
     ``num_key_value_heads`` and ``head_dim`` may be given as None. They become ``num_attention_heads``
-    (multi-head attention) and ``hidden_size // num_attention_heads``, so readers always find integers.
+    (multi-head attention) and ``hidden_size // num_attention_heads``, so readers always find integers. ``dtype`` may
+    be ``"auto"``, the dtype of the stored weights, which is what a file without a dtype says.
 
     Raises:
         ValueError: from every constructor; the message has the field, the value and what was expected.
@@ -202,8 +80,8 @@ class LlamaConfig:
     return_dict: bool = True
 
     def __post_init__(self) -> None:
-        check_int("num_attention_heads", self.num_attention_heads, at_least=1)
-        check_int("hidden_size", self.hidden_size, at_least=1)
+        check_int("num_attention_heads", self.num_attention_heads, at_least=1, at_most=INDEX_LIMIT)
+        check_int("hidden_size", self.hidden_size, at_least=1, at_most=INDEX_LIMIT)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
@@ -212,28 +90,30 @@ class LlamaConfig:
                 raise bad("hidden_size", self.hidden_size, expected)
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         object.__setattr__(self, "eos_token_id", plain_eos(self.eos_token_id))
-        object.__setattr__(self, "pad_token_id", plain_pad(self.pad_token_id))
+        for name in ("bos_token_id", "pad_token_id"):
+            object.__setattr__(self, name, plain_id(getattr(self, name)))
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.pretraining_tp is None:
+            object.__setattr__(self, "pretraining_tp", 1)
         self._check_shape()
         self._check_constants()
         self._complete_rope()
 
     def _check_shape(self) -> None:
         for name in ("vocab_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"):
-            check_int(name, getattr(self, name), at_least=1)
+            check_int(name, getattr(self, name), at_least=1, at_most=INDEX_LIMIT)
         for name in ("head_dim", "max_position_embeddings", "pretraining_tp"):
-            check_int(name, getattr(self, name), at_least=1)
+            check_int(name, getattr(self, name), at_least=1, at_most=INDEX_LIMIT)
         if self.num_attention_heads % self.num_key_value_heads:
             expected = f"a divisor of num_attention_heads={self.num_attention_heads}"
             raise bad("num_key_value_heads", self.num_key_value_heads, expected)
         if self.head_dim % 2:
             raise bad("head_dim", self.head_dim, "an even number: rotary embedding turns pairs")
-        if self.vocab_size % self.pretraining_tp:
-            raise bad("pretraining_tp", self.pretraining_tp, f"a divisor of vocab_size={self.vocab_size}")
 
     def _check_constants(self) -> None:
-        if self.hidden_act not in ops.ACTIVATIONS:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ops.ACTIVATIONS:
             raise bad("hidden_act", self.hidden_act, f"one of {', '.join(ops.ACTIVATIONS)}")
-        if self.dtype not in DTYPES:
+        if self.dtype not in (*DTYPES, AUTO):
             raise bad("dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         check_number("rms_norm_eps", self.rms_norm_eps, at_least=0)
         check_number("initializer_range", self.initializer_range, at_least=0)
@@ -243,15 +123,13 @@ class LlamaConfig:
                 check_bool(field.name, getattr(self, field.name))
         for name in ("pad_token_id", "bos_token_id"):
             if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), at_least=0)
-        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
-            raise bad("pad_token_id", self.pad_token_id, f"less than vocab_size={self.vocab_size}")
+                check_int(name, getattr(self, name), at_least=0, at_most=INDEX_LIMIT)
 
     def _complete_rope(self) -> None:
         rope = self.rope
         if not isinstance(rope, RopeParameters):
             raise bad("rope", rope, "RopeParameters; LlamaConfig.from_dict reads the JSON spellings")
-        reads_original = "original_max_position_embeddings" in _ROPE_KEYS[rope.rope_type]
+        reads_original = "original_max_position_embeddings" in ROPE_KEYS[rope.rope_type]
         if reads_original and rope.original_max_position_embeddings is None:
             rope = dataclasses.replace(rope, original_max_position_embeddings=self.max_position_embeddings)
             object.__setattr__(self, "rope", rope)
@@ -262,31 +140,42 @@ class LlamaConfig:
             if factors is not None and len(factors) != self.head_dim // 2:
                 raise bad(f"length of {name}", len(factors), f"head_dim / 2 = {self.head_dim // 2}")
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """``dtype`` as torch has it; torch's default where it is ``"auto"``."""
+        return torch.get_default_dtype() if self.dtype == AUTO else getattr(torch, self.dtype)
+
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> LlamaConfig:
+    def from_dict(cls, config: Mapping[str, Any], strict: bool = False) -> LlamaConfig:
         """Read the object of a ``config.json``, in the spelling of transformers v4, v5, or both at once.
 
-        null means the default of a field, except for token ids, where it means that there is none.
+        null means the default of a field, except for token ids, where it means that there is none. Where one thing is
+        spelled twice with two values, transformers' precedence holds. Of a multimodal model's config its text config
+        is read, if that is a Llama's.
+
+        Args:
+            config: the object.
+            strict: refuse unknown keys, differing spellings and code of its own, instead of warning about them.
 
         Raises:
-            ValueError: it is not a Llama, has an unknown key, sets something that fastllama does not compute, or
-                spells one thing twice with two values.
+            ValueError: it is not a Llama, or sets something that fastllama does not compute.
         """
-        values: dict[str, Any] = dict(config)
+        values = _text_part(config, strict)
         model_type = values.pop("model_type", None)
         if model_type not in (None, "llama"):
             raise bad("model_type", model_type, "'llama': fastllama runs Llama checkpoints only")
-        _drop_inert(values)
-        rope = _take_rope(values)
-        dtype = _take_dtype(values)
+        check_changing(values)
+        check_own_code(values, strict)
+        rope = _take_rope(values, strict)
+        dtype = _take_dtype(values, strict)
+        known = {field.name for field in dataclasses.fields(cls)}
+        inert = INERT_KEYS | CHANGING_KEYS.keys() | {"auto_map", "layer_types", *UNSUPPORTED_GENERATION}
+        inert |= INERT_GENERATION | {field.name for field in dataclasses.fields(GenerationConfig)}
         values = {key: value for key, value in values.items() if value is not None or key in _TOKEN_IDS}
-        if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(cls)}):
-            raise ValueError(
-                f"unknown config keys {', '.join(unknown)}: they may change what the model computes; "
-                "if they do not, remove them from config.json"
-            )
-        values |= {"rope": rope, "dtype": dtype}
-        return cls(**values)
+        if unknown := sorted(set(values) - known - inert):
+            tolerate(f"unknown config keys {', '.join(unknown)}: left out", strict)
+        fields: dict[str, Any] = {key: value for key, value in values.items() if key in known}
+        return cls(**fields | {"rope": rope, "dtype": dtype})
 
     @classmethod
     def from_hf(cls, config: Any) -> LlamaConfig:
@@ -294,7 +183,7 @@ class LlamaConfig:
         return cls.from_dict(config.to_dict())
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> LlamaConfig:
+    def from_pretrained(cls, path: str | os.PathLike[str], strict: bool = False) -> LlamaConfig:
         """Read a ``config.json``, given the file or its folder.
 
         Raises:
@@ -305,8 +194,9 @@ class LlamaConfig:
         file = file / CONFIG_NAME if file.is_dir() else file
         if not file.is_file():
             raise FileNotFoundError(f"no {file}; expected a folder with a {CONFIG_NAME}, or the file itself")
+        content = read_json(file)
         try:
-            return cls.from_dict(read_json(file))
+            return cls.from_dict(content, strict)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
 
@@ -321,7 +211,8 @@ class LlamaConfig:
         return config | {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],
-            "torch_dtype": self.dtype,
+            "dtype": None if self.dtype == AUTO else self.dtype,
+            "torch_dtype": None if self.dtype == AUTO else self.dtype,
             "rope_parameters": rope,
             "rope_theta": self.rope.rope_theta,
             "rope_scaling": None if self.rope.rope_type == "default" else scaling,
@@ -347,37 +238,37 @@ class LlamaConfig:
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-def _drop_inert(values: dict[str, Any]) -> None:
-    """Remove the keys without effect on the network from ``values``, once they are known to be neutral."""
-    layer_types = values.pop("layer_types", None)
-    if layer_types is not None and layer_types != ["full_attention"] * len(layer_types):
-        raise bad("layer_types", layer_types, "'full_attention' for every layer")
-    for key, neutral in _NEUTRAL_VALUES.items():
-        value = values.pop(key, None)
-        if value is not None and value != neutral:
-            raise bad(key, value, f"{neutral!r}: fastllama does not compute anything else")
-    generation = {field.name for field in dataclasses.fields(GenerationConfig)}
-    inert = _INERT_KEYS | set(UNSUPPORTED_GENERATION) | INERT_GENERATION | generation
-    for key in inert - {field.name for field in dataclasses.fields(LlamaConfig)}:
-        values.pop(key, None)
+def dtype_name(dtype: Any) -> Any:
+    """The name of a dtype as :class:`LlamaConfig` has it, given a torch.dtype or one of its names in use."""
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else dtype
+    return DTYPE_ALIASES.get(name, name) if isinstance(name, str) else name
 
 
-def _take_dtype(values: dict[str, Any]) -> str:
+def _text_part(config: Mapping[str, Any], strict: bool) -> dict[str, Any]:
+    """The config, or its text part where it is that of a multimodal model."""
+    text = config.get("text_config")
+    if config.get("model_type") in (None, "llama") or not isinstance(text, Mapping):
+        return dict(config)
+    tolerate(f"of the {config['model_type']} model only its text part is read", strict)
+    shared = {key: config[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings") if key in config}
+    return {"model_type": None} | shared | dict(text)
+
+
+def _take_dtype(values: dict[str, Any], strict: bool) -> Any:
     """Take ``dtype`` (v5) and ``torch_dtype`` (v4), a torch.dtype or its name, out of ``values``."""
-    spelled = {key: values.pop(key, None) for key in ("dtype", "torch_dtype")}
-    found = {str(value).removeprefix("torch.") for value in spelled.values() if value is not None}
-    if len(found) > 1:
-        raise ValueError(f"dtype and torch_dtype differ: {spelled}; remove one of them")
-    return found.pop() if found else LlamaConfig.dtype
+    new, old = (dtype_name(values.pop(key, None)) for key in ("dtype", "torch_dtype"))
+    if None not in (new, old) and new != old:
+        tolerate(f"dtype is {new!r} and torch_dtype is {old!r}: dtype is taken", strict)
+    return AUTO if new is None and old is None else old if new is None else new
 
 
-def _take_rope(values: dict[str, Any]) -> RopeParameters:
-    """Take the rope parameters of both spellings out of ``values``; where both are there they must agree."""
+def _take_rope(values: dict[str, Any], strict: bool) -> RopeParameters:
+    """Take the rope parameters of both spellings out of ``values``; where they differ, ``rope_scaling`` counts."""
     theta = values.pop("rope_theta", None)
     original = values.pop("original_max_position_embeddings", None)
     shared = {} if theta is None else {"rope_theta": theta}
     found: list[RopeParameters] = []
-    for key in ("rope_parameters", "rope_scaling"):
+    for key in ("rope_scaling", "rope_parameters"):
         rope = values.pop(key, None) or {}
         if not isinstance(rope, Mapping):
             raise bad(key, rope, "an object with a rope_type")
@@ -385,11 +276,11 @@ def _take_rope(values: dict[str, Any]) -> RopeParameters:
             continue
         rope = shared | {name: value for name, value in rope.items() if value is not None}
         rope_type = str(rope.get("rope_type", rope.get("type")))
-        if original is not None and "original_max_position_embeddings" in _ROPE_KEYS.get(rope_type, ()):
+        if original is not None and "original_max_position_embeddings" in ROPE_KEYS.get(rope_type, ()):
             # As in transformers, the key next to the rope parameters wins over the same key among them.
             rope["original_max_position_embeddings"] = original
-        found.append(RopeParameters.from_dict(rope))
+        found.append(RopeParameters.from_dict(rope, strict))
     if len(set(found)) > 1:
         both = " and ".join(str(rope.to_dict()) for rope in found)
-        raise ValueError(f"rope_parameters and rope_scaling differ: {both}; remove one of them")
+        tolerate(f"rope_scaling and rope_parameters differ, {both}: rope_scaling is taken", strict)
     return found[0] if found else RopeParameters.from_dict(shared)

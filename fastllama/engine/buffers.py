@@ -60,7 +60,7 @@ class Row(Protocol):
 
     @property
     def pad_token_id(self) -> int:
-        """What the row gives after its end."""
+        """What the row gives after its end; it may lie outside the vocabulary."""
         ...
 
 
@@ -134,15 +134,27 @@ class Buffers:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        b, s = batch_size, max_cache_len
         self.config, self.device, self.dtype = config, device, dtype
-        self.cache = StaticCache(config, b, s, device, dtype)
+        self._chunk_sizes = tuple(chunk_sizes)
+        self._rope_limit = static_length(config)
+        self._rope_key: int | None = None
+        self._rope_len = 1
+        self.cache = StaticCache(config, batch_size, max_cache_len, device, dtype)
+        self._allocate()
+        self.idle()
+        self.set_rope(1)
+
+    def _allocate(self) -> None:
+        """Make everything that the cache's size decides about, but for the cache."""
+        b, s = self.cache.batch_size, self.cache.max_cache_len
+        for layer_bksd in (*self.cache.key_cache, *self.cache.value_cache):
+            _static(layer_bksd)
         self.memory = Memory(
-            self._new(s, config.head_dim, dtype=torch.float32),
-            self._new(s, config.head_dim, dtype=torch.float32),
-            [_static(x) for x in self.cache.key_cache],
-            [_static(x) for x in self.cache.value_cache],
-            self._new(b * config.num_attention_heads, dtype=torch.int32),
+            self._new(s, self.config.head_dim, dtype=torch.float32),
+            self._new(s, self.config.head_dim, dtype=torch.float32),
+            self.cache.key_cache,
+            self.cache.value_cache,
+            self._new(b * self.config.num_attention_heads, dtype=torch.int32),
         )
         numbers = {name: self._new(b, dtype=torch.float32) for name in ("temperature", "top_p", "min_p")}
         self._slots = Rows(
@@ -157,19 +169,43 @@ class Buffers:
             params=ops.SamplingParams(**numbers, top_k=self._new(b), seed=self._new(b)),
         )
         self._rows: dict[int, Rows] = {}
-        self._whole_chunks = {t: Chunk(self._new(b, t), self._new(b, t)) for t in chunk_sizes}
+        self._whole_chunks = {t: Chunk(self._new(b, t), self._new(b, t)) for t in self._chunk_sizes}
         self._chunks: dict[tuple[int, int], Chunk] = {}
         self._logits: dict[tuple[int, int], torch.Tensor] = {}
-        self._rope_limit = static_length(config)
-        self._rope_key: int | None = None
+
+    @torch.no_grad()
+    def resize(self, batch_size: int, max_cache_len: int, keep: bool) -> None:
+        """Move to more memory: other tensors, which compiled steps have to be called on from then on.
+
+        Args:
+            batch_size, max_cache_len: at least as many as there are.
+            keep: whether the slots keep what they hold; else they idle.
+
+        Raises:
+            CacheMemoryError: there is no room for it; nothing was changed.
+        """
+        old = self._slots
+        self.cache.resize(batch_size, max_cache_len, keep)
+        self._allocate()
         self.idle()
-        self.set_rope(1)
+        if keep:
+            for new, kept in zip((*self._slots[:-1], *self._slots.params), (*old[:-1], *old.params), strict=True):
+                new[tuple(map(slice, kept.shape))] = kept
+        self._rope_key = None
+        self.set_rope(self._rope_len)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
         with torch.inference_mode(False):  # or they could not be updated outside of it
             return _static(torch.zeros(shape, dtype=dtype, device=self.device))
 
     # ---- views: the same ones each time, so that a step is always called on the tensors it was compiled for --------
+
+    def mark_dynamic(self, b: int) -> None:
+        """Let what is compiled next for b rows run on any number of cache slots."""
+        dims = [(self.memory.cos_sd, 0), (self.memory.sin_sd, 0), (self.rows(b).output_bn, 1)]
+        dims += [(cache_bksd, 2) for cache_bksd in (*self.memory.k_caches, *self.memory.v_caches)]
+        for tensor, dim in dims:
+            torch._dynamo.mark_dynamic(tensor, dim)
 
     def rows(self, b: int) -> Rows:
         """The first b slots."""
@@ -218,7 +254,8 @@ class Buffers:
             "step_b": torch.zeros(len(rows), dtype=torch.long),
             "limit_b": torch.tensor([row.max_new_tokens for row in wanted]),
             "eos_be": eos_re,
-            "pad_b": torch.tensor([row.pad_token_id for row in wanted]),
+            # The device embeds it; whoever reads a row's tokens puts the pad id itself there.
+            "pad_b": torch.tensor([min(row.pad_token_id, self.config.vocab_size - 1) for row in wanted]),
         }
         for name, value in values.items():
             getattr(self._slots, name).index_copy_(0, at_r, value.to(self.device))
@@ -266,7 +303,7 @@ class Buffers:
         cos_1sd, sin_1sd = rotary_cos_sin(self.config, slots_1s, seq_len)
         self.memory.cos_sd.copy_(cos_1sd[0])
         self.memory.sin_sd.copy_(sin_1sd[0])
-        self._rope_key = key
+        self._rope_key, self._rope_len = key, seq_len
 
 
 class Snapshot:

@@ -16,8 +16,42 @@ import torch
 from torch import nn
 
 from fastllama import ops
-from fastllama.model.llama import Llama, LlamaDecoderLayer
+from fastllama.model.llama import (
+    Llama,
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaModel,
+    LlamaRMSNorm,
+)
 from fastllama.quantization.matrix import Matrix, shared
+
+PLAIN_MODULES = (
+    nn.Linear, nn.Embedding, nn.ModuleList, LlamaRMSNorm, LlamaAttention, LlamaMLP, LlamaDecoderLayer, LlamaModel,
+)  # fmt: skip
+
+
+def check_plain(model: Llama) -> None:
+    """Refuse a model whose modules do something that the fused network, which shares nothing but weights, would not do.
+
+    Raises:
+        NotImplementedError: a module has a forward hook, was replaced or wrapped; the message names it.
+    """
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            what = "has a forward hook"
+        elif "forward" in module.__dict__:
+            what = "has a forward() of its own"
+        elif module is not model and type(module) not in PLAIN_MODULES:
+            what = f"is a {type(module).__name__}"
+        elif isinstance(module, LlamaMLP) and module.act is not ops.ACTIVATIONS[model.config.hidden_act].function:
+            what = "has another activation than its config"
+        else:
+            continue
+        raise NotImplementedError(
+            f"{name or 'the model'} {what}, which the compiled engine does not run: take it away to generate, "
+            "or call forward(), which runs it"
+        )
 
 
 class FusedLayer(nn.Module):

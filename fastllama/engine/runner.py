@@ -115,19 +115,26 @@ class Runner:
     def reserve(self, rows: int, slots: int) -> None:
         """Have memory for this number of rows, and of tokens in each, prompt and new together.
 
-        What is there is kept if it is large enough, else it is replaced, with nothing in it.
+        Where there is less, it grows, to twice as many slots at least; rows that are loaded keep what they have. Steps
+        that are compiled run on more slots too, but where they are recorded.
+
+        Raises:
+            CacheMemoryError: the device has no room for it; nothing was changed.
         """
         rows, held = batch_bucket(rows), self.cache
         if held and held.batch_size >= rows and held.max_cache_len >= slots:
             return
-        if held:
-            rows = max(rows, held.batch_size)
-            slots = held.max_cache_len if held.max_cache_len >= slots else max(slots, 2 * held.max_cache_len)
-            logger.info("the KV cache grows to %d rows of %d slots; warmup() reserves it beforehand", rows, slots)
-        del held
-        self._drop()  # so that the old cache is gone before the new one is allocated
         with plain_mode(), self._launching():
-            self._buffers = Buffers(self.config, rows, slots, CHUNK_SIZES, self.device, self.dtype)
+            if held is None or self._buffers is None:
+                self._buffers = Buffers(self.config, rows, slots, CHUNK_SIZES, self.device, self.dtype)
+                return
+            more_rows = max(rows, held.batch_size)
+            slots = held.max_cache_len if held.max_cache_len >= slots else max(slots, 2 * held.max_cache_len)
+            logger.info("the KV cache grows to %d rows of %d slots; warmup() reserves it beforehand", more_rows, slots)
+            if self.runs_ahead or more_rows > held.batch_size:
+                self._steps.clear()
+            self._buffers.resize(more_rows, slots, keep=bool(self._lengths))
+        self._bind()
 
     def warmup(self, max_batch_size: int = 1, max_cache_len: int | None = None, verify: bool = False) -> None:
         """Allocate for that many rows and slots, and compile every step that calls within them can need.
@@ -187,6 +194,7 @@ class Runner:
             call = self._steps.bound(key, steps.verify, net, buffers.chunk(b, t), buffers.memory, buffers.logits(b, t))
         if is_new:
             logger.info("compiling %s step: batch %d, tokens %d", *key)
+            buffers.mark_dynamic(b)
             with buffers.frozen():
                 if kind != "decode":
                     buffers.repeat_newest(buffers.chunk(b, t))

@@ -14,6 +14,8 @@ from fastllama.engine.runner import Runner
 from fastllama.generation.request import Request
 from fastllama.generation.stopping import Stopping
 
+AHEAD = 256  # tokens a row has room for at the beginning; memory follows what is written, not what might be
+
 
 def decode(runner: Runner, requests: Sequence[Request], poll_every: int = 1) -> Generator[torch.Tensor, None, None]:
     """Decode rows together until the last one ends; yields their new tokens, int64 ``[b, n]`` on the CPU, n ≥ 1.
@@ -30,7 +32,7 @@ def decode(runner: Runner, requests: Sequence[Request], poll_every: int = 1) -> 
         RuntimeError: this thread already holds the engine in an unfinished iteration.
     """
     with runner.session():
-        needed = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        needed = max(len(request.prompt) + min(request.max_new_tokens, AHEAD) for request in requests)
         runner.reserve(len(requests), needed if runner.cache else max(needed, runner.default_cache_len))
         stopping = Stopping(requests)
         for tokens_bn in _bursts(runner, requests, poll_every if runner.runs_ahead else 1):
@@ -47,12 +49,14 @@ def _bursts(runner: Runner, requests: Sequence[Request], burst: int) -> Iterator
     waits for the host; what was launched past the end is dropped.
     """
     count, last = len(requests), max(request.max_new_tokens for request in requests)
+    longest = max(len(request.prompt) for request in requests)
     done = runner.prefill(dict(enumerate(requests)))
     if done:
         yield runner.newest().read()[:count]
     pending: Snapshot | None = None
     for first in range(done, last, burst):
         after = min(first + burst, last)
+        runner.reserve(count, longest + after)
         for _ in range(first, after):
             runner.step()
         taken = runner.newest() if burst == 1 else runner.output(first, after)

@@ -6,6 +6,7 @@ Shape suffixes: ``b`` batch, ``t`` prompt tokens.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,13 @@ from typing import Any
 import torch
 
 from fastllama.config import GenerationConfig
+from fastllama.config.generation import INERT_GENERATION, UNSUPPORTED_GENERATION
 from fastllama.engine.buffers import GREEDY, MAX_EOS_IDS, Sampling
 from fastllama.ops import row_seed
+
+logger = logging.getLogger(__name__)
+
+NO_PROMPT = "every row needs at least one prompt token; give a BOS token to start from nothing"
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if len(self.prompt) < 1:
-            raise ValueError("every row needs at least one prompt token; give a BOS token to start from nothing")
+            raise ValueError(NO_PROMPT)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if len(self.eos_token_ids) > MAX_EOS_IDS:
@@ -57,6 +63,8 @@ def requests_of(
         ValueError: ids or mask of another shape or dtype, ids outside the vocabulary, a row without tokens, no room for
             a new token, more EOS ids than there is room for.
     """
+    if input_ids.dim() == 2 and not input_ids.numel():
+        raise ValueError(NO_PROMPT)
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.long, torch.int):
         raise ValueError(
             f"input_ids must be integers [batch, tokens], got {input_ids.dtype} of shape {tuple(input_ids.shape)}; "
@@ -68,8 +76,6 @@ def requests_of(
     check_ids(prompts, vocab_size)
     eos = config.eos_token_id
     pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if eos else 0)
-    if not 0 <= pad < vocab_size:
-        raise ValueError(f"pad_token_id is {pad}, outside the vocabulary of {vocab_size}")
     new_tokens = _new_tokens(input_ids.shape[1], config)
     seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
     return [
@@ -79,7 +85,15 @@ def requests_of(
 
 
 def sampling_of(config: GenerationConfig, seed: int) -> Sampling:
-    """How a row with this seed samples."""
+    """How a row with this seed samples.
+
+    Raises:
+        ValueError: a temperature of 0, by which nothing can be divided.
+    """
+    if config.do_sample and config.temperature == 0:
+        raise ValueError(
+            "temperature is 0; expected above 0 when sampling: do_sample=False takes the most likely token"
+        )
     return Sampling(
         temperature=config.temperature if config.do_sample else 0.0,
         top_k=config.top_k or 0,
@@ -93,7 +107,7 @@ def check_ids(prompts: Sequence[torch.Tensor], vocab_size: int) -> None:
     """Raise ValueError where there is no prompt, or where one holds ids outside the vocabulary."""
     ids = torch.cat(list(prompts)) if prompts else torch.empty(0)
     if not len(ids):
-        raise ValueError("every row needs at least one prompt token; give a BOS token to start from nothing")
+        raise ValueError(NO_PROMPT)
     low, high = (int(end) for end in ids.aminmax())
     if low < 0 or high >= vocab_size:
         raise ValueError(
@@ -116,20 +130,28 @@ def _new_tokens(prompt_tokens: int, config: GenerationConfig) -> int:
 def merge_settings(config: GenerationConfig, settings: dict[str, Any]) -> GenerationConfig:
     """The generation config with a call's own settings over it; None leaves the config's value.
 
-    ``max_length`` given in the call overrules the config's ``max_new_tokens``. Where no length was set at all, 20 new
-    tokens are decoded, as in transformers.
+    As in transformers: ``max_new_tokens``, wherever it is set, counts before ``max_length``, which counts in the call
+    where ``max_new_tokens=None`` is given beside it; and where no length was set at all, 20 new tokens are decoded.
 
     Raises:
-        TypeError: for a setting that ``generate`` does not know, naming it.
+        NotImplementedError: a setting of the call or of the config that ``generate`` does not do.
+        TypeError: a setting of the call that nobody knows, by name.
+        ValueError: a value out of range.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    known = [field.name for field in dataclasses.fields(config)]
-    if unknown := sorted(set(given) - set(known)):
+    known = [field.name for field in dataclasses.fields(config) if field.name != "other"]
+    if unknown := sorted(given.keys() - known - UNSUPPORTED_GENERATION.keys() - INERT_GENERATION):
         raise TypeError(f"generate() does not know {', '.join(unknown)}; it takes {', '.join(known)}")
-    if "max_length" in given and "max_new_tokens" not in given:
+    config.check_usable(given)
+    given = {name: value for name, value in given.items() if name in known}
+    has_no_budget = "max_new_tokens" not in given and (config.max_new_tokens is None or "max_new_tokens" in settings)
+    if "max_length" in given and has_no_budget:
         given["max_new_tokens"] = None
-    elif config.max_new_tokens is None and config.max_length == GenerationConfig.max_length:
-        given.setdefault("max_new_tokens", config.max_length)
+    elif "max_length" in given:
+        budget = given.get("max_new_tokens", config.max_new_tokens)
+        logger.warning("max_length=%d and max_new_tokens=%d are set: the latter counts", given["max_length"], budget)
+    elif has_no_budget and config.max_length == GenerationConfig.max_length:
+        given["max_new_tokens"] = config.max_length
     return config.replace(**given)
 
 

@@ -11,6 +11,8 @@ import torch
 
 from fastllama.causal_lm import LlamaForCausalLM
 from fastllama.config import GenerationConfig, LlamaConfig
+from fastllama.config.generation import INERT_GENERATION, UNSUPPORTED_GENERATION
+from fastllama.generation.request import merge_settings
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ def accelerate(model: Any) -> Any:
 
 def _generate(model: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
+        _check_hooks(model)
         arguments = engine_arguments(model, *args, **kwargs)
         if not _shares_parameters(model.fastllama, model):
             model.__dict__["fastllama"] = twin_of(model)
@@ -82,6 +85,13 @@ def _shares_parameters(twin: LlamaForCausalLM, model: Any) -> bool:
     return ours == theirs
 
 
+def _check_hooks(model: Any) -> None:
+    """Raise NotImplementedError where a forward hook or another forward() would not run."""
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            raise NotImplementedError(f"{name or 'the model'} has a forward hook, which the engine does not run")
+
+
 def engine_arguments(
     model: Any, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any
 ) -> dict[str, Any]:
@@ -99,10 +109,11 @@ def engine_arguments(
     if input_ids is None:
         raise NotImplementedError("decoding without input_ids is not available")
     passed = {name: settings.pop(name) for name in ("attention_mask", "streamer") if name in settings}
-    if unknown := sorted(set(settings) - set(GenerationConfig.__dataclass_fields__)):
+    known = GenerationConfig.__dataclass_fields__.keys() | UNSUPPORTED_GENERATION.keys() | INERT_GENERATION
+    if unknown := sorted(settings.keys() - (known - {"other"})):
         raise TypeError(f"{', '.join(unknown)} is not available in the engine")
     chosen = {} if generation_config is None else generation_config.to_diff_dict()
     config = GenerationConfig.from_dict(model.generation_config.to_dict() | chosen)
     settings = {name: chosen[name] for name in ("max_length",) if name in chosen} | settings
-    config.replace(**{name: value for name, value in settings.items() if name != "max_length"})  # checks them
+    merge_settings(config, settings)  # checks them
     return {"input_ids": input_ids, "generation_config": config, **passed, **settings}

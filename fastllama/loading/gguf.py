@@ -1,148 +1,211 @@
-"""Write weights as a GGUF file, as llama.cpp's own converter would."""
+"""GGUF files: what they hold, read within the file's bounds, and dequantized exactly as the gguf package does.
+
+The format is described in ggml's docs/gguf.md: a header of typed values, then what tensors there are, then their
+blocks. The package's own reader makes an array for every element of a list and trusts every length in the file.
+"""
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 
-from fastllama import ops
-from fastllama.config import LlamaConfig, RopeParameters
-from fastllama.model.llama import Llama
-from fastllama.model.rope import inverse_frequencies
+from fastllama.loading.stored import BLOCK_BYTES, GGUF_SHARD, CheckpointError
 
-ROPE_TYPES = ("default", "linear", "llama3")
-TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+STRING, ARRAY = 8, 9
+#: Numbers by the format's type: struct's letter.
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+READ_TYPES = (
+    "F32", "F16", "BF16", "F64", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+)  # fmt: skip
+PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "F64": torch.float64}
 
 
-def write_gguf(model: Llama, path: str | os.PathLike[str]) -> None:
-    """Write the weights and constants that llama.cpp needs to run the network on token ids.
+@dataclasses.dataclass(frozen=True)
+class GgufTensor:
+    """A tensor of a GGUF file.
 
-    Matrices keep the model's dtype; norms and biases become float32, the only type llama.cpp takes them in. A tied head
-    is left out. There is no tokenizer: the file says so, and has the number of tokens. Besides the model, one tensor
-    at a time is in memory.
+    Attributes:
+        data: its bytes, mapped ``[rows, bytes of a row]``.
+        shape: as torch has it, the reverse of the file's.
+        dtype: the name of its type, such as ``"Q4_K"``.
+        heads: of a q or k projection, whose rows llama.cpp interleaves; 0 for other tensors.
+    """
 
-    Args:
-        model: on any device.
-        path: the file; an existing one is overwritten.
+    data: np.ndarray[Any, Any]
+    shape: tuple[int, ...]
+    dtype: str
+    heads: int = 0
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in READ_TYPES
+
+    @property
+    def natural_dtype(self) -> torch.dtype:
+        """As stored; of blocks, and of bfloat16, bfloat16."""
+        return PLAIN_DTYPES.get(self.dtype, torch.bfloat16)
+
+    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Slices of rows and their content in float32, in Hugging Face's order of rows."""
+        if self.heads:
+            yield slice(0, self.shape[0]), halved(self._rows(0, len(self.data)).view(self.shape), self.heads)
+            return
+        if len(self.shape) == 1:
+            yield slice(0, self.shape[0]), self._rows(0, 1).view(self.shape)
+            return
+        step = max(1, BLOCK_BYTES // (4 * self.shape[-1]))
+        for first in range(0, len(self.data), step):
+            yield slice(first, first + step), self._rows(first, first + step)
+
+    def _rows(self, first: int, last: int) -> torch.Tensor:
+        data = np.ascontiguousarray(self.data[first:last])
+        if self.dtype == "F64":
+            return torch.from_numpy(data.view(np.float64).copy())
+        values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[self.dtype])
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32).copy())
+
+
+@dataclasses.dataclass(frozen=True)
+class Gguf:
+    """The content of a file: its values and tensors, by their names."""
+
+    path: Path
+    fields: Mapping[str, Any]
+    tensors: Mapping[str, GgufTensor]
+
+
+def read_gguf(path: Path) -> Gguf:
+    """Read the header of a file, or of all files of a model that was split; tensors stay on the disk.
 
     Raises:
-        NotImplementedError: the gguf package is missing, or llama.cpp cannot compute this network.
+        CheckpointError: it is damaged, or of another kind.
     """
-    check_expressible(model.config, model.dtype)
-    gguf = import_gguf()
-    writer = gguf.GGUFWriter(path, "llama")
-    _add_constants(writer, gguf, model.config)
-    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[model.dtype]])
-    tensors = _tensors(model, gguf)
-    for name, tensor in tensors.items():
-        array, ggml_type = _to_numpy(tensor[:0]), gguf.GGMLQuantizationType[TYPES[_stored_dtype(tensor)]]
-        nbytes = tensor.numel() * array.itemsize
-        writer.add_tensor_info(name, tuple(tensor.shape), array.dtype, nbytes, raw_dtype=ggml_type)
+    first = _read_one(path)
+    count = first.fields.get("split.count", 1)
+    if count in (0, 1):
+        return first
+    name = GGUF_SHARD.fullmatch(path.name)
+    if name is None or not isinstance(count, int) or int(name[3]) != count:
+        raise CheckpointError(f"{path} is one of {count} files; expected a name such as model-00001-of-00005.gguf")
+    shards = [path.with_name(f"{name[1]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    if absent := [shard.name for shard in shards if not shard.is_file()]:
+        raise CheckpointError(f"{path} is one of {count} files, and some are missing:", absent)
+    parts = [_read_one(shard) for shard in shards]
+    tensors = {key: tensor for part in parts for key, tensor in part.tensors.items()}
+    return Gguf(path, parts[0].fields, tensors)
+
+
+def _read_one(path: Path) -> Gguf:
+    if path.stat().st_size < 24:
+        raise CheckpointError(f"{path} is no GGUF file: it has {path.stat().st_size} bytes; fetch it again")
+    data = np.memmap(path, mode="r")
+    cursor = _Cursor(path, data)
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, tensor in tensors.items():
-            writer.write_tensor_data(_to_numpy(_reordered(name, tensor, model.config)))
-    finally:
-        writer.close()
+        return cursor.read()
+    except (struct.error, ValueError, IndexError, OverflowError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch it again") from error
 
 
-def import_gguf() -> Any:
-    """The gguf package.
+class _Cursor:
+    """Reads a file from its beginning on; whatever points outside of it raises ValueError or struct.error."""
 
-    Raises:
-        NotImplementedError: it is not installed.
+    def __init__(self, path: Path, data: np.ndarray[Any, Any]) -> None:
+        self.path, self.data, self.view, self.at = path, data, memoryview(data), 0  # pyright: ignore
+
+    def read(self) -> Gguf:
+        magic = self.bytes(4)
+        if magic != MAGIC:
+            raise CheckpointError(f"{self.path} is no GGUF file: it begins with {magic!r}, not {MAGIC!r}")
+        version = self.number("I")
+        if version not in VERSIONS:
+            raise CheckpointError(f"{self.path} is GGUF version {version}; versions 2 and 3, little-endian, are read")
+        tensor_count, field_count = self.number("Q"), self.number("Q")
+        fields: dict[str, Any] = {}
+        for _ in range(field_count):
+            key = self.string()
+            fields[key] = self.value(self.number("I"))
+        infos = [self.tensor_info() for _ in range(self.bounded(tensor_count, 24))]
+        alignment = fields.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
+            raise ValueError(f"general.alignment is {alignment!r}")
+        start = -(-self.at // alignment) * alignment
+        tensors: dict[str, GgufTensor] = {}
+        for name, shape, kind, offset in infos:
+            if name in tensors:
+                raise ValueError(f"two tensors are called {name}")
+            tensors[name] = self.tensor(name, shape, kind, start + offset)
+        return Gguf(self.path, fields, tensors)
+
+    def bytes(self, count: int) -> bytes:
+        if self.at + count > len(self.view):
+            raise ValueError(f"{count} bytes at {self.at} of {len(self.view)}")
+        self.at += count
+        return bytes(self.view[self.at - count : self.at])
+
+    def number(self, letter: str) -> Any:
+        (value,) = struct.unpack_from("<" + letter, self.view, self.at)
+        self.at += struct.calcsize("<" + letter)
+        return value
+
+    def string(self) -> str:
+        return self.bytes(self.number("Q")).decode("utf-8", errors="replace")
+
+    def bounded(self, count: int, size: int) -> int:
+        """A count of things of at least ``size`` bytes each, if the rest of the file has room for them."""
+        if count * size > len(self.view) - self.at:
+            raise ValueError(f"{count} entries at {self.at} of {len(self.view)} bytes")
+        return count
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind == STRING:
+            return self.string()
+        if kind == ARRAY and depth < 2:
+            kind, count = self.number("I"), self.number("Q")
+            if kind not in NUMBERS:
+                return [self.value(kind, depth + 1) for _ in range(self.bounded(count, 8))]
+            size = struct.calcsize("<" + NUMBERS[kind])
+            values = np.frombuffer(
+                self.bytes(self.bounded(count, size) * size), dtype="<" + np.dtype(NUMBERS[kind]).str[1:]
+            )
+            return values.tolist()
+        if kind not in NUMBERS:
+            raise ValueError(f"value type {kind} at {self.at}")
+        return self.number(NUMBERS[kind])
+
+    def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, dims = self.string(), self.number("I")
+        if not 1 <= dims <= 4:
+            raise ValueError(f"{name} has {dims} dimensions")
+        shape = tuple(self.number("Q") for _ in range(dims))[::-1]
+        return name, shape, self.number("I"), self.number("Q")
+
+    def tensor(self, name: str, shape: tuple[int, ...], kind: int, start: int) -> GgufTensor:
+        ggml_type = gguf.GGMLQuantizationType(kind)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
+        rows = math.prod(shape[:-1])
+        if shape[-1] % block:
+            raise ValueError(f"{name} has rows of {shape[-1]} values in blocks of {block}")
+        row_bytes = shape[-1] // block * block_bytes
+        if start + rows * row_bytes > len(self.data):
+            raise ValueError(f"{name} ends at byte {start + rows * row_bytes} of {len(self.data)}")
+        data = self.data[start : start + rows * row_bytes].reshape(rows, row_bytes)
+        return GgufTensor(data, shape, ggml_type.name)
+
+
+def halved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder the rows of a q or k projection from the order in which neighbours turn together to Hugging Face's.
+
+    The inverse of :func:`fastllama.loading.gguf_writer.interleaved`, with the same arguments.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise NotImplementedError("llama.cpp reads GGUF, which the gguf package writes: pip install gguf") from error
-    return gguf
-
-
-def check_expressible(config: LlamaConfig, dtype: torch.dtype) -> None:
-    """Raise :class:`NotImplementedError` if llama.cpp's llama architecture cannot compute this network."""
-    if dtype not in TYPES:
-        raise NotImplementedError(f"llama.cpp has no {str(dtype).removeprefix('torch.')} matrices")
-    if ops.ACTIVATIONS[config.hidden_act] != ops.ACTIVATIONS["silu"]:
-        raise NotImplementedError(f"llama.cpp's llama has hidden_act silu, not {config.hidden_act}")
-    if config.rope.rope_type not in ROPE_TYPES:
-        raise NotImplementedError(
-            f"rope_type {config.rope.rope_type} is not written to GGUF; {', '.join(ROPE_TYPES)} are"
-        )
-
-
-def _add_constants(writer: Any, gguf: Any, config: LlamaConfig) -> None:
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope.rope_theta)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-
-
-def _tensors(model: Llama, gguf: Any) -> dict[str, torch.Tensor]:
-    """The tensors of the file by GGUF name: the parameters, and the rope's factors."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
-    tensors: dict[str, torch.Tensor] = {}
-    factors = _rope_factors(model.config)
-    if factors is not None:
-        tensors["rope_freqs.weight"] = factors
-    for key, parameter in model.named_parameters():
-        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
-        assert name is not None, f"GGUF has no name for {key}"
-        tensors[name] = parameter.detach()
-    return tensors
-
-
-def _rope_factors(config: LlamaConfig) -> torch.Tensor | None:
-    """How many times more slowly than by ``rope_theta`` alone each pair of dimensions turns; None: none does."""
-    if config.rope.rope_type == "default":
-        return None
-    plain = config.replace(rope=RopeParameters(rope_theta=config.rope.rope_theta))
-    return inverse_frequencies(plain)[0] / inverse_frequencies(config)[0]
-
-
-def _reordered(name: str, tensor: torch.Tensor, config: LlamaConfig) -> torch.Tensor:
-    if ".attn_q." in name:
-        return interleaved(tensor, config.num_attention_heads)
-    if ".attn_k." in name:
-        return interleaved(tensor, config.num_key_value_heads)
-    return tensor
-
-
-def _stored_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float32 if tensor.dim() == 1 else tensor.dtype
-
-
-def _to_numpy(tensor: torch.Tensor) -> Any:
-    """The bits to store; numpy has no bfloat16, so that goes as int16."""
-    tensor = tensor.to("cpu", _stored_dtype(tensor))
-    return tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of a q or k projection for an embedding that turns neighbours.
-
-    In the Hugging Face order dimension i of a head turns with i + d/2; in the order of the original checkpoints, which
-    gpt-fast and llama.cpp compute in, 2i turns with 2i + 1. Scores are the same, for q and k are reordered alike.
-
-    Args:
-        weight: ``[heads * d, m]``, or a bias ``[heads * d]``.
-        heads: of the projection.
-
-    Returns:
-        A contiguous tensor of the same shape.
-    """
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape).contiguous()
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape).contiguous()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,12 +11,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fastllama.config.fields import CONFIG_NAME
-from fastllama.config.llama import DTYPES
-from fastllama.loading.names import CheckpointError, resolve
-from fastllama.loading.safetensors import FLOAT_BYTES, Stored, blocks, find_tensors
+from fastllama.config import LlamaConfig
+from fastllama.config.fields import CONFIG_NAME, tolerate
+from fastllama.loading.match import EMBEDDING, HEAD, layers_in, matched, missing_hint
+from fastllama.loading.names import resolve
+from fastllama.loading.stored import CheckpointError, Stored
 
-HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # stored by old checkpoints, computed from the config
 RANDOM_POOL = 8388593  # size of the pool that random weights are cut from; prime, so that no two rows coincide
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,16 +29,18 @@ def load_model(
     device: str | torch.device = "cpu",
     quantize: str | None = None,
     progress: bool = True,
+    strict: bool = False,
 ) -> Model:
     """Build a model and fill it from a checkpoint.
 
     Args:
         model_cls: called with the LlamaConfig; its parameters are named as in Hugging Face's checkpoints.
         name: see :func:`resolve`.
-        dtype: dtype of the parameters; the config's for None and ``"auto"``.
+        dtype: dtype of the parameters; for None and ``"auto"`` the config's, or else that of the stored weights.
         device: where the parameters go.
         quantize: not available yet.
         progress: show a progress bar on stderr if that is a terminal.
+        strict: refuse what is otherwise named in a warning and left out: unknown keys, tensors that no Llama uses.
 
     Returns:
         The model in eval mode, its parameters without gradients, ``model.generation_config`` set.
@@ -52,18 +53,19 @@ def load_model(
     """
     if quantize is not None:
         raise NotImplementedError(f"int8/int4 are not available yet: quantize is {quantize!r}, expected None")
-    source = resolve(name)
-    target = _torch_dtype(source.config.dtype if dtype in (None, "auto") else dtype)
-    stored = {} if source.folder is None else find_tensors(source.folder)
-    with torch.device("meta"):
-        model = model_cls(source.config.replace(dtype=dtype_name(target)))
-    if source.folder is not None:
-        _check_tensors(source.folder, stored, dict(model.named_parameters(remove_duplicate=False)))
-    parameters = _materialise(model, target, torch.device(device))
-    if source.folder is None:
-        _fill_random(parameters, source.config.initializer_range)
+    source = resolve(name, strict)
+    config = source.config.replace(dtype=source.dtype(dtype))
+    stored: Mapping[str, Stored] = {}
+    if source.path is not None:
+        stored = _checked(source.path, source.find_tensors(), config, model_cls, strict)
+        if config.tie_word_embeddings and _head_differs(source.path, stored, strict):
+            config = config.replace(tie_word_embeddings=False)
+    model = _on_meta(model_cls, config)
+    parameters = _materialise(model, config.torch_dtype, torch.device(device))
+    if source.path is None:
+        _fill_random(parameters, config.initializer_range)
     else:
-        _fill(parameters, stored, source.folder, progress)
+        _fill(parameters, stored, source.path, progress)
     tie_weights: Any = getattr(model, "tie_weights", None)
     if tie_weights is not None:
         tie_weights()
@@ -71,39 +73,54 @@ def load_model(
     return model.eval()
 
 
-def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    if dtype_name(dtype) not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected None, 'auto' or one of {', '.join(DTYPES)}")
-    return getattr(torch, dtype_name(dtype))
+def _on_meta(model_cls: type[Model], config: LlamaConfig) -> Model:
+    """A model without memory."""
+    try:
+        with torch.device("meta"):
+            return model_cls(config)
+    except RuntimeError as error:
+        raise CheckpointError(f"the sizes in {CONFIG_NAME} make no network: {error}") from error
 
 
-def dtype_name(dtype: str | torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")
+def _checked(
+    where: Path, stored: Mapping[str, Stored], config: LlamaConfig, model_cls: type[nn.Module], strict: bool
+) -> dict[str, Stored]:
+    """The stored tensors by parameter; one error for all that are missing, unexpected or of a wrong shape or dtype.
 
-
-def _check_tensors(folder: Path, stored: dict[str, Stored], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise one error for all tensors that are missing, unexpected or of a wrong shape or dtype.
-
-    Harmless extra tensors are removed from ``stored``. A parameter with several names needs only one of them.
+    A parameter with several names needs only one of them.
     """
-    for key in [key for key in stored if key not in parameters and HARMLESS.search(key)]:
-        del stored[key]
-    found = {id(parameters[key]) for key in stored if key in parameters}
-    problems = []
+    message, layers = f"the weights in {where} do not fit its {CONFIG_NAME}:", layers_in(stored)
+    if layers < config.num_hidden_layers:  # before a network of as many layers is made
+        raise CheckpointError(message, [f"num_hidden_layers is {config.num_hidden_layers}, the weights have {layers}"])
+    parameters = dict(_on_meta(model_cls, config).named_parameters(remove_duplicate=False))
+    found, problems = matched(stored, parameters, config.num_hidden_layers, str(where), strict)
+    present = {id(parameters[key]) for key in found}
     for key, parameter in parameters.items():
-        if id(parameter) not in found:
-            problems.append(f"{key}: missing, expected {list(parameter.shape)}")
-            found.add(id(parameter))
-    for key, tensor in stored.items():
-        if key not in parameters:
-            problems.append(f"{key}: unexpected")
-            continue
+        if id(parameter) not in present:
+            problems.append(f"{key}: missing, expected {list(parameter.shape)}{missing_hint(key)}")
+            present.add(id(parameter))
+    for key, tensor in found.items():
         if tensor.shape != tuple(parameters[key].shape):
             problems.append(f"{key}: shape {list(tensor.shape)}, expected {list(parameters[key].shape)}")
-        if tensor.dtype not in FLOAT_BYTES:
-            problems.append(f"{key}: dtype {tensor.dtype}, expected one of {', '.join(FLOAT_BYTES)}")
+        if not tensor.is_float:
+            problems.append(f"{key}: {tensor.dtype}, expected floating point")
     if problems:
-        raise CheckpointError(f"the weights in {folder} do not fit its {CONFIG_NAME}:", problems)
+        raise CheckpointError(message, problems)
+    return found
+
+
+def _head_differs(where: Path, stored: Mapping[str, Stored], strict: bool) -> bool:
+    """Whether a head that the config ties to the embedding is stored beside it and is another one.
+
+    Then it is not tied, as in transformers.
+    """
+    if HEAD not in stored or EMBEDDING not in stored:
+        return False
+    pairs = zip(stored[HEAD].blocks(), stored[EMBEDDING].blocks(), strict=False)
+    if all(torch.equal(head, embedding) for (_, head), (_, embedding) in pairs):
+        return False
+    tolerate(f"{where}: {HEAD} and {EMBEDDING} differ, though tie_word_embeddings is true: they are not tied", strict)
+    return True
 
 
 def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Parameter]:
@@ -121,7 +138,7 @@ def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     return parameters
 
 
-def _fill(parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Stored], folder: Path, progress: bool) -> None:
+def _fill(parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Stored], where: Path, progress: bool) -> None:
     """Copy every stored tensor into its parameter."""
     filled: set[int] = set()
     problems = []
@@ -130,28 +147,21 @@ def _fill(parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Stored], 
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", leave=False, disable=disable) as bar:
         for key, tensor in stored.items():
             parameter = parameters[key]
-            if id(parameter) not in filled and not _copy(key, tensor, parameter):
+            if id(parameter) not in filled and not _copy(tensor, parameter):
                 problems.append(f"{key}: holds NaN")
-            elif id(parameter) in filled and not _equal(key, tensor, parameter):
-                problems.append(f"{key}: differs from the tensor that tie_word_embeddings ties it to")
             filled.add(id(parameter))
             bar.update(parameter.nbytes)
     if problems:
-        raise CheckpointError(f"the weights in {folder} are damaged:", problems)
+        raise CheckpointError(f"the weights in {where} are damaged:", problems)
 
 
-def _copy(key: str, tensor: Stored, parameter: nn.Parameter) -> bool:
+def _copy(tensor: Stored, parameter: nn.Parameter) -> bool:
     """Fill the parameter from the file; return whether it is free of NaN."""
     clean = True
-    for rows, block in blocks(key, tensor):
+    for rows, block in tensor.blocks():
         parameter.data[rows].copy_(block)
         clean = clean and not block.max().isnan()  # max propagates NaN, and takes a fraction of isnan's time
     return clean
-
-
-def _equal(key: str, tensor: Stored, parameter: nn.Parameter) -> bool:
-    """Whether the file holds what the parameter already does."""
-    return all(torch.equal(parameter.data[rows], block.to(parameter)) for rows, block in blocks(key, tensor))
 
 
 @torch.no_grad()

@@ -1,46 +1,62 @@
-"""What a name refers to: a folder, a repository on the hub, the demo checkpoint, or random weights of a shape."""
+"""What a name refers to: a folder, a GGUF file, a repository on the hub, the demo, or random weights of a shape."""
 
 from __future__ import annotations
 
 import importlib.resources
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
 
 from fastllama import ops
 from fastllama.config import GenerationConfig, LlamaConfig, RopeParameters
 from fastllama.config.fields import CONFIG_NAME
+from fastllama.config.llama import AUTO, DTYPES, dtype_name
+from fastllama.loading import adapter, safetensors
+from fastllama.loading.stored import GGUF_SHARD, CheckpointNotFoundError, Stored
 
 DEMO = "demo"
+GGUF_SUFFIX = ".gguf"
 RANDOM_PREFIX = "random:"
 
 #: The files of a repository on the hub that make up a checkpoint; its folders hold other formats.
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
-HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be loaded; ``problems`` lists everything that is wrong with it."""
-
-    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
-        self.problems = tuple(problems)
-        super().__init__("\n  ".join([message, *self.problems]))
-
-
-class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """No checkpoint was found under a name."""
+HUB_IGNORED = ["[!a]*/*", "consolidated*.safetensors"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a name refers to: the configs, and the folder with the weights (None for random weights)."""
+    """What a name refers to.
+
+    Attributes:
+        name: as it was given.
+        path: the folder or file with the weights; None for random weights.
+        config, generation_config: what is said there.
+        find_tensors: the weights by their names in the file; nothing but headers is read.
+    """
 
     name: str
-    folder: Path | None
+    path: Path | None
     config: LlamaConfig
     generation_config: GenerationConfig
+    find_tensors: Callable[[], Mapping[str, Stored]]
+
+    def dtype(self, wanted: str | torch.dtype | None = None) -> str:
+        """The name of the dtype to load: what is wanted, or else the config's, or else that of the stored weights.
+
+        Raises:
+            ValueError: it is none that weights are loaded in.
+        """
+        name = dtype_name(self.config.dtype if wanted in (None, AUTO) else wanted)
+        if name == AUTO:
+            dtypes = (tensor.natural_dtype for tensor in self.find_tensors().values() if tensor.is_float)
+            name = dtype_name(next(dtypes, self.config.torch_dtype))
+        if name not in DTYPES:
+            raise ValueError(f"dtype is {wanted!r}; expected None, {AUTO!r} or one of {', '.join(DTYPES)}")
+        return name
 
 
 def _llama3(shape: ops.Shape, factor: float, is_tied: bool = False) -> LlamaConfig:
@@ -78,13 +94,14 @@ RANDOM_SHAPES: dict[str, LlamaConfig] = {
 }
 
 
-def resolve(name: str | os.PathLike[str]) -> Source:
-    """Find a checkpoint, downloading it from the hub if necessary; return its configs and the folder of its weights.
+def resolve(name: str | os.PathLike[str], strict: bool = False) -> Source:
+    """Find a checkpoint, downloading it from the hub if necessary; return its configs and where its weights are.
 
     Args:
-        name: a folder, the id of a repository on the Hugging Face hub, ``"demo"`` for the checkpoint shipped
-            with the package (``"./demo"`` for a folder of that name), or ``"random:SHAPE"`` with a shape of
+        name: a folder, a ``.gguf`` file, the id of a repository on the Hugging Face hub, ``"demo"`` for the checkpoint
+            shipped with the package (``"./demo"`` for a folder of that name), or ``"random:SHAPE"`` with a shape of
             ``RANDOM_SHAPES``.
+        strict: refuse what is otherwise left out with a warning.
 
     Raises:
         CheckpointNotFoundError: there is no such checkpoint, or it could not be downloaded.
@@ -93,12 +110,27 @@ def resolve(name: str | os.PathLike[str]) -> Source:
     if is_random(name):
         config = random_config(str(name))
         ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-        return Source(str(name), None, config, GenerationConfig.from_dict(ids))
-    folder = resolve_folder(name)
-    if not (folder / CONFIG_NAME).is_file():
-        raise CheckpointNotFoundError(f"{folder} is not a checkpoint: it has no {CONFIG_NAME}")
-    config, generation = LlamaConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
-    return Source(str(name), folder, config, generation)
+        return Source(str(name), None, config, GenerationConfig.from_dict(ids), dict)
+    path = resolve_path(name)
+    if path.is_file():
+        return _gguf_source(str(name), path, strict)
+    if not (path / CONFIG_NAME).is_file():
+        if adapter.is_adapter(path):
+            base = resolve(adapter.base_of(path), strict)
+            return Source(
+                str(name), path, base.config, base.generation_config, lambda: adapter.merged_tensors(path, base.path)
+            )
+        raise CheckpointNotFoundError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}")
+    config, generation = LlamaConfig.from_pretrained(path, strict), GenerationConfig.from_pretrained(path, strict)
+    return Source(str(name), path, config, generation, lambda: safetensors.find_tensors(path))
+
+
+def _gguf_source(name: str, path: Path, strict: bool) -> Source:
+    from fastllama.loading import gguf, gguf_model  # not at import: the gguf package takes its time
+
+    file = gguf.read_gguf(path)
+    config, generation = gguf_model.config_of(file, strict), gguf_model.generation_config_of(file)
+    return Source(name, path, config, generation, lambda: gguf_model.tensors_of(file, config))
 
 
 def is_random(name: str | os.PathLike[str]) -> bool:
@@ -119,25 +151,45 @@ def random_config(name: str) -> LlamaConfig:
     return RANDOM_SHAPES[shape]
 
 
-def resolve_folder(name: str | os.PathLike[str]) -> Path:
-    """Return the folder of a checkpoint that has one: a folder, a hub id or ``"demo"`` (see :func:`resolve`).
+def resolve_path(name: str | os.PathLike[str]) -> Path:
+    """Return where a checkpoint lies: a folder, or a ``.gguf`` file (see :func:`resolve`).
+
+    A folder without a config.json that holds one GGUF file means that file.
 
     Raises:
-        CheckpointNotFoundError: there is no such folder, and the hub has none either.
+        CheckpointNotFoundError: there is no such folder or file, and the hub has none either.
     """
     if is_random(name):
         raise CheckpointNotFoundError(f"{name} has random weights and no folder")
     if name == DEMO:
         return Path(str(importlib.resources.files("fastllama") / "data" / DEMO))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointNotFoundError(f"{folder} is a file; expected the folder of a checkpoint")
-    if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _only_gguf(path) or path
+    if path.is_file():
+        if path.suffix.lower() == GGUF_SUFFIX:
+            return path
+        raise CheckpointNotFoundError(f"{path} is a file; expected the folder of a checkpoint, or a {GGUF_SUFFIX} file")
+    if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) and path.suffix != GGUF_SUFFIX:
         return _fetch(name)
-    expected = f"a folder, a Hugging Face id, {DEMO!r} or '{RANDOM_PREFIX}SHAPE'"
-    raise CheckpointNotFoundError(f"there is no folder {folder}; expected {expected}")
+    expected = f"a folder, a {GGUF_SUFFIX} file, a Hugging Face id, {DEMO!r} or '{RANDOM_PREFIX}SHAPE'"
+    raise CheckpointNotFoundError(f"there is no folder {path}; expected {expected}")
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder that holds nothing else to load; of a split one, the first.
+
+    Raises:
+        CheckpointNotFoundError: there are several models.
+    """
+    if (folder / CONFIG_NAME).is_file():
+        return None
+    shards = {file: GGUF_SHARD.fullmatch(file.name) for file in sorted(folder.glob(f"*{GGUF_SUFFIX}"))}
+    files = [file for file, shard in shards.items() if shard is None or shard[2] == "00001"]
+    if len(files) > 1:
+        listed = ", ".join(file.name for file in files)
+        raise CheckpointNotFoundError(f"{folder} holds several GGUF files: {listed}; name one of them")
+    return files[0] if files else None
 
 
 def _fetch(repo_id: str) -> Path:

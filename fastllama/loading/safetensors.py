@@ -16,28 +16,53 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fastllama.config.fields import read_json
-from fastllama.loading.names import CheckpointError, CheckpointNotFoundError
+from fastllama.loading.stored import BLOCK_BYTES, CheckpointError, CheckpointNotFoundError
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the dtypes that are read, in safetensors' names
-BLOCK_BYTES = 16 * 2**20  # mapped at once while loading
+#: The dtypes that are read, in safetensors' names, and the parameters that they become where nobody says.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.bfloat16, "F8_E5M2": torch.bfloat16,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Stored:
+class SafeTensor:
     """A tensor in a safetensors file."""
 
     file: Path
+    key: str
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in DTYPES
 
-def find_tensors(folder: Path) -> dict[str, Stored]:
+    @property
+    def natural_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield slices of rows and their content, as views of the mapped file of about BLOCK_BYTES.
+
+        The file is mapped again for each block, because pages that were read count as this process's memory until they
+        are unmapped.
+        """
+        row_bytes = math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for start in range(0, self.shape[0], step):
+            with safe_open(self.file, framework="pt") as tensors:
+                block = tensors.get_tensor(self.key)[start : start + step]
+                yield slice(start, start + step), block.float() if block.itemsize == 1 else block
+
+
+def find_tensors(folder: Path) -> dict[str, SafeTensor]:
     """Return every tensor of the checkpoint in ``folder``, by key; only the headers of its files are read."""
-    stored: dict[str, Stored] = {}
+    stored: dict[str, SafeTensor] = {}
     problems = []
     for file in _weight_files(folder):
         try:
@@ -46,7 +71,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
                     if key in stored:
                         problems.append(f"{key}: in {stored[key].file.name} and again in {file.name}")
                     view = tensors.get_slice(key)
-                    stored[key] = Stored(file, tuple(view.get_shape()), view.get_dtype())
+                    stored[key] = SafeTensor(file, key, tuple(view.get_shape()), view.get_dtype())
         except FileNotFoundError:
             problems.append(f"{file.name}: missing, though {INDEX_NAME} names it")
         except (SafetensorError, OSError) as error:
@@ -87,15 +112,3 @@ def _is_shard_inside(shard: str) -> bool:
     posix, windows = PurePosixPath(shard), PureWindowsPath(shard)
     inside = not (posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts)
     return inside and posix.suffix == ".safetensors"
-
-
-def blocks(key: str, tensor: Stored) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield slices of rows and their content, as views of the mapped file of about BLOCK_BYTES.
-
-    The file is mapped again for each block, because pages that were read count as this process's memory until they
-    are unmapped.
-    """
-    step = max(1, BLOCK_BYTES // (math.prod(tensor.shape[1:]) * FLOAT_BYTES[tensor.dtype]))
-    for start in range(0, tensor.shape[0], step):
-        with safe_open(tensor.file, framework="pt") as tensors:
-            yield slice(start, start + step), tensors.get_tensor(key)[start : start + step]

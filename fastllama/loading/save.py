@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastllama.config.fields import write_json
-from fastllama.loading.load import dtype_name
+from fastllama.config.llama import dtype_name
 from fastllama.loading.safetensors import INDEX_NAME, SHARD_NAME, WEIGHTS_NAME
 
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -5,6 +5,8 @@ Shape suffixes: ``b`` batch, ``t`` new tokens, ``s`` cache slots, ``k`` KV heads
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,10 @@ from fastllama.config import LlamaConfig
 
 class CacheOverflowError(ValueError):
     """A write past the capacity of a StaticCache; nothing was written."""
+
+
+class CacheMemoryError(MemoryError):
+    """The machine has no room for a KV cache; nothing was changed."""
 
 
 class StaticCache:
@@ -31,6 +37,7 @@ class StaticCache:
         dtype: floating dtype of keys and values; the config's when None.
 
     Raises:
+        CacheMemoryError: there is no room for it on the device.
         ValueError: ``batch_size`` or ``max_cache_len`` is not positive.
     """
 
@@ -47,15 +54,49 @@ class StaticCache:
                 f"StaticCache needs a positive batch_size and max_cache_len, got {batch_size} and {max_cache_len}"
             )
         self.batch_size, self.max_cache_len = batch_size, max_cache_len
-        self.dtype = dtype or getattr(torch, config.dtype)
+        self.dtype = dtype or config.torch_dtype
         self.device = torch.device(device)
         shape = (batch_size, config.num_key_value_heads, max_cache_len, config.head_dim)
         layers = range(config.num_hidden_layers)
+        self._check_room(2 * len(layers) * math.prod(shape) * self.dtype.itemsize)
         # Zeros, not empty: an unwritten slot may be multiplied by a probability of zero, and 0 * NaN is NaN.
         self.key_cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in layers]
         self.value_cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in layers]
         self.length_b = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         self._length = 0  # longest row, known to the host without a device sync
+
+    def resize(self, batch_size: int, max_cache_len: int, keep: bool = True) -> None:
+        """Move to other memory, layer by layer, so that no more than one layer is there twice.
+
+        Args:
+            batch_size, max_cache_len: at least as many as there are.
+            keep: whether what the slots hold is moved too; else they are empty.
+
+        Raises:
+            CacheMemoryError: there is no room for it on the device.
+        """
+        b, _, s, _ = self.key_cache[0].shape
+        shape = (batch_size, self.key_cache[0].shape[1], max_cache_len, self.key_cache[0].shape[3])
+        layer_bytes = math.prod(shape) * self.dtype.itemsize
+        self._check_room(2 * len(self.key_cache) * layer_bytes - self.nbytes + layer_bytes)
+        for caches in (self.key_cache, self.value_cache):
+            for layer, old in enumerate(caches):
+                caches[layer] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+                if keep:
+                    caches[layer][:b, :, :s] = old
+                del old
+        length_b = torch.zeros(batch_size, dtype=torch.long, device=self.device)
+        length_b[:b] = self.length_b if keep else 0
+        self.batch_size, self.max_cache_len, self.length_b = batch_size, max_cache_len, length_b
+        self._length = self._length if keep else 0
+
+    def _check_room(self, nbytes: int) -> None:
+        free = free_memory(self.device)
+        if nbytes > free:
+            raise CacheMemoryError(
+                f"the KV cache needs {nbytes / 1e9:.3g} GB more and {free / 1e9:.3g} GB are free: "
+                "decode fewer rows or fewer tokens at once"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -183,6 +224,22 @@ class DynamicCache:
     def get_max_length(self) -> None:
         """None: a growing cache has no capacity."""
         return
+
+
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes still to be had on a device; half of all memory where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def target_length(cache: Any, seen: int, cache_position: torch.Tensor) -> int:

@@ -143,7 +143,9 @@ class LlamaModel(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        pad = config.pad_token_id
+        padding_idx = pad if pad is not None and pad < config.vocab_size else None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -338,7 +340,7 @@ class Llama(nn.Module):
         slices = self.config.pretraining_tp
         if slices <= 1:
             return self.lm_head(x_btm)
-        parts = self.lm_head.weight.split(self.config.vocab_size // slices, dim=0)
+        parts = self.lm_head.weight.split(max(1, self.config.vocab_size // slices), dim=0)
         return torch.cat([F.linear(x_btm, part) for part in parts], dim=-1)
 
     def _loss(self, logits_btv: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

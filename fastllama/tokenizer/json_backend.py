@@ -23,18 +23,12 @@ class JsonBackend:
     ``add_bos_token`` and ``add_eos_token`` of the config count only where it has no post-processor.
 
     Args:
-        path: tokenizer.json.
+        tokenizer: what the file holds.
         settings: the files next to it; special tokens that the file lacks are added to it.
-
-    Raises:
-        TokenizerError: the file is broken.
     """
 
-    def __init__(self, path: Path, settings: TokenizerSettings) -> None:
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise TokenizerError(f"{path} is no whole tokenizer.json ({error}); fetch it again.") from error
+    def __init__(self, tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:
+        self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.add_tokens(tokens_to_add(self._tokenizer, settings))
@@ -47,6 +41,19 @@ class JsonBackend:
         self._has_byte_runs = decoder is not None and b'"ByteFallback"' in decoder.__getstate__()
         has_its_own = self._tokenizer.post_processor is not None
         self.prefix, self.suffix = self._own_ids_around() if has_its_own else ids_around(self, settings)
+
+    @classmethod
+    def from_file(cls, path: Path, settings: TokenizerSettings) -> JsonBackend:
+        """Read a tokenizer.json.
+
+        Raises:
+            TokenizerError: the file is broken.
+        """
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise TokenizerError(f"{path} is no whole tokenizer.json ({error}); fetch it again.") from error
+        return cls(tokenizer, settings)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)

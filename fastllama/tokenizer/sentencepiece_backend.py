@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken
@@ -31,23 +30,24 @@ class SentencePieceBackend:
     sentencepiece, with special tokens written out and nothing put between.
 
     Args:
-        path: tokenizer.model.
+        model: the content of a tokenizer.model.
+        where: its file, for messages.
         settings: the files next to it.
 
     Raises:
-        TokenizerError: the file is no sentencepiece model.
+        TokenizerError: it is no sentencepiece model.
     """
 
-    def __init__(self, path: Path, settings: TokenizerSettings) -> None:
-        self._plain, self._prefixing, has_prefix = load_sentencepiece(path)
+    def __init__(self, model: bytes, where: str, settings: TokenizerSettings) -> None:
+        self._plain, self._prefixing, has_prefix = load_sentencepiece(model, where)
         prefix_space = settings.config.get("add_prefix_space")
         self._prefix_space: bool = has_prefix if prefix_space is None else prefix_space
         self._legacy = bool(settings.config.get("legacy"))
 
-        model = self._plain
-        pieces = dict(enumerate(map(model.id_to_piece, range(model.get_piece_size()))))
+        plain = self._plain
+        pieces = dict(enumerate(map(plain.id_to_piece, range(plain.get_piece_size()))))
         ids = {piece: i for i, piece in pieces.items()}
-        named = own_special_tokens(model) | settings.named
+        named = own_special_tokens(plain) | settings.named
         named = {name: token for name, token in named.items() if settings.config.get(name, "") is not None}
         added = placed_tokens(ids, settings.added, [*named.values(), *settings.extra])
         contents = {i: token.content for i, token in added.items()}
@@ -57,13 +57,13 @@ class SentencePieceBackend:
         self._tokens = pieces | contents
         self._texts = {i: piece.replace(SPACE, " ") for i, piece in pieces.items()} | contents
         self._ids = ids | {content: i for i, content in contents.items()}
-        self._bytes = frozenset(filter(model.is_byte, pieces))
+        self._bytes = frozenset(filter(plain.is_byte, pieces))
         self._verbatim = self._bytes.union(added)  # whose first space, if any, is not the prefix
 
         self.vocab_size = len(pieces)
         self.size = len(self._tokens)
         self.named = {name: token.content for name, token in named.items()}
-        textless = [i for i in pieces if model.is_control(i) or model.is_unknown(i)]
+        textless = [i for i in pieces if plain.is_control(i) or plain.is_unknown(i)]
         self.special_ids = frozenset([*textless, *(i for i, token in added.items() if token.special)])
         self.prefix, self.suffix = ids_around(self, settings, add_bos=True)
 
@@ -111,9 +111,8 @@ class SentencePieceBackend:
         return self._plain.encode(part)
 
 
-def load_sentencepiece(path: Path) -> tuple[SentencePieceProcessor, SentencePieceProcessor, bool]:
-    """The model without and with a prefix space, and whether the file asks for one."""
-    model = path.read_bytes()
+def load_sentencepiece(model: bytes, where: str) -> tuple[SentencePieceProcessor, SentencePieceProcessor, bool]:
+    """The model without and with a prefix space, and whether it asks for one."""
 
     def with_prefix_space(wanted: bool) -> SentencePieceProcessor:
         # ModelProto.normalizer_spec (field 3) with add_dummy_prefix (field 3): a protobuf message appended to
@@ -126,7 +125,7 @@ def load_sentencepiece(path: Path) -> tuple[SentencePieceProcessor, SentencePiec
         own = SentencePieceProcessor(model_proto=model)
         plain, prefixing = with_prefix_space(False), with_prefix_space(True)
     except RuntimeError as error:
-        raise TokenizerError(f"{path} is no sentencepiece model: {what_it_is(model)} ({error}).") from error
+        raise TokenizerError(f"{where} is no sentencepiece model: {what_it_is(model)} ({error}).") from error
     return plain, prefixing, own.encode("a") == prefixing.encode("a")
 
 

@@ -38,21 +38,26 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     Reads tokenizer.json if there is one, or else tokenizer.model, and the JSON files next to it.
 
     Args:
-        name: a folder, a hub id, ``"demo"``, or ``"random:SHAPE"`` (which uses the demo tokenizer).
+        name: a folder, a ``.gguf`` file, a hub id, ``"demo"``, or ``"random:SHAPE"`` (which uses the demo tokenizer).
 
     Raises:
-        TokenizerError: the folder has no tokenizer, or one that cannot be read.
+        TokenizerError: there is no tokenizer, or one that cannot be read.
     """
-    from fastllama.loading.names import DEMO, is_random, resolve_folder  # not at import: they bring torch
+    from fastllama.loading.names import DEMO, is_random, resolve_path  # not at import: they bring torch
 
-    folder = resolve_folder(DEMO if is_random(name) else name)
-    settings = read_settings(folder)
-    if (folder / "tokenizer.json").is_file():
-        return Tokenizer(JsonBackend(folder / "tokenizer.json", settings), settings)
-    if (folder / "tokenizer.model").is_file():
-        return Tokenizer(SentencePieceBackend(folder / "tokenizer.model", settings), settings)
+    path = resolve_path(DEMO if is_random(name) else name)
+    if path.is_file():
+        from fastllama.loading.gguf import read_gguf
+        from fastllama.tokenizer.gguf import gguf_backend
+
+        return Tokenizer(*gguf_backend(read_gguf(path)))
+    settings = read_settings(path)
+    if (path / "tokenizer.json").is_file():
+        return Tokenizer(JsonBackend.from_file(path / "tokenizer.json", settings), settings)
+    if (file := path / "tokenizer.model").is_file():
+        return Tokenizer(SentencePieceBackend(file.read_bytes(), str(file), settings), settings)
     raise TokenizerError(
-        f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model (sentencepiece). "
+        f"{path} has no tokenizer: expected tokenizer.json or tokenizer.model (sentencepiece). "
         "Copy the tokenizer files of the checkpoint there."
     )
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from fastllama.config import GenerationConfig, LlamaConfig, RopeParameters
+from fastllama.config.generation import UNSUPPORTED_GENERATION
 from fastllama.ops import ACTIVATIONS
 
 SHAPE = {
@@ -94,7 +95,7 @@ def test_a_config_reads_as_in_transformers(fields):
 
 def test_the_defaults_are_those_of_transformers():
     same_values(LlamaConfig(), transformers.LlamaConfig())
-    assert LlamaConfig.from_dict({}) == LlamaConfig()
+    assert LlamaConfig.from_dict({}) == LlamaConfig(dtype="auto")
 
 
 def test_both_spellings_of_one_rope_are_one_config():
@@ -108,7 +109,11 @@ def test_both_spellings_of_one_rope_are_one_config():
 @pytest.mark.parametrize(
     ("fields", "dtype"),
     [
-        ({}, "float32"),
+        ({}, "auto"),
+        ({"dtype": "auto"}, "auto"),
+        ({"torch_dtype": "half"}, "float16"),
+        ({"dtype": "bf16"}, "bfloat16"),
+        ({"dtype": "float16", "torch_dtype": "bfloat16"}, "float16"),
         ({"torch_dtype": "bfloat16"}, "bfloat16"),
         ({"dtype": "float16"}, "float16"),
         ({"dtype": "bfloat16", "torch_dtype": "bfloat16"}, "bfloat16"),
@@ -147,7 +152,7 @@ def test_keys_without_effect_are_accepted():
     inert = {
         "transformers_version": "4.31.0",
         "_name_or_path": "somewhere",
-        "auto_map": {"AutoModel": "modeling.Model"},
+        "auto_map": {"AutoModel": "modeling.LlamaModel"},
         "id2label": {"0": "LABEL_0"},
         "sliding_window": None,
         "use_sliding_window": False,
@@ -161,12 +166,12 @@ def test_keys_without_effect_are_accepted():
         "num_beams": 1,
         "some_future_option": None,
     }
-    assert LlamaConfig.from_dict(SHAPE | inert) == LlamaConfig.from_dict(SHAPE)
+    assert LlamaConfig.from_dict(SHAPE | inert, strict=True) == LlamaConfig.from_dict(SHAPE)
 
 
 def test_every_key_that_transformers_writes_is_accounted_for():
-    assert LlamaConfig.from_dict(transformers.LlamaConfig().to_dict()) == LlamaConfig()
-    generation = GenerationConfig.from_dict(transformers.GenerationConfig().to_dict())
+    assert LlamaConfig.from_dict(transformers.LlamaConfig().to_dict(), strict=True) == LlamaConfig(dtype="auto")
+    generation = GenerationConfig.from_dict(transformers.GenerationConfig().to_dict(), strict=True)
     assert generation == GenerationConfig()
 
 
@@ -178,9 +183,8 @@ def test_every_key_that_transformers_writes_is_accounted_for():
     [
         ({"model_type": "mistral"}, "model_type is 'mistral'"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
-        ({"sliding_window": 4096}, "sliding_window is 4096"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 would rotate a part of each head only"),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor",
@@ -188,7 +192,7 @@ def test_every_key_that_transformers_writes_is_accounted_for():
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
         ({"per_layer_config": {"0": {"intermediate_size": 8}}}, "per_layer_config"),
-        ({"logit_scale": 0.5, "qk_norm": True}, "unknown config keys logit_scale, qk_norm"),
+        ({"logit_scale": 0.5, "qk_norm": True}, "qk_norm=True would normalize queries and keys; logit_scale=0.5 would"),
         ({"hidden_act": "laplace"}, "hidden_act is 'laplace'"),
         ({"hidden_size": 66}, "hidden_size is 66"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3; expected a divisor of num_attention_heads=4"),
@@ -196,18 +200,18 @@ def test_every_key_that_transformers_writes_is_accounted_for():
         ({"vocab_size": "many"}, "vocab_size is 'many'; expected an integer"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_attention_heads": 4.0}, "num_attention_heads is 4.0"),
-        ({"pretraining_tp": 3}, "pretraining_tp is 3; expected a divisor of vocab_size=320"),
+        ({"pretraining_tp": 0}, "pretraining_tp is 0; expected an integer of at least 1"),
+        ({"vocab_size": 10**30}, "expected at most 2147483647"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"attention_dropout": 1.5}, "attention_dropout is 1.5"),
         ({"use_cache": "yes"}, "use_cache is 'yes'; expected true or false"),
-        ({"pad_token_id": 320}, "pad_token_id is 320; expected less than vocab_size=320"),
+        ({"pad_token_id": -2}, "pad_token_id is -2; expected an integer of at least 0"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
-        ({"dtype": "float16", "torch_dtype": "bfloat16"}, "dtype and torch_dtype differ"),
         ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type is 'su'; expected one of default"),
         ({"rope_scaling": {"type": ["linear"]}}, "rope_type is"),
-        ({"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}}, "the same as type"),
         ({"rope_scaling": {"type": "linear"}}, "factor is None; expected a value"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0"),
         ({"rope_scaling": 2.0}, "rope_scaling is 2.0"),
@@ -215,15 +219,11 @@ def test_every_key_that_transformers_writes_is_accounted_for():
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor is 1.0"),
         ({"rope_scaling": {**LONGROPE, "long_factor": [1.0] * 7}}, "length of long_factor is 7"),
         ({"rope_scaling": {**LONGROPE, "short_factor": "1.0"}}, "short_factor is '1.0'"),
-        ({"rope_scaling": {**LLAMA3, "ramp": 1}}, "unknown rope parameters ramp"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-            "unknown rope parameters full_att",
+            "rope parameter full_attention would change",
         ),
-        (
-            {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}},
-            "rope_parameters and rope_scaling differ",
-        ),
+        ({"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}, "rope parameter mrope_section"),
     ],
     ids=str,
 )
@@ -278,7 +278,7 @@ def test_a_saved_config_reads_the_same_here_and_in_transformers(fields, tmp_path
     assert LlamaConfig.from_pretrained(tmp_path / "new") == ours
     hf = transformers.AutoConfig.from_pretrained(tmp_path / "new")
     same_values(ours, hf)
-    assert str(hf.dtype) == f"torch.{ours.dtype}"
+    assert str(hf.dtype) == ("None" if ours.dtype == "auto" else f"torch.{ours.dtype}")
     assert LlamaConfig.from_hf(hf) == ours
 
 
@@ -321,10 +321,29 @@ def test_configs_are_frozen_and_hashable():
 # ---- GenerationConfig --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("eos", "held"), [(None, ()), (2, (2,)), ([2, 3], (2, 3)), ((5,), (5,)), ([], ())])
+@pytest.mark.parametrize(("eos", "held"), [(None, ()), (-1, ()), ([2, -1], (2,)), (2, (2,)), ([2, 3], (2, 3)), ((5,), (5,)), ([], ())])
 def test_eos_ids_are_held_as_a_tuple(eos, held):
     assert GenerationConfig(eos_token_id=eos).eos_token_id == held
     assert GenerationConfig.from_dict({"eos_token_id": eos}).eos_token_id == held
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"some_key": 1, "other_key": 2}, "unknown config keys other_key, some_key"),
+        ({"dtype": "float16", "torch_dtype": "bfloat16"}, "dtype is 'float16' and torch_dtype is 'bfloat16'"),
+        ({"rope_scaling": {**LLAMA3, "ramp": 1}}, "unknown rope parameters ramp"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic' and type"),
+        ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "rope_scaling and rope_parameters differ"),
+        ({"auto_map": {"AutoModel": "modeling.Model"}}, "auto_map names code of its own, modeling.Model"),
+    ],
+    ids=str,
+)
+def test_what_changes_nothing_is_one_warning_and_an_error_if_strict(fields, message, caplog):
+    LlamaConfig.from_dict(SHAPE | fields)
+    assert [record.getMessage().startswith(message) for record in caplog.records] == [True]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LlamaConfig.from_dict(SHAPE | fields, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -345,10 +364,16 @@ def test_eos_ids_are_held_as_a_tuple(eos, held):
     ],
     ids=str,
 )
-def test_a_generation_setting_fastllama_does_not_do_is_an_error_that_names_it(setting):
+def test_a_generation_setting_fastllama_does_not_do_is_kept_and_refused_by_the_calls_that_use_it(setting, caplog):
     [(name, value)] = setting.items()
+    config = GenerationConfig.from_dict({"temperature": 0.7, **setting})
+    assert config == GenerationConfig(temperature=0.7, other=setting)
+    assert f"not available, left out: {name}={value!r}" in caplog.text
     with pytest.raises(NotImplementedError, match=re.escape(f"{name}={value!r}")):
-        GenerationConfig.from_dict({"temperature": 0.7, **setting})
+        config.check_usable({})
+    config.check_usable({name: UNSUPPORTED_GENERATION[name]})
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}")):
+        GenerationConfig.from_dict(setting, strict=True)
 
 
 def test_generation_settings_that_ask_for_nothing_are_accepted():
@@ -371,10 +396,8 @@ def test_generation_settings_that_ask_for_nothing_are_accepted():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"temprature": 0.5}, "unknown generation settings temprature"),
         ({"temperature": -0.1}, "temperature is -0.1"),
-        ({"temperature": 0, "do_sample": True}, "temperature is 0; expected above 0 when sampling"),
-        ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": -2}, "top_k is -2"),
         ({"top_k": 2.5}, "top_k is 2.5"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"min_p": -0.5}, "min_p is -0.5"),
@@ -382,13 +405,18 @@ def test_generation_settings_that_ask_for_nothing_are_accepted():
         ({"max_length": 0}, "max_length is 0"),
         ({"do_sample": 1}, "do_sample is 1"),
         ({"seed": -3}, "seed is -3"),
-        ({"eos_token_id": [2, -1]}, "eos_token_id is -1"),
+        ({"eos_token_id": [2, -3]}, "eos_token_id is -3"),
     ],
     ids=str,
 )
-def test_a_generation_setting_out_of_range_is_an_error_that_names_it(setting, message):
+def test_a_generation_setting_out_of_range_is_an_error_here_and_a_warning_in_a_file(setting, message, caplog):
     with pytest.raises(ValueError, match=re.escape(message)):
-        GenerationConfig.from_dict(setting)
+        GenerationConfig(**setting)
+    config = GenerationConfig.from_dict(setting)
+    assert config.other == setting
+    assert message in caplog.text
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config.check_usable({} if "do_sample" in setting else {"do_sample": True})
 
 
 def test_a_saved_generation_config_reads_the_same_here_and_in_transformers(tmp_path):
@@ -415,10 +443,11 @@ def test_without_a_generation_config_the_settings_of_config_json_hold(tmp_path):
     assert GenerationConfig.from_pretrained(tmp_path) == GenerationConfig(max_new_tokens=5)
 
 
-def test_a_beam_search_in_config_json_is_an_error_with_the_file_in_it(tmp_path):
+def test_a_beam_search_in_config_json_is_kept_too(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"num_beams": 4}))
-    with pytest.raises(NotImplementedError, match=r"config\.json: .*num_beams=4"):
-        GenerationConfig.from_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).other == {"num_beams": 4}
+    with pytest.raises(ValueError, match=r"config\.json: .*num_beams=4"):
+        GenerationConfig.from_pretrained(tmp_path, strict=True)
 
 
 def test_without_any_file_the_generation_defaults_hold(tmp_path):

@@ -17,7 +17,7 @@ import transformers
 
 from fastllama import LlamaConfig, LlamaForCausalLM, load_tokenizer
 from fastllama.config import GenerationConfig
-from fastllama.loading.names import resolve_folder
+from fastllama.loading.names import resolve_path
 
 MAX_BYTES = 12_000_000
 TIMES_BETTER_THAN_UNIFORM = 15
@@ -42,7 +42,7 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return resolve_folder("demo")
+    return resolve_path("demo")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_the_recorded_perplexity_follows_from_its_files_and_is_far_from_uniform(
 def test_held_out_files_cost_what_the_record_says(
     script: ModuleType, record: dict[str, Any], model: LlamaForCausalLM, held_out: dict[str, str]
 ) -> None:
-    tokenizer = script.load_checkpoint(resolve_folder("demo"))[1]
+    tokenizer = script.load_checkpoint(resolve_path("demo"))[1]
     measured: dict[str, Any] = {}
     for path, text in held_out.items():
         known = record["held_out"]["files"].get(path)

@@ -23,7 +23,8 @@ from fastllama.loading import load as loading
 from fastllama.loading import safetensors as reading
 from fastllama.loading import save
 from fastllama.loading.load import load_model
-from fastllama.loading.names import RANDOM_SHAPES, CheckpointError, CheckpointNotFoundError, resolve, resolve_folder
+from fastllama.loading.names import RANDOM_SHAPES, resolve, resolve_path
+from fastllama.loading.stored import CheckpointError, CheckpointNotFoundError
 from fastllama.loading.save import save_model
 from fastllama.quantization.matrix import Matrix
 
@@ -355,7 +356,7 @@ def test_a_hub_id_in_the_cache_loads_offline(model, folder):
     (cached / "refs/main").write_text("c0ffee")
     shutil.copytree(folder, cached / "snapshots/c0ffee", dirs_exist_ok=True)
     same_parameters(model, load("some/cached-model"))
-    assert resolve_folder("some/cached-model") == cached / "snapshots/c0ffee"
+    assert resolve_path("some/cached-model") == cached / "snapshots/c0ffee"
 
 
 def test_a_file_or_a_folder_without_config_is_no_checkpoint(folder):
@@ -375,8 +376,8 @@ def test_a_folder_may_be_given_as_text_or_path_or_relative(model, folder, monkey
 def test_demo_is_the_folder_shipped_with_the_package_even_beside_another_demo(tmp_path, monkeypatch):
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert resolve_folder("demo") == Path(fastllama.__file__).parent / "data" / "demo"
-    assert resolve_folder("./demo") == Path("demo")
+    assert resolve_path("demo") == Path(fastllama.__file__).parent / "data" / "demo"
+    assert resolve_path("./demo") == Path("demo")
 
 
 # ---- random weights ----------------------------------------------------------------------------
@@ -435,7 +436,7 @@ def test_an_unknown_random_shape_lists_the_known_ones():
     with pytest.raises(CheckpointNotFoundError, match=r"no shape 'gpt-2'.*random:llama-3\.2-1b"):
         load("random:gpt-2")
     with pytest.raises(CheckpointNotFoundError, match="no folder"):
-        resolve_folder("random:llama-2-7b")
+        resolve_path("random:llama-2-7b")
 
 
 LLAMA3 = {

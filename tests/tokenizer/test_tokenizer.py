@@ -874,7 +874,7 @@ def test_what_chats_do_not_support_is_an_error(llama: Tokenizer) -> None:
 def test_names_are_resolved_and_random_shapes_have_the_demo_tokenizer(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, resolved: str
 ) -> None:
-    monkeypatch.setattr("fastllama.loading.names.resolve_folder", {resolved: folders["sentencepiece"]}.__getitem__)
+    monkeypatch.setattr("fastllama.loading.names.resolve_path", {resolved: folders["sentencepiece"]}.__getitem__)
     assert len(load_tokenizer(name)) == PIECES
 
 

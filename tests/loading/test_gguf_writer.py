@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.config import RopeParameters
-from fastllama.loading.gguf import write_gguf
+from fastllama.loading.gguf_writer import write_gguf
 
 SHAPE = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,

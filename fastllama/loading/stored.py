@@ -1,0 +1,79 @@
+"""A stored tensor, whatever file holds it, and what is wrong with a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+GGUF_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # a model that was split into files
+BLOCK_BYTES = 16 * 2**20  # read at once while loading
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be loaded; ``problems`` lists everything that is wrong with it."""
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n  ".join([message, *self.problems]))
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """No checkpoint was found under a name."""
+
+
+class Stored(Protocol):
+    """A tensor that can be read block by block."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """What it is stored as, as its file calls it."""
+        ...
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it can be read as floating point."""
+        ...
+
+    @property
+    def natural_dtype(self) -> torch.dtype:
+        """The dtype of parameters to read it into where nobody asks for another."""
+        ...
+
+    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Slices of rows, and floating-point tensors with their content."""
+        ...
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor that is in memory already."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.tensor.dtype).removeprefix("torch.")
+
+    @property
+    def is_float(self) -> bool:
+        return self.tensor.is_floating_point()
+
+    @property
+    def natural_dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        yield slice(0, self.tensor.shape[0]), self.tensor
