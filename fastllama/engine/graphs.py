@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import logging
 import os
 import threading
 import types
@@ -22,6 +23,9 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+logger = logging.getLogger(__name__)
 
 SWITCH = "FASTLLAMA_CUDA_GRAPHS"
 INDUCTOR, EXPLICIT = KINDS = ("inductor", "explicit")
@@ -182,7 +186,60 @@ def _compile(step: Step, graphs: bool) -> CompiledStep:
     options |= {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     options |= {"size_asserts": False, "alignment_asserts": False}
     options |= {"triton.enable_pdl": False}  # Inductor's kernels need not wait, ours rely on it that all before them do
-    return CompiledStep(fresh, torch.compile(fresh, fullgraph=True, dynamic=False, options=options))
+    compiled = torch.compile(fresh, fullgraph=True, dynamic=False, options=options)
+    return CompiledStep(fresh, CompiledOrPlain(compiled, fresh))
+
+
+class CompiledOrPlain:
+    """A compiled step that runs as it is written where the machine cannot compile: slower, with a warning.
+
+    Args:
+        compiled: compiles when it is first called.
+        plain: the same step.
+    """
+
+    def __init__(self, compiled: Step, plain: Step) -> None:
+        self._run, self._plain, self._has_run = compiled, plain, False
+
+    def __call__(self, *args: Any) -> None:
+        if self._has_run:
+            self._run(*args)
+            return
+        try:
+            self._run(*args)
+        except Exception as error:
+            reason = machine_fault(error)
+            if reason is None:
+                raise
+            _say_plain(reason)
+            self._run = self._plain
+            self._run(*args)
+        self._has_run = True
+
+
+def machine_fault(error: BaseException) -> str | None:
+    """What the machine lacks, where that is why a step could not be compiled; None: it is another fault."""
+    seen: BaseException | None = error
+    while seen is not None:
+        inner = getattr(seen, "inner_exception", None)
+        if isinstance(seen, InvalidCxxCompiler):
+            return "there is no C++ compiler that torch.compile finds; install g++ or clang++, or name one with CXX"
+        if isinstance(seen, CppCompileError):
+            return f"the C++ compiler failed ({_first_error(str(seen))})"
+        if isinstance(seen, OSError):
+            return f"{seen}; TORCHINDUCTOR_CACHE_DIR names a folder that can be written to"
+        seen = inner or seen.__cause__ or seen.__context__
+    return None
+
+
+def _first_error(output: str) -> str:
+    lines = output.strip().splitlines()
+    return next((line for line in lines if "error" in line and "CppCompileError" not in line), lines[0])[:200]
+
+
+@functools.cache
+def _say_plain(reason: str) -> None:
+    logger.warning("steps are not compiled, which makes decoding slower: %s", reason)
 
 
 def cuda_graph_thread() -> ThreadPoolExecutor:

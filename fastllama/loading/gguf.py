@@ -111,7 +111,7 @@ def _read_one(path: Path) -> Gguf:
     cursor = _Cursor(path, data)
     try:
         return cursor.read()
-    except (struct.error, ValueError, IndexError, OverflowError, RecursionError) as error:
+    except (struct.error, ValueError, KeyError, IndexError, OverflowError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch it again") from error

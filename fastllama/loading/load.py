@@ -103,7 +103,7 @@ def _checked(
         if tensor.shape != tuple(parameters[key].shape):
             problems.append(f"{key}: shape {list(tensor.shape)}, expected {list(parameters[key].shape)}")
         if not tensor.is_float:
-            problems.append(f"{key}: {tensor.dtype}, expected floating point")
+            problems.append(f"{key}: stored as {tensor.dtype}, which is not read")
     if problems:
         raise CheckpointError(message, problems)
     return found

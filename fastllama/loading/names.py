@@ -24,7 +24,7 @@ RANDOM_PREFIX = "random:"
 
 #: The files of a repository on the hub that make up a checkpoint; its folders hold other formats.
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
-HUB_IGNORED = ["[!a]*/*", "consolidated*.safetensors"]
+HUB_IGNORED = ["*/*.json", "*/*.safetensors", "*/tokenizer.model", "consolidated*.safetensors"]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastllama.config.fields import write_json
+from fastllama.config.fields import CONFIG_NAME, GENERATION_CONFIG_NAME, write_json
 from fastllama.config.llama import dtype_name
 from fastllama.loading.safetensors import INDEX_NAME, SHARD_NAME, WEIGHTS_NAME
 
@@ -40,15 +41,43 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str], max_shard_size:
     generation_config: Any = getattr(model, "generation_config", None)
     tensors = dict(model.named_parameters(remove_duplicate=config.tie_word_embeddings))
     shards = _shards(tensors, _size(max_shard_size))
-    _write_shards(folder, shards)
-    _write_index(folder, shards)
+    config = config.replace(dtype=dtype_name(next(iter(tensors.values())).dtype))
+    with _together(folder) as temporary:
+        for shard, content in shards.items():
+            file = temporary(shard)
+            file.touch()
+            mode = file.stat().st_mode
+            save_file(_own_memory(content), file, metadata={"format": "pt"})
+            file.chmod(mode)  # safetensors leaves the file to its owner alone
+        if len(shards) > 1:
+            write_json(temporary(INDEX_NAME), _index(shards))
+        write_json(temporary(CONFIG_NAME), config.to_dict())
+        if generation_config is not None:
+            write_json(temporary(GENERATION_CONFIG_NAME), generation_config.to_dict())
     for file in folder.iterdir():
-        if SHARD_NAME.fullmatch(file.name) and file.name not in shards:
+        is_old_shard = SHARD_NAME.fullmatch(file.name) and file.name not in shards
+        if is_old_shard or (file.name == INDEX_NAME and len(shards) == 1):
             file.unlink()
-    dtype = dtype_name(next(iter(tensors.values())).dtype)
-    config.replace(dtype=dtype).save_pretrained(folder)
-    if generation_config is not None:
-        generation_config.save_pretrained(folder)
+
+
+@contextmanager
+def _together(folder: Path) -> Iterator[Callable[[str], Path]]:
+    """Files that are all there at the end, or none of them: written under temporary names, then renamed.
+
+    Yields what gives a file's temporary name.
+    """
+    names: dict[str, Path] = {}
+
+    def temporary(name: str) -> Path:
+        return names.setdefault(name, folder / f".{name}.{os.getpid()}.tmp")
+
+    try:
+        yield temporary
+        for name, file in names.items():
+            file.replace(folder / name)
+    finally:
+        for file in names.values():
+            file.unlink(missing_ok=True)
 
 
 def _shards(tensors: Mapping[str, torch.Tensor], limit: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -67,29 +96,11 @@ def _shards(tensors: Mapping[str, torch.Tensor], limit: int) -> dict[str, dict[s
     return dict(zip(names, groups, strict=True))
 
 
-def _write_shards(folder: Path, shards: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    temporary = {shard: folder / f".{shard}.{os.getpid()}.tmp" for shard in shards}
-    try:
-        for shard, tensors in shards.items():
-            temporary[shard].touch()
-            mode = temporary[shard].stat().st_mode
-            save_file(_own_memory(tensors), temporary[shard], metadata={"format": "pt"})
-            temporary[shard].chmod(mode)  # safetensors leaves the file to its owner alone
-        for shard, file in temporary.items():
-            file.replace(folder / shard)
-    finally:
-        for file in temporary.values():
-            file.unlink(missing_ok=True)
-
-
-def _write_index(folder: Path, shards: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Write the index of several files; a single file has none."""
-    if len(shards) == 1:
-        (folder / INDEX_NAME).unlink(missing_ok=True)
-        return
+def _index(shards: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+    """The index of several files."""
     weight_map = {key: shard for shard, tensors in shards.items() for key in tensors}
     total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors.values())
-    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def _own_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

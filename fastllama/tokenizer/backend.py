@@ -30,6 +30,14 @@ class Backend(Protocol):
         """The ids of each text, without prefix and suffix."""
         ...
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """For each token of a text its first character and the one after its last.
+
+        Raises:
+            NotImplementedError: this kind of vocabulary does not say.
+        """
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included; ids that are no token have none."""
         ...

@@ -1,28 +1,42 @@
-"""Chat templates: Jinja, rendered in a sandbox, with what Hugging Face's templates expect to find there."""
+"""Chat templates: Jinja, rendered in a sandbox, with what Hugging Face's templates expect to find there.
+
+Source: https://huggingface.co/docs/transformers/chat_templating and transformers' utils/chat_template_utils.py.
+"""
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Scope
+from jinja2.nodes import CallBlock
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Messages = list[dict[str, Any]]
+Spans = list[tuple[int, int]]
+
+MARK = "CONTINUE_FINAL_MESSAGE_HERE "  # with a space, so that it shows whether the template strips messages
+_rendering: ContextVar[tuple[list[str], Spans] | None] = ContextVar("rendering", default=None)
 
 
-def render_chat(template: str, messages: Messages, **variables: Any) -> str:
+def render_chat(template: str, messages: Messages, **variables: Any) -> tuple[str, Spans]:
     """Write a conversation as one prompt.
 
     Args:
         template: the Jinja source.
         messages: such as ``[{"role": "user", "content": "Hey"}]``.
         variables: what else the template may read, such as ``add_generation_prompt`` or ``bos_token``.
+
+    Returns:
+        The prompt, and where in it the assistant's words are: the parts inside ``{% generation %}``, as indices of
+        their first character and of the one after their last.
 
     Raises:
         ValueError: the template is broken, or refuses the messages.
@@ -34,10 +48,70 @@ def render_chat(template: str, messages: Messages, **variables: Any) -> str:
         )
     if not messages:
         raise ValueError("the conversation is empty; give at least one message.")
+    blocks: list[str] = []
+    spans: Spans = []
+    token = _rendering.set((blocks, spans))
     try:
-        return compiled(template).render(messages=messages, **variables)
-    except jinja2.TemplateError as error:
+        for block in compiled(template).generate(messages=messages, **variables):
+            blocks.append(block)
+    except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(f"the chat template cannot write these messages: {error}") from error
+    finally:
+        _rendering.reset(token)
+    return "".join(blocks), spans
+
+
+def render_open(template: str, messages: Messages, field: str = "content", **variables: Any) -> tuple[str, Spans]:
+    """Write a conversation whose last message is not finished, so that the model continues it.
+
+    Args:
+        template, messages, variables: as :func:`render_chat` takes them.
+        field: of the last message, to continue.
+
+    Raises:
+        ValueError: the last message has no such text, or the template does not write it.
+    """
+    messages = copy.deepcopy(messages)
+    last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
+    holder, key = last, field
+    if isinstance(last.get(field), list):
+        parts = [part for part in last[field] if isinstance(part, dict) and "text" in part]
+        holder, key = (parts[-1], "text") if parts else ({}, "text")
+    text = holder.get(key)
+    if not isinstance(text, str):
+        raise ValueError(f"continue_final_message: the last message has no text in {field!r} to continue.")
+    holder[key] = text + MARK
+    prompt, spans = render_chat(template, messages, **variables)
+    end = prompt.rfind(MARK.strip())
+    if end < 0 or text.strip() not in prompt:
+        raise ValueError("continue_final_message: the chat template does not write the last message as it is.")
+    prompt = prompt[:end] if prompt[end:].startswith(MARK) else prompt[:end].rstrip()
+    return prompt, [(start, min(stop, len(prompt))) for start, stop in spans]
+
+
+def tool_schemas(tools: Sequence[dict[str, Any] | Callable[..., Any]] | None) -> list[dict[str, Any]] | None:
+    """Tools as JSON schemas, those that are functions by their type hints and docstrings.
+
+    Raises:
+        NotImplementedError: a function, without transformers, which makes schemas of functions.
+        TypeError: a tool is neither.
+        ValueError: a function without the hints or the docstring that it takes.
+    """
+    if tools is None:
+        return None
+    if wrong := [tool for tool in tools if not isinstance(tool, dict) and not callable(tool)]:
+        raise TypeError(f"tools are JSON schemas (dicts) or functions, got {wrong[0]!r:.100}.")
+    if all(isinstance(tool, dict) for tool in tools):
+        return list(tools)  # pyright: ignore
+    try:
+        from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
+        from transformers.utils.chat_template_utils import get_json_schema as schema_of
+    except ImportError as error:
+        raise NotImplementedError("functions as tools need transformers: pip install transformers") from error
+    try:
+        return [tool if isinstance(tool, dict) else schema_of(tool) for tool in tools]
+    except (DocstringParsingException, TypeHintParsingException) as error:
+        raise ValueError(f"a tool cannot be described: {error}") from error
 
 
 def choose_template(templates: str | dict[str, str] | None, wanted: str | None, has_tools: bool) -> str:
@@ -78,13 +152,24 @@ def compiled(template: str) -> jinja2.Template:
 
 
 class GenerationTag(Extension):
-    """``{% generation %}…{% endgeneration %}``: marks the assistant's words for training; rendered as its body."""
+    """``{% generation %}…{% endgeneration %}``: marks the assistant's words; rendered as its body."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
-    def parse(self, parser: Parser) -> Scope:
+    def parse(self, parser: Parser) -> CallBlock:
         line = next(parser.stream).lineno
-        return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        block = CallBlock(self.call_method("_noted"), [], [], body)
+        block.set_lineno(line)
+        return block
+
+    def _noted(self, caller: Callable[[], str]) -> str:
+        words, rendering = caller(), _rendering.get()
+        if rendering is not None:
+            blocks, spans = rendering
+            start = sum(map(len, blocks))
+            spans.append((start, start + len(words)))
+        return words
 
 
 def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 from fastllama.tokenizer.backend import ids_around
 from fastllama.tokenizer.settings import TokenizerError, TokenizerSettings
 
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
@@ -19,8 +20,9 @@ class JsonBackend:
     """A vocabulary as tokenizer.json writes it, to the letter.
 
     transformers 4 and ``PreTrainedTokenizerFast`` read the file so too; for a ``LlamaTokenizer``,
-    transformers 5 replaces the file's normalizer by its own. The file also says which ids go around a text:
-    ``add_bos_token`` and ``add_eos_token`` of the config count only where it has no post-processor.
+    transformers 5 replaces the file's normalizer by its own. Which ids go around a text is said by the file's
+    post-processor; for Llama's own classes, and where there is none, by ``add_bos_token`` and ``add_eos_token`` of the
+    config, as in transformers 4.
 
     Args:
         tokenizer: what the file holds.
@@ -39,8 +41,12 @@ class JsonBackend:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         decoder = self._tokenizer.decoder
         self._has_byte_runs = decoder is not None and b'"ByteFallback"' in decoder.__getstate__()
-        has_its_own = self._tokenizer.post_processor is not None
-        self.prefix, self.suffix = self._own_ids_around() if has_its_own else ids_around(self, settings)
+        self._tokenizer.encode_special_tokens = bool(settings.config.get("split_special_tokens"))
+        is_llama = str(settings.config.get("tokenizer_class")) in LLAMA_CLASSES
+        if is_llama or self._tokenizer.post_processor is None:
+            self.prefix, self.suffix = ids_around(self, settings, add_bos=is_llama)
+        else:
+            self.prefix, self.suffix = self._own_ids_around()
 
     @classmethod
     def from_file(cls, path: Path, settings: TokenizerSettings) -> JsonBackend:
@@ -58,6 +64,9 @@ class JsonBackend:
     def encode(self, texts: list[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        return self._tokenizer.encode(text, add_special_tokens=False).offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -53,7 +53,8 @@ class SentencePieceBackend:
         contents = {i: token.content for i, token in added.items()}
 
         self._added = {token.content: token for token in added.values()}
-        self._pattern = added_token_pattern(added.values())
+        keeps_special = not settings.config.get("split_special_tokens")
+        self._pattern = added_token_pattern(token for token in added.values() if keeps_special or not token.special)
         self._tokens = pieces | contents
         self._texts = {i: piece.replace(SPACE, " ") for i, piece in pieces.items()} | contents
         self._ids = ids | {content: i for i, content in contents.items()}
@@ -69,6 +70,11 @@ class SentencePieceBackend:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [self._encode(text) for text in texts]
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        raise NotImplementedError(
+            "where a token lies in a text is known for a tokenizer.json alone; transformers' save_pretrained writes one"
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         known = [i for i in ids if i in self._tokens]

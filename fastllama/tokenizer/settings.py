@@ -56,9 +56,9 @@ def read_settings(folder: Path) -> TokenizerSettings:
         named={
             name: added_token(token, special=True)
             for name, token in named.items()
-            if name.endswith("_token") and isinstance(token, str | dict)
+            if name.endswith("_token") and isinstance(token, str | dict) and added_token(token).content
         },
-        extra=[] if isinstance(extra, dict) else [added_token(token, special=True) for token in extra],
+        extra=[] if isinstance(extra, dict) else [added_token(token, special=True) for token in extra if token],
         added={int(i): added_token(token) for i, token in config.get("added_tokens_decoder", {}).items()},
         chat_template=read_chat_template(folder, config),
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastllama.tokenizer.backend import Backend
-from fastllama.tokenizer.chat import Messages, choose_template, render_chat
+from fastllama.tokenizer.chat import Messages, Spans, choose_template, render_chat, render_open, tool_schemas
 from fastllama.tokenizer.json_backend import JsonBackend
 from fastllama.tokenizer.sentencepiece_backend import SentencePieceBackend
 from fastllama.tokenizer.settings import TokenizerError, TokenizerSettings, read_settings
@@ -275,8 +276,10 @@ class Tokenizer:
         return_tensors: str | None = None,
         *,
         chat_template: str | None = None,
-        tools: list[dict[str, Any]] | None = None,
+        tools: Sequence[dict[str, Any] | Callable[..., Any]] | None = None,
         documents: list[dict[str, str]] | None = None,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
         return_dict: bool = False,
         padding: bool | str = False,
         truncation: bool | None = None,
@@ -291,27 +294,38 @@ class Tokenizer:
             tokenize: False returns the prompt as text.
             return_tensors, padding, truncation, max_length: as when the tokenizer is called.
             chat_template: a template or the name of one, by default the tokenizer's own.
-            tools: JSON schemas of functions that the model may call.
-            documents: texts that the model may use.
+            tools: functions that the model may call: their JSON schemas, or functions with type hints and a docstring,
+                of which transformers makes the schemas.
+            documents: texts that the model may use, as dicts.
+            continue_final_message: leave the last message open, for the model to continue; a string names its field.
+            return_assistant_tokens_mask: add ``assistant_masks`` to the Encoding, 1 for tokens that the template puts
+                inside ``{% generation %}``; needs ``return_dict`` and a tokenizer.json.
             return_dict: whether to return an Encoding rather than its input_ids.
             variables: further variables of the template.
 
         Raises:
-            ValueError: there is no template, or it refuses the conversation.
+            NotImplementedError: functions as tools without transformers; masks of a tokenizer.model.
+            TypeError: tools or documents of another kind.
+            ValueError: there is no template, or it refuses the conversation; arguments that exclude each other.
         """
-        unsupported = {"continue_final_message", "return_assistant_tokens_mask"} & variables.keys()
-        if any(variables[name] for name in unsupported):
-            raise NotImplementedError(f"{', '.join(sorted(unsupported))} of apply_chat_template")
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other.")
+        if return_assistant_tokens_mask and not (return_dict and tokenize):
+            raise ValueError("return_assistant_tokens_mask needs return_dict=True and tokenize=True.")
+        if documents is not None and not all(isinstance(document, dict) for document in documents):
+            raise TypeError("documents are dicts, such as {'title': '…', 'text': '…'}.")
         template = choose_template(self.chat_template, chat_template, tools is not None)
-        if tools and not all(isinstance(tool, dict) for tool in tools):
-            raise TypeError("tools are JSON schemas (dicts), not functions.")
         is_batch = isinstance(conversation, list) and bool(conversation) and isinstance(conversation[0], list)
         variables = self.special_tokens_map | variables
-        variables |= {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
-        prompts = [
-            render_chat(template, messages, **variables)  # pyright: ignore
-            for messages in (conversation if is_batch else [conversation])
-        ]
+        variables |= {"tools": tool_schemas(tools), "documents": documents}
+        variables["add_generation_prompt"] = add_generation_prompt
+        render = render_chat
+        if continue_final_message:
+            field = "content" if continue_final_message is True else continue_final_message
+            render = functools.partial(render_open, field=field)
+        conversations: Any = conversation if is_batch else [conversation]
+        rendered = [render(template, messages, **variables) for messages in conversations]
+        prompts = [prompt for prompt, _ in rendered]
         prompt = prompts if is_batch else prompts[0]
         if not tokenize:
             return prompt
@@ -323,7 +337,22 @@ class Tokenizer:
             max_length=max_length,
             return_tensors=return_tensors,
         )
+        if return_assistant_tokens_mask:
+            masks = [self._mask_of(prompt, spans) for prompt, spans in rendered]
+            cut = truncation is True or (truncation is None and max_length is not None and not padding)
+            if cut:
+                masks = self._truncated(masks, self._limit(max_length, "truncation"), False)
+            width = max(map(len, encoding.input_ids if is_batch else [encoding.input_ids]))
+            masks = padded(masks, width, 0, self.padding_side) if padding else masks
+            encoding["assistant_masks"] = masks if is_batch else masks[0]
         return encoding if return_dict else encoding.input_ids
+
+    def _mask_of(self, prompt: str, spans: Spans) -> list[int]:
+        """For each token of a prompt whether it begins or ends in a span, or lies between two that do."""
+        inside = [False] * len(prompt)
+        for start, stop in spans:
+            inside[start:stop] = [True] * (stop - start)
+        return [int(any(inside[start:stop])) for start, stop in self._backend.offsets(prompt)]
 
     def _role_id(self, name: str, token: str | None) -> int | None:
         if token is None:

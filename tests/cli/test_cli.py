@@ -18,7 +18,7 @@ import typer.main
 from typer.testing import CliRunner
 
 import fastllama
-from fastllama import LlamaConfig, LlamaForCausalLM
+from fastllama import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from fastllama.cli import console
 from fastllama.cli.app import app
 from fastllama.cli.options import sampling_arguments
@@ -60,6 +60,7 @@ class FakeModel:
     dtype = torch.float32
 
     def __init__(self) -> None:
+        self.generation_config = GenerationConfig(other={"repetition_penalty": 1.1})
         self.prompts: list[str] = []
         self.settings: list[dict[str, Any]] = []
         self.loaded: dict[str, Any] = {}
@@ -156,6 +157,24 @@ def test_sampling_options_reach_the_model(model: FakeModel) -> None:
         "min_p": 0.1,
         "seed": 3,
     }
+
+
+def test_a_temperature_of_zero_is_greedy(model: FakeModel) -> None:
+    assert run("generate", "hello", "--temperature", "0", "--top-p", "0.9", "--seed", "1").exit_code == 0
+    assert {"do_sample": False, "seed": 1}.items() <= model.settings[0].items()
+    assert "temperature" not in model.settings[0]
+
+
+def test_strict_reaches_the_loader_and_settings_that_are_not_available_go(model: FakeModel) -> None:
+    assert run("generate", "hello", "--strict", "--dtype", "bf16").exit_code == 0
+    assert (model.loaded["strict"], model.loaded["dtype"]) == (True, "bf16")
+    assert model.generation_config == GenerationConfig()
+
+
+def test_an_empty_prompt_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("generate", "")
+    assert result.exit_code == 1
+    assert "every row needs at least one prompt token" in result.stderr
 
 
 def test_without_options_the_checkpoint_decides_how_to_sample() -> None:

@@ -321,7 +321,9 @@ def test_configs_are_frozen_and_hashable():
 # ---- GenerationConfig --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("eos", "held"), [(None, ()), (-1, ()), ([2, -1], (2,)), (2, (2,)), ([2, 3], (2, 3)), ((5,), (5,)), ([], ())])
+@pytest.mark.parametrize(
+    ("eos", "held"), [(None, ()), (-1, ()), ([2, -1], (2,)), (2, (2,)), ([2, 3], (2, 3)), ((5,), (5,)), ([], ())]
+)
 def test_eos_ids_are_held_as_a_tuple(eos, held):
     assert GenerationConfig(eos_token_id=eos).eos_token_id == held
     assert GenerationConfig.from_dict({"eos_token_id": eos}).eos_token_id == held
@@ -333,8 +335,14 @@ def test_eos_ids_are_held_as_a_tuple(eos, held):
         ({"some_key": 1, "other_key": 2}, "unknown config keys other_key, some_key"),
         ({"dtype": "float16", "torch_dtype": "bfloat16"}, "dtype is 'float16' and torch_dtype is 'bfloat16'"),
         ({"rope_scaling": {**LLAMA3, "ramp": 1}}, "unknown rope parameters ramp"),
-        ({"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic' and type"),
-        ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "rope_scaling and rope_parameters differ"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}},
+            "rope_type is 'dynamic' and",
+        ),
+        (
+            {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}},
+            "rope_scaling and rope_parameters differ",
+        ),
         ({"auto_map": {"AutoModel": "modeling.Model"}}, "auto_map names code of its own, modeling.Model"),
     ],
     ids=str,

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 
 from fastllama import GenerationConfig
 
@@ -95,7 +96,11 @@ def test_max_length_counts_the_prompt_and_twenty_new_tokens_are_the_default(pair
     ours, theirs = pair
     assert ours.generate(ids, max_length=11).shape == (2, 11)
     assert ours.generate(ids).shape == theirs.generate(ids, do_sample=False, pad_token_id=0).shape == (2, 27)
-    assert ours.generate(ids, generation_config=GenerationConfig(max_new_tokens=3), max_length=12).shape == (2, 12)
+    asked = {"max_length": 12, "do_sample": False, "pad_token_id": 0}
+    for new in (3, None):  # of the config, which counts before the call's max_length
+        expected = theirs.generate(ids, generation_config=transformers.GenerationConfig(max_new_tokens=new), **asked)
+        ours_config = GenerationConfig(max_new_tokens=new)
+        assert ours.generate(ids, generation_config=ours_config, max_length=12).shape == expected.shape
     with pytest.raises(ValueError, match="7 tokens and max_length is 7"):
         ours.generate(ids, max_length=7)
 

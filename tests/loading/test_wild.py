@@ -1,4 +1,4 @@
-"""Folders as they are found in the wild: what transformers loads, loads here with the same logits and the same tokens."""
+"""Folders as they are found in the wild: what transformers loads, loads here with the same logits and tokens."""
 
 from __future__ import annotations
 

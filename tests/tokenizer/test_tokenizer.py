@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import io
 import json
 import re
 from collections.abc import Callable
@@ -11,205 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 import tokenizers
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from transformers.tokenization_python import Trie
-from transformers.tokenization_utils_base import generate_merges
+from vocabularies import (
+    CORPUS,
+    EXTENDED,
+    LLAMA_2,
+    LLAMA_3,
+    PIECES,
+    TEXTS,
+    fuzz,
+    listed,
+    llama_2_bpe,
+    llama_2_json,
+    llama_3_json,
+    processor,
+    sentencepiece_model,
+    written,
+)
 
 from fastllama.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
-CORPUS = (
-    "The quick brown fox jumps over the lazy dog.",
-    "Hello world, this is a test of it's and isn't and we've and you're.",
-    "def f(x):\n\treturn x + 1  # two  spaces",
-    "日本語のテキストです。",
-    "Привет, как дела?",
-    "Grüße aus Köln, e\u0301tude",
-    "مرحبا بالعالم",
-    "नमस्ते दुनिया",
-    "한국어 문장",
-    "   leading and   inner spaces ",
-) * 3
-FRAGMENTS = (
-    *(
-        "Hello",
-        " world",
-        " ",
-        "  ",
-        "   ",
-        "\n",
-        "\n\n",
-        "\t",
-        ".",
-        " .",
-        " it's",
-        "123",
-        "a  b",
-        "\x00",
-        "\u200b",
-    ),
-    *(
-        "日本語",
-        "漢",
-        "тест",
-        "é",
-        "e\u0301",
-        "ก็",
-        "नमस्ते",
-        "مرحبا",
-        "ﬁ",
-        "İ",
-        "\u00a0",
-        "😀",
-        "👩‍👩‍👧",
-        "\ufffd",
-    ),
-    *(
-        "<s>",
-        "</s>",
-        "<unk>",
-        "<pad>",
-        "<mask>",
-        "<tool>",
-        "<|eot_id|>",
-        "<|begin_of_text|>",
-        "<",
-        "s>",
-        "<0x41>",
-    ),
-)
-TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), max_size=12).map("".join)
-LLAMA_3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA_3_SPECIAL = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|eot_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-)
-PIECES = 480
-
-fuzz = settings(max_examples=60, deadline=None, database=None, derandomize=True)
-
-
-# Vocabularies and folders
-
-
-@functools.cache
-def sentencepiece_model(**options: Any) -> bytes:
-    """A small sentencepiece model as Llama's are: BPE, byte fallback, all spaces kept."""
-    defaults = {
-        "model_type": "bpe",
-        "vocab_size": PIECES,
-        "byte_fallback": True,
-        "character_coverage": 0.98,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "allow_whitespace_only_pieces": True,
-        "split_digits": True,
-        "hard_vocab_limit": False,
-        "minloglevel": 2,
-    }
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=model, **(defaults | options))
-    return model.getvalue()
-
-
-def processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_proto=model)
-
-
-@functools.cache
-def llama_2_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of the sentencepiece model, as transformers takes them out."""
-    own = processor(sentencepiece_model())
-    vocab = {own.id_to_piece(i): i for i in range(PIECES)}
-    return vocab, generate_merges(vocab, {own.id_to_piece(i): own.get_score(i) for i in range(PIECES)})
-
-
-def llama_2_json(metaspace: bool = False, template: bool = True) -> tokenizers.Tokenizer:
-    """tokenizer.json as published for Llama 2, or with the pre-tokenizer of newer conversions."""
-    vocab, merges = llama_2_bpe()
-    bpe = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    tokenizer = tokenizers.Tokenizer(bpe)
-    if metaspace:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    else:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    if template:
-        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return tokenizer
-
-
-@functools.cache
-def llama_3_json() -> str:
-    """tokenizer.json as Llama 3 has it: byte-level BPE, split by a regex."""
-    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
-    split = pre_tokenizers.Split(tokenizers.Regex(LLAMA_3_SPLIT), "isolated")
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, show_progress=False, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_special_tokens(list(LLAMA_3_SPECIAL))
-    begin = tokenizer.token_to_id("<|begin_of_text|>")
-    around = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", begin)])
-    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), around])
-    return tokenizer.to_str()
-
-
-def written(folder: Path, model: bytes | None = None, json_file: Any = None, **config: Any) -> Path:
-    """A folder with a vocabulary and a tokenizer_config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if model is not None:
-        (folder / "tokenizer.model").write_bytes(model)
-    if json_file is not None:
-        text = json_file if isinstance(json_file, str) else json_file.to_str()
-        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    if config:
-        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
-
-
-def listed(content: str, **flags: bool) -> dict[str, Any]:
-    """A token as ``added_tokens_decoder`` lists it."""
-    usual = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
-    return {"content": content} | usual | flags
-
-
-LLAMA_2: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-LLAMA_3: dict[str, Any] = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "bos_token": "<|begin_of_text|>",
-    "eos_token": "<|eot_id|>",
-    "clean_up_tokenization_spaces": True,
-    "model_max_length": 131072,
-}
-EXTENDED: dict[str, Any] = LLAMA_2 | {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "pad_token": "<pad>",
-    "additional_special_tokens": ["<mask>"],
-    "added_tokens_decoder": {
-        "0": listed("<unk>"),
-        "1": listed("<s>"),
-        "2": listed("</s>"),
-        str(PIECES): listed("<pad>"),
-        str(PIECES + 1): listed("<mask>", lstrip=True),
-        str(PIECES + 2): listed("<tool>", special=False, rstrip=True),
-    },
-}
 JSON_FOLDERS: dict[str, Callable[[Path], Path]] = {
     "llama-2": lambda path: written(
         path, json_file=llama_2_json(), tokenizer_class="PreTrainedTokenizerFast", **LLAMA_2
@@ -860,11 +685,166 @@ def test_chats_that_cannot_be_written_say_why(
         llama.apply_chat_template(conversation, chat_template=template)
 
 
-def test_what_chats_do_not_support_is_an_error(llama: Tokenizer) -> None:
-    with pytest.raises(NotImplementedError, match="continue_final_message"):
-        llama.apply_chat_template(CONVERSATION, chat_template="x", continue_final_message=True)
+MASKED_CHAT = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}<|assistant|>{% generation %}"
+    "{{ message.content }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}<|user|>{{ message.content }}{% endif %}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("last", ["Yes, and", "Yes, and ", "  Yes", [{"type": "text", "text": "Yes, "}]], ids=str)
+@pytest.mark.parametrize("template", [LLAMA_2_CHAT, MASKED_CHAT], ids=["strips", "keeps"])
+def test_an_open_last_message_ends_the_prompt_as_in_transformers(pair: Any, template: str, last: Any) -> None:
+    ours, theirs = pair
+    conversation = [CONVERSATION[0], {"role": "assistant", "content": last}]
+    if isinstance(last, list):
+        template = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}</s>{% endfor %}"
+        conversation = [{"role": "user", "content": [{"type": "text", "text": "Hey"}]}, conversation[1]]
+    options = {"chat_template": template, "continue_final_message": True, "tokenize": False}
+    assert ours.apply_chat_template(conversation, **options) == theirs.apply_chat_template(conversation, **options)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "options", "message"),
+    [
+        (CONVERSATION, {"chat_template": "x"}, "does not write the last message"),
+        ([{"role": "user"}], {"chat_template": "x"}, "no text in 'content'"),
+        (CONVERSATION, {"chat_template": "x", "add_generation_prompt": True}, "exclude each other"),
+    ],
+)
+def test_what_cannot_be_continued_is_an_error(llama: Tokenizer, conversation: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        llama.apply_chat_template(conversation, continue_final_message=True, **options)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_masks_of_the_assistants_words_equal_those_of_transformers(pair: Any, padding: bool) -> None:
+    ours, theirs = pair
+    ours.pad_token = theirs.pad_token = theirs.eos_token
+    batch = [[*CONVERSATION, {"role": "assistant", "content": "Done 日本 now."}], CONVERSATION[:2]]
+    options = {"chat_template": MASKED_CHAT, "return_dict": True, "return_assistant_tokens_mask": True}
+    got = ours.apply_chat_template(batch, padding=padding, **options)
+    expected = theirs.apply_chat_template(batch, padding=padding, **options)
+    assert got.assistant_masks == expected["assistant_masks"]
+    assert any(map(any, got.assistant_masks))
+    alone = ours.apply_chat_template(batch[1], **options)
+    assert alone.assistant_masks == theirs.apply_chat_template(batch[1], **options)["assistant_masks"]
+    with pytest.raises(ValueError, match="return_dict=True"):
+        ours.apply_chat_template(batch, chat_template=MASKED_CHAT, return_assistant_tokens_mask=True)
+
+
+def test_masks_need_a_tokenizer_json(llama: Tokenizer) -> None:
+    options = {"chat_template": MASKED_CHAT, "return_dict": True, "return_assistant_tokens_mask": True}
+    with pytest.raises(NotImplementedError, match=r"tokenizer\.json"):
+        llama.apply_chat_template(CONVERSATION, **options)
+
+
+def weather(city: str, days: int = 1) -> str:
+    """
+    Tells the weather.
+
+    Args:
+        city: Where.
+        days: How many days ahead.
+    """
+    return f"{city} {days}"
+
+
+def test_functions_as_tools_become_the_schemas_of_transformers(pair: Any) -> None:
+    ours, theirs = pair
+    options = {"chat_template": BLOCKS_CHAT, "tools": [weather, TOOLS[0]], "tokenize": False}
+    assert ours.apply_chat_template(CONVERSATION, **options) == theirs.apply_chat_template(CONVERSATION, **options)
+
+
+def test_tools_and_documents_of_another_kind_are_refused(llama: Tokenizer) -> None:
     with pytest.raises(TypeError, match="JSON schemas"):
-        llama.apply_chat_template(CONVERSATION, chat_template="x", tools=[print])  # pyright: ignore
+        llama.apply_chat_template(CONVERSATION, chat_template="x", tools=["weather"])  # pyright: ignore
+    with pytest.raises(ValueError, match="a tool cannot be described"):
+        llama.apply_chat_template(CONVERSATION, chat_template="x", tools=[lambda city: city])
+    with pytest.raises(TypeError, match="documents are dicts"):
+        llama.apply_chat_template(CONVERSATION, chat_template="x", documents=["text"])  # pyright: ignore
+    written = llama.apply_chat_template(
+        CONVERSATION, tokenize=False, chat_template="{{ documents[0].text }}", documents=[{"title": "a", "text": "b"}]
+    )
+    assert written == "b"
+
+
+def test_a_template_that_writes_bos_gets_no_second_one(pair: Any) -> None:
+    ours, _ = pair
+    ids = ours.apply_chat_template(CONVERSATION, chat_template=MASKED_CHAT)
+    assert ids.count(ours.bos_token_id) == 1
+
+
+# Files as they are published
+
+BYTE_LEVEL = processors.ByteLevel(trim_offsets=False)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "flags", "template", "around"),
+    [  # what transformers 4.57 gives for these files
+        ("LlamaTokenizerFast", {"add_bos_token": True}, False, (1, 0)),
+        ("LlamaTokenizerFast", {}, False, (1, 0)),
+        ("LlamaTokenizerFast", {"add_bos_token": False}, True, (0, 0)),
+        ("LlamaTokenizerFast", {"add_bos_token": True, "add_eos_token": True}, True, (1, 1)),
+        ("PreTrainedTokenizerFast", {"add_bos_token": True}, False, (0, 0)),
+        ("PreTrainedTokenizerFast", {"add_bos_token": False}, True, (1, 0)),
+    ],
+)
+def test_flags_of_llamas_classes_count_before_the_post_processor(
+    tmp_path: Path, tokenizer_class: str, flags: dict[str, Any], template: bool, around: tuple[int, int]
+) -> None:
+    vocabulary = tokenizers.Tokenizer.from_str(llama_3_json())
+    if not template:
+        vocabulary.post_processor = BYTE_LEVEL
+    folder = written(tmp_path, json_file=vocabulary, **LLAMA_3 | flags | {"tokenizer_class": tokenizer_class})
+    ours = load_tokenizer(folder)
+    plain = ours.encode("Hello", add_special_tokens=False)
+    bos, eos = ours.bos_token_id, ours.eos_token_id
+    assert ours.encode("Hello") == [bos] * around[0] + plain + [eos] * around[1]
+
+
+def test_a_byte_level_file_under_llamas_class_keeps_its_spaces(tmp_path: Path) -> None:
+    folder = written(tmp_path, json_file=llama_3_json(), **LLAMA_3 | {"tokenizer_class": "LlamaTokenizerFast"})
+    ours, file = load_tokenizer(folder), tokenizers.Tokenizer.from_str(llama_3_json())
+    for text in CORPUS:
+        assert ours.encode(text) == file.encode(text).ids
+        assert ours.decode(ours.encode(text, add_special_tokens=False)) == text
+
+
+def test_a_tokenizer_json_alone_is_enough(tmp_path: Path) -> None:
+    ours = load_tokenizer(written(tmp_path, json_file=llama_3_json()))
+    assert ours.encode("Hello") == tokenizers.Tokenizer.from_str(llama_3_json()).encode("Hello").ids
+    assert (ours.bos_token, ours.pad_token_id) == (None, None)
+
+
+@pytest.mark.parametrize("model", [True, False], ids=["tokenizer.model", "tokenizer.json"])
+def test_special_tokens_are_split_like_text_where_the_config_says_so(tmp_path: Path, model: bool) -> None:
+    files: dict[str, Any] = {"model": sentencepiece_model()} if model else {"json_file": llama_2_json()}
+    usual = load_tokenizer(written(tmp_path / "a", **files, **LLAMA_2))
+    split = load_tokenizer(written(tmp_path / "b", **files, **LLAMA_2, split_special_tokens=True))
+    assert usual.encode("a</s>")[-1] == 2
+    assert 2 not in split.encode("a</s>")
+    assert split.decode(split.encode("a</s>", add_special_tokens=False)) == "a</s>"
+
+
+@pytest.mark.parametrize("unknown", ["", {"content": "", "special": True}, None])
+def test_an_empty_unknown_token_is_none(tmp_path: Path, unknown: Any) -> None:
+    folder = written(tmp_path, json_file=llama_3_json(), **LLAMA_3 | {"unk_token": unknown, "pad_token": ""})
+    ours = load_tokenizer(folder)
+    assert (ours.unk_token, ours.pad_token, len(ours)) == (
+        None,
+        None,
+        tokenizers.Tokenizer.from_str(llama_3_json()).get_vocab_size(),
+    )
+
+
+def test_added_tokens_far_apart_keep_their_ids(tmp_path: Path) -> None:
+    far = {"32000": listed("<far>"), "40000": listed("<farther>", special=False)}
+    ours = load_tokenizer(written(tmp_path, model=sentencepiece_model(), **LLAMA_2, added_tokens_decoder=far))
+    ids = ours.encode("<far>a<farther>", add_special_tokens=False)
+    assert (ids[0], ids[-1]) == (32000, 40000)
+    assert ours.decode([32000, 33000, 40000], skip_special_tokens=True) == "<farther>"
 
 
 # Loading

@@ -50,6 +50,8 @@ def load() -> str | None:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError, ImportError) as error:
         reason = f"the C++ kernels could not be built: {str(error).strip().splitlines()[0]}"
+        if isinstance(error, OSError):
+            reason += "; TORCH_EXTENSIONS_DIR names a folder that can be written to"
         logger.warning("%s; decoding runs on torch's own operators, which is slower", reason)
         return reason
     return None

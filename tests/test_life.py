@@ -1,0 +1,343 @@
+"""What happens to a model and to the machine around it: copies, moves, forks, threads, settings, folders, memory."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastllama import LlamaConfig, LlamaForCausalLM
+from fastllama.generation.loop import AHEAD
+from fastllama.model import cache as caches
+
+TINY = LlamaConfig(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+IDS = torch.tensor([[5, 9, 41, 7, 30, 77]])
+
+
+def fresh() -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    return LlamaForCausalLM(TINY).eval()
+
+
+@pytest.fixture(scope="module")
+def decoded() -> LlamaForCausalLM:
+    """A model that has decoded."""
+    model = fresh()
+    model.generate(IDS, max_new_tokens=2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[int]:
+    return eager(fresh(), 12)
+
+
+def eager(model: LlamaForCausalLM, new: int) -> list[int]:
+    ids = IDS
+    with torch.no_grad():
+        for _ in range(new):
+            ids = torch.cat((ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
+    return ids[0, IDS.shape[1] :].tolist()
+
+
+def tokens(model: LlamaForCausalLM, new: int = 12) -> list[int]:
+    return model.generate(IDS, max_new_tokens=new)[0, IDS.shape[1] :].tolist()
+
+
+# ---- the model ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after_decoding", [False, True])
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_decode_the_same_tokens_with_weights_of_their_own(way, after_decoding, decoded, expected):
+    twin = way(decoded if after_decoding else fresh())
+    with torch.no_grad():
+        decoded.lm_head.weight.neg_()
+    assert tokens(twin) == expected
+    with torch.no_grad():
+        decoded.lm_head.weight.neg_()
+    assert tokens(decoded) == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.double(),
+        lambda model: model.to(torch.bfloat16).float(),
+        lambda model: model.load_state_dict({key: value * 1.5 for key, value in model.state_dict().items()}),
+        lambda model: model.load_state_dict({k: v * 1.5 for k, v in model.state_dict().items()}, assign=True),
+        lambda model: trained(model),
+    ],
+    ids=["double", "bfloat16 and back", "load_state_dict", "assigned", "trained"],
+)
+def test_weights_that_are_changed_after_decoding_reach_the_engine(change):
+    model = fresh()
+    before = tokens(model)
+    change(model)
+    assert tokens(model) == eager(model, 12)
+    assert (tokens(model) != before) or model.dtype == torch.float64
+
+
+def test_half_precision_after_decoding_decodes_in_half_precision():
+    model = fresh()
+    tokens(model)
+    model.half()
+    assert len(tokens(model)) == 12
+    assert model.engine is not None
+    assert model.engine.dtype == torch.float16
+
+
+def trained(model: LlamaForCausalLM) -> None:
+    """Some steps of gradient descent."""
+    model.train().requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss: Any = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: m.model.layers[1].mlp.up_proj.register_forward_hook(print),
+            r"layers\.1\.mlp\.up_proj has a forward hook",
+        ),
+        (lambda m: m.register_forward_pre_hook(print), "the model has a forward hook"),
+        (lambda m: setattr(m.model.layers[0], "self_attn", torch.nn.Identity()), r"layers\.0\.self_attn is a Identity"),
+        (lambda m: setattr(m.lm_head, "forward", print), r"lm_head has a forward\(\) of its own"),
+        (lambda m: setattr(m.model.layers[0].mlp, "act", torch.tanh), "another activation"),
+        (
+            lambda m: torch.nn.utils.parametrizations.orthogonal(m.model.layers[0].self_attn.q_proj),
+            r"q_proj is a ParametrizedLinear",
+        ),
+    ],
+    ids=["hook", "pre-hook", "replaced", "forward", "activation", "parametrized"],
+)
+def test_modules_that_the_engine_would_not_run_are_refused_with_the_reason(change, message):
+    model = fresh()
+    tokens(model)
+    change(model)
+    for call in (lambda: model.generate(IDS), lambda: model.stream(IDS), lambda: model.warmup()):
+        with pytest.raises(NotImplementedError, match=rf"{message}.*forward\(\)"):
+            call()
+
+
+# ---- what is set around a call -----------------------------------------------------------------
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: torch.set_default_dtype(torch.float64),
+        lambda: torch.set_num_threads(1),
+        lambda: torch.use_deterministic_algorithms(True),
+    ],
+    ids=["default dtype", "one thread", "deterministic"],
+)
+@pytest.mark.parametrize("is_new", [False, True], ids=["has decoded", "new"])
+@pytest.mark.usefixtures("restored")
+def test_settings_of_torch_change_no_token(setting: Callable[[], None], is_new, decoded, expected):
+    model = fresh() if is_new else decoded
+    setting()
+    assert tokens(model) == expected
+
+
+def test_inference_mode_changes_no_token_and_calls_may_come_from_inside_and_outside(expected):
+    model = fresh()
+    for inside in (True, False, True):
+        with torch.inference_mode(inside):
+            assert tokens(model) == expected
+
+
+def test_calls_from_an_event_loop(decoded, expected):
+    async def both() -> list[list[int]]:
+        return await asyncio.gather(*(asyncio.to_thread(tokens, decoded) for _ in range(3)))
+
+    async def streamed() -> list[int]:
+        seen = []
+        for token_b in decoded.stream(IDS, max_new_tokens=12):
+            seen.append(int(token_b))
+            await asyncio.sleep(0)
+        return seen
+
+    assert asyncio.run(both()) == [expected] * 3
+    assert asyncio.run(streamed()) == expected
+
+
+def test_an_exception_of_a_signal_handler_ends_a_call_and_leaves_the_model_usable(decoded, expected):
+    class Late(Exception):
+        pass
+
+    def raise_late(*_: Any) -> None:
+        raise Late
+
+    previous = signal.signal(signal.SIGALRM, raise_late)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(Late):
+            decoded.generate(IDS, max_new_tokens=10**9)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert tokens(decoded) == expected
+
+
+@pytest.mark.parametrize("after_decoding", [False, True])
+def test_a_forked_process_decodes_the_same_tokens(after_decoding, decoded, expected):
+    model = decoded if after_decoding else fresh()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if tokens(model) == expected else 1)
+    for _ in range(600):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the forked process hangs")
+    assert status == 0
+    assert tokens(model) == expected
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+
+def test_the_cache_grows_while_rows_decode_and_compiles_nothing_for_it():
+    model = fresh()
+    model.warmup(max_batch_size=2, max_cache_len=16)
+    prompts = torch.tensor([[5, 9, 41], [9, 2, 8]])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got = model.generate(prompts, max_new_tokens=300)
+    assert model.engine is not None
+    assert model.engine.cache.max_cache_len == 2 * (3 + AHEAD)  # it grew before the first token, and once after
+    again = fresh()
+    again.warmup(max_batch_size=2, max_cache_len=512)
+    assert got.tolist() == again.generate(prompts, max_new_tokens=300).tolist()
+
+
+def test_memory_follows_what_is_written_and_not_the_budget():
+    model = fresh()
+    eos = tokens(model)[3]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = model.generate(IDS, max_new_tokens=10**9, eos_token_id=eos)
+    assert out[0, -1] == eos
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def test_a_cache_that_the_machine_cannot_hold_is_an_error_and_the_model_goes_on(monkeypatch, expected):
+    model = fresh()
+    model.warmup(max_cache_len=32)
+    monkeypatch.setattr(caches, "free_memory", lambda device: 1000)
+    with pytest.raises(caches.CacheMemoryError, match=r"needs .* GB more and 1e-06 GB are free: decode fewer"):
+        model.generate(IDS, max_new_tokens=200)
+    assert tokens(model) == expected
+
+
+def test_a_context_of_128k_starts_small(expected):
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(TINY.replace(max_position_embeddings=131072)).eval()
+    assert tokens(model) == expected
+    assert model.engine is not None
+    assert model.engine.cache.max_cache_len == 4096
+
+
+# ---- the machine -------------------------------------------------------------------------------
+
+DECODE = """
+import sys, torch
+from fastllama import LlamaForCausalLM
+model = LlamaForCausalLM.from_pretrained(sys.argv[1], progress=False)
+print(model.generate(torch.tensor([[5, 9, 41, 7, 30, 77]]), max_new_tokens=12)[0, 6:].tolist())
+"""
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
+
+
+def decode_elsewhere(folder: Path, caches: str | Path, **changes: str | None) -> subprocess.CompletedProcess[str]:
+    """Decode in a process with caches of its own; variables that are None are not set."""
+    environment = os.environ | dict.fromkeys(CACHES, str(caches)) | changes
+    environment = {name: value for name, value in environment.items() if value is not None}
+    command = [sys.executable, "-c", DECODE, str(folder)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint under a name with a space and characters beyond ASCII."""
+    path = tmp_path_factory.mktemp("a folder") / "größe 日本"
+    fresh().save_pretrained(path)
+    return path
+
+
+def test_without_a_compiler_decoding_goes_on_and_says_what_to_do(folder, expected, tmp_path):
+    done = decode_elsewhere(folder, tmp_path, PATH=str(tmp_path), CXX="no-such-compiler", CC="no-such-compiler")
+    assert done.stdout.strip() == str(expected), done.stderr
+    assert "no C++ compiler" in done.stderr
+    assert "install g++ or clang++, or name one with CXX" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+
+
+def test_without_a_writable_cache_folder_decoding_goes_on_and_says_what_to_do(folder, expected):
+    done = decode_elsewhere(folder, "/dev/null/caches")
+    assert done.stdout.strip() == str(expected), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "TORCHINDUCTOR_CACHE_DIR" in done.stderr
+    assert "TORCH_EXTENSIONS_DIR" in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+
+
+@pytest.mark.slow
+def test_home_may_be_unset_and_cache_folders_may_have_any_name(folder, expected, tmp_path):
+    done = decode_elsewhere(folder, tmp_path / "wo der Cache liegt 日本", HOME=None)
+    assert done.stdout.strip() == str(expected), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_while_saving_leaves_the_checkpoint_that_was_there(tmp_path):
+    model = fresh()
+    model.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for limit in (100, 20_000):  # the first file, and one after it
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            with pytest.raises(Exception, match=r"(?i)file too large|i/o error|os error"):
+                model.save_pretrained(tmp_path, max_shard_size=15_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
