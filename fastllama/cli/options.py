@@ -16,7 +16,7 @@ CHECKPOINT_SETTING = "the checkpoint's setting"
 Model = Annotated[
     str,
     typer.Option(
-        "--model", "-m", help="Folder, .gguf file, Hugging Face id, demo, or random:SHAPE such as random:llama-3.2-1b."
+        "--model", "-m", help="Folder, GGUF file, Hugging Face id, demo, or random:SHAPE such as random:llama-3.2-1b."
     ),
 ]
 Dtype = Annotated[

@@ -20,6 +20,7 @@ import torch
 from fastllama.engine import steps
 from fastllama.engine.buffers import Buffers, Row, Snapshot
 from fastllama.engine.decoder import FusedDecoder
+from fastllama.engine.forks import say_if_forked
 from fastllama.engine.graphs import CallOrder, StepKey, Steps, call_plainly, plain_mode
 from fastllama.engine.steps import PREFILL_CHUNKS, VERIFY_TOKENS, batch_bucket, prefill_chunks, prompt_chunks
 from fastllama.model.cache import StaticCache
@@ -95,6 +96,7 @@ class Runner:
             raise RuntimeError(
                 "this thread is still iterating over an earlier stream of this model; exhaust it or close() it first"
             )
+        say_if_forked()
         with self._lock, self._order.call() as stream:
             self.hold()
             self._stream = stream

@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 import torch
 
+from fastllama.config.fields import shortened
 from fastllama.loading.stored import BLOCK_BYTES, GGUF_SHARD, CheckpointError
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
@@ -114,7 +115,7 @@ def _read_one(path: Path) -> Gguf:
     except (struct.error, ValueError, KeyError, IndexError, OverflowError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is truncated or damaged ({error}); fetch it again") from error
+        raise CheckpointError(f"{path} is truncated or damaged ({shortened(str(error))}); fetch it again") from error
 
 
 class _Cursor:

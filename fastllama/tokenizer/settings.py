@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from fastllama.config.fields import read_json
+from fastllama.config.fields import read_json, shortened
 
 ADDED_TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
@@ -43,8 +43,20 @@ def read_settings(folder: Path) -> TokenizerSettings:
     tokenizer_config.json has no ``added_tokens_decoder`` (as in transformers).
 
     Raises:
-        TokenizerError: a file does not hold a JSON object.
+        TokenizerError: a file does not hold a JSON object, or holds one of another form.
     """
+    try:
+        return _read_settings(folder)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, TokenizerError):
+            raise
+        raise TokenizerError(
+            f"tokenizer_config.json in {folder}, or a file beside it, has another form than Hugging Face's "
+            f"({type(error).__name__}: {shortened(str(error))}); fetch them again."
+        ) from error
+
+
+def _read_settings(folder: Path) -> TokenizerSettings:
     config = _read(folder / "tokenizer_config.json")
     older_layout = "added_tokens_decoder" not in config
     if older_layout:

@@ -171,12 +171,6 @@ def test_strict_reaches_the_loader_and_settings_that_are_not_available_go(model:
     assert model.generation_config == GenerationConfig()
 
 
-def test_an_empty_prompt_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = run("generate", "")
-    assert result.exit_code == 1
-    assert "every row needs at least one prompt token" in result.stderr
-
-
 def test_without_options_the_checkpoint_decides_how_to_sample() -> None:
     assert sampling_arguments(None, None, None, None, None, None) == {}
     assert sampling_arguments(False, None, None, None, None, 1) == {"do_sample": False, "seed": 1}

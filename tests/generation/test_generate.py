@@ -210,7 +210,8 @@ def test_a_text_beyond_the_models_positions_is_warned_about(make_pair, caplog) -
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        ({"num_beams": 4}, TypeError, "does not know num_beams"),
+        ({"num_beams": 4}, NotImplementedError, "does not do num_beams=4"),
+        ({"num_bears": 4}, TypeError, "does not know num_bears"),
         ({"max_new_token": 4}, TypeError, "does not know max_new_token;"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens"),
         ({"temperature": -1.0, "do_sample": True}, ValueError, "temperature"),

@@ -34,7 +34,6 @@ def test_every_row_has_all_settings_and_a_seed_of_its_own() -> None:
         ([[]], {}, "at least one prompt token"),
         ([[96]], {}, "token id 96, outside the vocabulary of 96"),
         ([[5, 3], [2, -1]], {}, "token id -1"),
-        ([[1]], {"pad_token_id": 96}, "pad_token_id is 96"),
         ([[1]], {"eos_token_id": tuple(range(17))}, "at most 16 EOS ids"),
     ],
 )

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from fastllama_kernels.common import folders
+
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent.parent
@@ -50,8 +52,6 @@ def load() -> str | None:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError, ImportError) as error:
         reason = f"the C++ kernels could not be built: {str(error).strip().splitlines()[0]}"
-        if isinstance(error, OSError):
-            reason += "; TORCH_EXTENSIONS_DIR names a folder that can be written to"
         logger.warning("%s; decoding runs on torch's own operators, which is slower", reason)
         return reason
     return None
@@ -59,9 +59,7 @@ def load() -> str | None:
 
 def folder() -> Path:
     """Where the library of these sources, for this processor and this torch, is kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "torch_extensions"
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache).expanduser()
-    return root / f"fastllama_cpu_{_fingerprint()}"
+    return folders.extensions() / f"fastllama_cpu_{_fingerprint()}"
 
 
 @contextmanager
