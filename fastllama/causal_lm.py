@@ -57,7 +57,7 @@ class LlamaForCausalLM(Llama):
         Args:
             name: a folder, a ``.gguf`` file, a Hugging Face id, ``"demo"`` for the bundled checkpoint, or
                 ``"random:SHAPE"`` for random weights in a published shape such as ``"random:llama-3.2-1b"``.
-            dtype: dtype of the parameters; the checkpoint's for None and ``"auto"`` (bfloat16 for blocks of GGUF).
+            dtype: dtype of the parameters; the checkpoint's for None and ``"auto"`` (float32 for blocks of GGUF).
             device: where the parameters go.
             quantize: not available yet; must be None.
             progress: show a progress bar on stderr if that is a terminal.

@@ -67,21 +67,25 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def plain_eos(eos: Any) -> int | tuple[int, ...] | None:
-    """Normalize EOS ids: an int stays, a list becomes a tuple, None stays; -1 means none."""
-    if eos is None or eos == -1:
+    """Normalize EOS ids: an int stays, a list becomes a tuple, None stays; negative ids, such as -1, mean none."""
+    if eos is None or _is_negative(eos):
         return None
     is_list = isinstance(eos, (list, tuple))
-    ids = tuple(token for token in eos if token != -1) if is_list else (eos,)
+    ids = tuple(token for token in eos if not _is_negative(token)) if is_list else (eos,)
     for token in ids:
         check_int("eos_token_id", token, at_least=0)
     return ids if is_list else eos
 
 
 def plain_id(token: Any) -> Any:
-    """Normalize the id of one token: the first of a list; -1, which torch would take for the last row, means none."""
+    """Normalize the id of one token: the first of a list; a negative one, such as -1, means none."""
     if isinstance(token, (list, tuple)):
         token = token[0] if token else None
-    return None if token == -1 else token
+    return None if _is_negative(token) else token
+
+
+def _is_negative(token: Any) -> bool:
+    return isinstance(token, int) and token < 0
 
 
 def numbers(name: str, values: Any) -> tuple[float, ...]:

@@ -26,6 +26,7 @@ from fastllama.config.fields import (
     tolerate,
     write_json,
 )
+from fastllama.config.keys import text_part
 
 # fmt: off
 # Generation settings that fastllama does not support, each with the value (besides null) that has no effect. Older
@@ -58,7 +59,7 @@ INERT_GENERATION = frozenset({
 # fmt: on
 
 # Fields that matter to a call that samples only.
-SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p")
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class GenerationConfig:
     """How ``generate()`` picks tokens and when it stops. Fields and defaults are those of transformers, plus ``seed``.
 
     Args:
-        max_length: maximum number of tokens, prompt included.
+        max_length: maximum number of tokens, prompt included; None where nothing says.
         max_new_tokens: maximum number of new tokens; wins over ``max_length`` where both are set.
         do_sample: sample, instead of taking the most likely token.
         temperature: divides the logits before sampling.
@@ -84,7 +85,7 @@ class GenerationConfig:
         ValueError: a value out of range; the message has the field, the value and what was expected.
     """
 
-    max_length: int = 20
+    max_length: int | None = None
     max_new_tokens: int | None = None
     do_sample: bool = False
     temperature: float = 1.0
@@ -106,11 +107,11 @@ class GenerationConfig:
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         check_bool("do_sample", self.do_sample)
-        check_int("max_length", self.max_length, at_least=1)
         check_int("top_k", self.top_k, at_least=0)
         check_number("top_p", self.top_p, at_least=0, at_most=1)
-        if self.max_new_tokens is not None:
-            check_int("max_new_tokens", self.max_new_tokens, at_least=1)
+        for name in ("max_length", "max_new_tokens"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), at_least=1)
         if self.min_p is not None:
             check_number("min_p", self.min_p, at_least=0, at_most=1)
         for name in ("pad_token_id", "bos_token_id", "seed"):
@@ -134,13 +135,12 @@ class GenerationConfig:
         unsupported = unsupported_settings(values)
         unknown = {key: values[key] for key in values.keys() - names - UNSUPPORTED_GENERATION.keys() - INERT_GENERATION}
         wrong = {key: value for key, value in values.items() if key in names and _problem_of(key, value)}
-        for what, kept in (("not available", unsupported), ("unknown", unknown)):
-            if kept:
-                listed = ", ".join(f"{key}={shortened(repr(kept[key]), 100)}" for key in sorted(kept))
-                tolerate(f"generation settings {what}, left out: {listed}", strict)
-        for key, value in wrong.items():
-            tolerate(f"{_problem_of(key, value)}; left out", strict)
         other = unsupported | unknown | wrong
+        what = [f"{key}={shortened(repr(unsupported[key]), 100)} is not available" for key in sorted(unsupported)]
+        what += [f"{key}={shortened(repr(unknown[key]), 100)} is unknown" for key in sorted(unknown)]
+        what += [str(_problem_of(key, wrong[key])) for key in sorted(wrong)]
+        if what:
+            tolerate(f"{'; '.join(what)}: kept, for calls that would use it", strict)
         return cls(**{key: values[key] for key in names & values.keys() - other.keys()}, other=other)
 
     def check_usable(self, given: Mapping[str, Any]) -> None:
@@ -154,10 +154,13 @@ class GenerationConfig:
             ValueError: a value out of range.
         """
         kept = {key: value for key, value in self.other.items() if key not in given}
-        names = {field.name for field in dataclasses.fields(self)}
-        samples = given.get("do_sample", self.do_sample)
+        used = {field.name for field in dataclasses.fields(self)} - {"other", "bos_token_id"}
+        if not given.get("do_sample", self.do_sample):
+            used -= {*SAMPLING_FIELDS}
+        if {"max_new_tokens", "max_length"} & given.keys() or self.max_new_tokens is not None:
+            used -= {"max_new_tokens", "max_length"}
         for key, value in kept.items():
-            if key in names and (samples or key not in SAMPLING_FIELDS):
+            if key in used:
                 raise ValueError(f"generation config: {_problem_of(key, value)}; give {key} to generate()")
         if unsupported := unsupported_settings({**kept, **given}):
             listed = ", ".join(f"{key}={value!r}" for key, value in unsupported.items())
@@ -173,18 +176,23 @@ class GenerationConfig:
     def from_pretrained(cls, folder: str | os.PathLike[str], strict: bool = False) -> GenerationConfig:
         """Read ``generation_config.json`` of a checkpoint folder.
 
-        Without that file, the generation settings in ``config.json`` are read, as in transformers: special token ids
-        and what older checkpoints put there. Without either file, the defaults.
+        Without that file, or where it is not JSON, the generation settings in ``config.json`` are read, as in
+        transformers: special token ids and what older checkpoints put there. Without either file, the defaults.
 
         Raises:
             ValueError: a file that is not JSON; what :meth:`from_dict` raises, with the file's name before the message.
         """
-        file, values = Path(folder) / GENERATION_CONFIG_NAME, {}
+        file, values = Path(folder) / GENERATION_CONFIG_NAME, None
         if file.is_file():
-            values = read_json(file)
-        elif (file := Path(folder) / CONFIG_NAME).is_file():
+            try:
+                values = read_json(file)
+            except ValueError as error:
+                tolerate(f"{error}: left out", strict)
+        if values is None and (file := Path(folder) / CONFIG_NAME).is_file():
             known = {field.name for field in dataclasses.fields(cls)} | set(UNSUPPORTED_GENERATION)
-            values = {key: value for key, value in read_json(file).items() if key in known}
+            content = read_json(file)
+            values = {key: value for key, value in (text_part(content) or content).items() if key in known}
+        values = values or {}
         try:
             return cls.from_dict(values, strict)
         except ValueError as error:

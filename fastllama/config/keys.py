@@ -1,11 +1,11 @@
 """What the keys of a ``config.json`` mean beyond the fields of LlamaConfig: which change a Llama, and which do not.
 
-A key that is in none of these tables cannot be known to change anything: transformers ignores it too, and here it is
-named in a warning.
+A key that neither table knows is named in a warning: transformers does not read it for a Llama either.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -34,63 +34,74 @@ class Change(NamedTuple):
     what: str
     neutral: tuple[Any, ...] = (False,)
 
+    def is_neutral(self, value: Any) -> bool:
+        """Whether a value changes nothing; so does a list of such values."""
+        if isinstance(value, str):
+            return value.lower().replace("_", "") in self.neutral
+        return value in self.neutral or (isinstance(value, list) and all(each in self.neutral for each in value))
 
-_ONE = (1, 1.0, False)
-_NONE = (0, False)
-_EMPTY: tuple[Any, ...] = ({}, [], False)
-_QK_NORMS = Change("normalize queries and keys")
-_NORMS = Change("normalize in other places or in another way")
-_EXPERTS = Change("replace the MLP by a choice of experts", (0, 1, False, *_EMPTY))
-_SOFT_CAP = Change("bound scores or logits smoothly", _NONE)
-_SCALE = Change("scale what the network computes", (1, 1.0))
-_BIASES = Change("add biases that this network does not have")
-_WINDOW = Change("hide tokens by their distance", _NONE)
-_LATENT = Change("compress keys and values", _NONE)
-_QUANTIZED = Change("store the weights quantized", _EMPTY)
-_STRUCTURE = Change("change the structure of the network", _EMPTY)
 
-#: Keys that are known to change what a Llama computes; fastllama computes their neutral values only.
+_EMPTY: tuple[Any, ...] = ({}, [], False, 0)
+_ROTARY_PART = Change("rotate a part of each head only", (1, 1.0))
+
+#: Keys that are known to change what a Llama computes, as patterns that a key holds somewhere: other networks of its
+#: kind spell one thing in many ways. fastllama computes the neutral values only.
 CHANGING_KEYS: dict[str, Change] = {
-    **dict.fromkeys(("qk_norm", "use_qk_norm", "qk_layernorm", "qk_layer_norm", "use_qk_layernorm"), _QK_NORMS),
-    **dict.fromkeys(("post_norm", "use_post_norm", "sandwich_norm", "norm_after", "add_unit_offset"), _NORMS),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe"), _EXPERTS),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "logits_soft_cap", "soft_cap"), _SOFT_CAP),
-    **dict.fromkeys(("logit_scale", "logits_scaling", "logit_scaling", "logits_scale", "output_multiplier"), _SCALE),
-    **dict.fromkeys(("residual_multiplier", "residual_scale", "embedding_multiplier", "embedding_scale"), _SCALE),
-    **dict.fromkeys(
-        ("attention_multiplier", "attention_scale", "scale_emb", "scale_depth", "lm_head_multiplier"), _SCALE
+    r"^is_causal$": Change("let tokens see those after them", (True,)),
+    r"bidirectional": Change("let tokens see those after them"),
+    r"(^|_)qk_?\w*norm|query_key_norm|^[qk]_norm": Change("normalize queries and keys"),
+    r"^(use_)?post_(attention_)?norm|sandwich_norm|norm_after|unit_offset": Change("normalize elsewhere or otherwise"),
+    r"^(layer_)?norm(alization)?_type$": Change("normalize otherwise", ("rms", "rmsnorm")),
+    r"expert|(^|_)moe(_|$)|first_k_dense": Change("replace the MLP by a choice of experts", (1, *_EMPTY)),
+    r"soft_?cap|logit_cap": Change("bound scores or logits smoothly", _EMPTY),
+    r"multiplier$|multipliers$": Change("scale what the network computes", (1, 1.0)),
+    r"(logits?|embed\w*|emb|residual|attn|attention|softmax|head|depth|layer)_scal(e|ing)$": Change(
+        "scale what the network computes", (1, 1.0, False)
     ),
-    **dict.fromkeys(("key_multiplier", "mlp_multipliers", "mup_base_width", "dim_model_base"), _SCALE),
-    "query_pre_attn_scalar": Change("scale the attention scores by another number", ()),
-    "scale_attn_weights": Change("leave the attention scores as they are", (True,)),
-    "scale_attn_by_inverse_layer_idx": Change("scale the attention scores by layer"),
-    "attn_temperature_tuning": Change("scale queries by their position", _NONE),
-    **dict.fromkeys(
-        ("qkv_bias", "add_qkv_bias", "use_qkv_bias", "use_bias", "add_bias_linear", "lm_head_bias"), _BIASES
+    r"scale_(emb|depth)$|normalize_embeddings|^mup_|dim_model_base|query_pre_attn_scalar": Change(
+        "scale what the network computes", (1, 1.0, False)
     ),
-    **dict.fromkeys(("use_sliding_window", "attention_chunk_size", "attention_window", "window_size"), _WINDOW),
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "use_mla"), _LATENT),
-    "no_rope_layers": Change("leave the rotary embedding out of some layers", _EMPTY),
-    "no_rope_layer_interval": Change("leave the rotary embedding out of some layers", _NONE),
-    "nope_layer_interval": Change("leave the rotary embedding out of some layers", _NONE),
-    "use_rope": Change("leave the rotary embedding out", (True,)),
-    "alibi": Change("add a bias by distance to the attention scores"),
-    "position_embedding_type": Change("encode positions otherwise", ("rope", "rotary", "rotary_embedding", "absolute")),
-    "partial_rotary_factor": Change("rotate a part of each head only", (1, 1.0)),
-    "rotary_pct": Change("rotate a part of each head only", (1, 1.0)),
-    "rope_percent": Change("rotate a part of each head only", (1, 1.0)),
-    "rotary_dim": Change("rotate a part of each head only", ()),
-    "rope_interleaved": Change("rotate neighbouring dimensions together"),
-    "clip_qkv": Change("bound queries, keys and values", _NONE),
-    "parallel_attn": Change("add attention and MLP to the same input"),
-    "use_parallel_residual": Change("add attention and MLP to the same input"),
-    "cross_attention_layers": Change("attend to images in some layers", _EMPTY),
-    "layer_norm_type": Change("normalize in another way", ("rms", "rmsnorm", "rms_norm", "RMSNorm")),
-    "norm_type": Change("normalize in another way", ("rms", "rmsnorm", "rms_norm", "RMSNorm")),
-    **dict.fromkeys(("quantization_config", "compression_config", "quantization"), _QUANTIZED),
-    **dict.fromkeys(("pruned_heads", "per_layer_config", "block_configs"), _STRUCTURE),
-    **dict.fromkeys(("is_encoder_decoder", "tie_encoder_decoder", "add_cross_attention"), _STRUCTURE),
+    r"^scale_attn_weights$": Change("leave the attention scores as they are", (True,)),
+    r"scale_attn_by|temperature_tuning|logn_attn": Change("scale attention scores by layer or position", _EMPTY),
+    r"^(bias|\w*(qkv|[qkvo]|attn|attention_out|linear|head)_bias|use_bias|add_qkv_bias)$": Change(
+        "add biases that this network does not have"
+    ),
+    r"use_sliding|sliding_window_pattern|chunk_size$|attention_(window|types|sinks)|^window_size$|local_att": Change(
+        "hide tokens by their distance", _EMPTY
+    ),
+    r"^(kv|q)_lora_rank|use_mla|kv_shared|cla_share": Change("compress or share keys and values", _EMPTY),
+    r"no_rope_layers|^nope_layers": Change("leave the rotary embedding out of some layers", (1, [], {})),
+    r"no_rope|nope(_|$)": Change("leave the rotary embedding out of some layers", _EMPTY),
+    r"^use_rope$": Change("leave the rotary embedding out", (True,)),
+    r"alibi": Change("add a bias by distance to the attention scores"),
+    r"^position_embedding_type$": Change("encode positions otherwise", ("rope", "rotary", "absolute")),
+    r"(rotary|rope)_(pct|percent)|partial_rotary_factor": _ROTARY_PART,
+    r"^rotary_dim$": Change("rotate a part of each head only", ()),
+    r"rope_interleaved": Change("rotate neighbouring dimensions together"),
+    r"^(rotary_emb_base|rope_base|rope_ratio|rope_local_base_freq)$": Change("rotate by other angles", ()),
+    r"dynamic_ntk": Change("rotate by other angles", _EMPTY),
+    r"clip_qkv": Change("bound queries, keys and values", _EMPTY),
+    r"parallel_(attn|residual|attention)$": Change("add attention and MLP to the same input"),
+    r"output_gate|cross_attention_layers|layers_block_type|skip_layers|block_configs": Change(
+        "change the structure of the network", _EMPTY
+    ),
+    r"^(quantization_config|compression_config|quantization)$": Change("store the weights quantized", _EMPTY),
+    r"^(pruned_heads|per_layer_config|is_encoder_decoder|tie_encoder_decoder|add_cross_attention)$": Change(
+        "change the structure of the network", _EMPTY
+    ),
 }
+_PATTERNS = [(re.compile(pattern), change) for pattern, change in CHANGING_KEYS.items()]
+
+#: Models whose text part is a Llama where their config does not say what it is.
+LLAMA_PARENTS = ("llava", "llava_next", "vipllava", "video_llava", "idefics3", "smolvlm")
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+
+
+def change_of(key: str) -> Change | None:
+    """What a key is known to change, or None."""
+    if key in INERT_KEYS:
+        return None
+    return next((change for pattern, change in _PATTERNS if pattern.search(key)), None)
 
 
 def check_changing(values: Mapping[str, Any]) -> None:
@@ -100,14 +111,12 @@ def check_changing(values: Mapping[str, Any]) -> None:
         ValueError: naming each of them, and what it would change.
     """
     layer_types = values.get("layer_types")
-    if layer_types is not None and (
-        not isinstance(layer_types, list) or set(map(str, layer_types)) - {"full_attention"}
-    ):
+    if layer_types not in (None, ["full_attention"] * len(layer_types or ())):
         raise bad("layer_types", layer_types, "'full_attention' for every layer: others hide tokens by their distance")
     problems = [
-        f"{key}={shortened(repr(values[key]), 100)} would {change.what}"
-        for key, change in CHANGING_KEYS.items()
-        if values.get(key) is not None and values[key] not in change.neutral
+        f"{key}={shortened(repr(value), 100)} would {change.what}"
+        for key, value in values.items()
+        if value is not None and (change := change_of(key)) is not None and not change.is_neutral(value)
     ]
     if problems:
         raise ValueError(f"{'; '.join(problems)}: fastllama computes a plain Llama and nothing else")
@@ -120,3 +129,16 @@ def check_own_code(values: Mapping[str, Any], strict: bool) -> None:
     own = sorted({str(name) for name in named if not str(name).rpartition(".")[2].startswith("Llama")})
     if own:
         tolerate(f"auto_map names code of its own, {', '.join(own)}, which is not run: this is a plain Llama", strict)
+
+
+def text_part(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The part of a multimodal model's config that says what its Llama is; None where there is none."""
+    parent = config.get("model_type")
+    if parent in (None, "llama"):
+        return None
+    for name in TEXT_CONFIGS:
+        text = config.get(name)
+        if isinstance(text, Mapping) and (text.get("model_type") or (parent in LLAMA_PARENTS and "llama")) == "llama":
+            shared = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config", "auto_map")
+            return {key: config[key] for key in shared if key in config} | dict(text) | {"model_type": "llama"}
+    return None

@@ -30,7 +30,7 @@ from fastllama.config.fields import (
     write_json,
 )
 from fastllama.config.generation import INERT_GENERATION, UNSUPPORTED_GENERATION, GenerationConfig
-from fastllama.config.keys import CHANGING_KEYS, INERT_KEYS, check_changing, check_own_code
+from fastllama.config.keys import INERT_KEYS, change_of, check_changing, check_own_code, text_part
 from fastllama.config.rope import ROPE_KEYS, RopeParameters
 
 AUTO = "auto"  # the dtype of the stored weights
@@ -93,7 +93,7 @@ class LlamaConfig:
         for name in ("bos_token_id", "pad_token_id"):
             object.__setattr__(self, name, plain_id(getattr(self, name)))
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        if self.pretraining_tp is None:
+        if self.pretraining_tp in (None, 0):
             object.__setattr__(self, "pretraining_tp", 1)
         self._check_shape()
         self._check_constants()
@@ -164,15 +164,15 @@ class LlamaConfig:
         model_type = values.pop("model_type", None)
         if model_type not in (None, "llama"):
             raise bad("model_type", model_type, "'llama': fastllama runs Llama checkpoints only")
-        check_changing(values)
+        known = {field.name for field in dataclasses.fields(cls)}
+        check_changing({key: value for key, value in values.items() if key not in known})
         check_own_code(values, strict)
         rope = _take_rope(values, strict)
         dtype = _take_dtype(values, strict)
-        known = {field.name for field in dataclasses.fields(cls)}
-        inert = INERT_KEYS | CHANGING_KEYS.keys() | {"auto_map", "layer_types", *UNSUPPORTED_GENERATION}
+        inert = INERT_KEYS | {"auto_map", "layer_types", *UNSUPPORTED_GENERATION}
         inert |= INERT_GENERATION | {field.name for field in dataclasses.fields(GenerationConfig)}
         values = {key: value for key, value in values.items() if value is not None or key in _TOKEN_IDS}
-        if unknown := sorted(set(values) - known - inert):
+        if unknown := sorted(key for key in set(values) - known - inert if change_of(key) is None):
             tolerate(f"unknown config keys {', '.join(unknown)}: left out", strict)
         fields: dict[str, Any] = {key: value for key, value in values.items() if key in known}
         return cls(**fields | {"rope": rope, "dtype": dtype})
@@ -246,12 +246,11 @@ def dtype_name(dtype: Any) -> Any:
 
 def _text_part(config: Mapping[str, Any], strict: bool) -> dict[str, Any]:
     """The config, or its text part where it is that of a multimodal model."""
-    text = config.get("text_config")
-    if config.get("model_type") in (None, "llama") or not isinstance(text, Mapping):
+    text = text_part(config)
+    if text is None:
         return dict(config)
     tolerate(f"of the {config['model_type']} model only its text part is read", strict)
-    shared = {key: config[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings") if key in config}
-    return {"model_type": None} | shared | dict(text)
+    return text
 
 
 def _take_dtype(values: dict[str, Any], strict: bool) -> Any:
@@ -259,7 +258,9 @@ def _take_dtype(values: dict[str, Any], strict: bool) -> Any:
     new, old = (dtype_name(values.pop(key, None)) for key in ("dtype", "torch_dtype"))
     if None not in (new, old) and new != old:
         tolerate(f"dtype is {new!r} and torch_dtype is {old!r}: dtype is taken", strict)
-    return AUTO if new is None and old is None else old if new is None else new
+    name = old if new is None else new
+    # A dtype that weights are stored in and not computed in, or none: what each tensor is cast to is up to the loader.
+    return AUTO if name is None or str(name).startswith(("float8", "int", "uint")) else name
 
 
 def _take_rope(values: dict[str, Any], strict: bool) -> RopeParameters:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from fastllama.config.fields import bad, check_bool, check_int, check_number, numbers, tolerate
-
-logger = logging.getLogger(__name__)
 
 # fmt: off
 # What each rope type reads besides rope_type, rope_theta and partial_rotary_factor: the keys it cannot do
@@ -135,5 +132,5 @@ class RopeParameters:
             tolerate(f"unknown rope parameters {', '.join(unknown)}: left out", strict)
         read = {"rope_type", "rope_theta", "partial_rotary_factor", *ROPE_KEYS.get(str(rope_type), known)}
         if unread := sorted((set(values) & known) - read):
-            logger.warning("rope_type %r does not read %s: left out", rope_type, ", ".join(unread))
+            tolerate(f"rope_type {rope_type!r} does not read {', '.join(unread)}: left out", strict)
         return cls(**{key: value for key, value in values.items() if key in read & known})

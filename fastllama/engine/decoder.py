@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.nn.modules import module as global_hooks
 
 from fastllama import ops
 from fastllama.model.llama import (
@@ -37,6 +38,16 @@ def check_plain(model: Llama) -> None:
     Raises:
         NotImplementedError: a module has a forward hook, was replaced or wrapped; the message names it.
     """
+    kinds = {(parameter.dtype, parameter.device) for parameter in model.parameters()}
+    layers, wanted = len(model.model.layers), model.config.num_hidden_layers
+    if layers != wanted or len(kinds) != 1 or model.device.type == "meta":
+        found = " and ".join(sorted(f"{str(dtype).removeprefix('torch.')} on {device}" for dtype, device in kinds))
+        raise NotImplementedError(
+            f"the model has {layers} layers and parameters in {found}; expected {wanted} layers, as its config says, "
+            "in one dtype on one device"
+        )
+    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+        raise NotImplementedError("a global forward hook is registered, which the compiled engine does not run")
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             what = "has a forward hook"

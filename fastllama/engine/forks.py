@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
+from typing import Any
 
 import torch
 
@@ -17,6 +19,9 @@ logger = logging.getLogger(__name__)
 class _Fork:
     had_threads = False  # the parent, when it forked
     happened = False  # from such a parent, and not said yet
+
+
+runners: weakref.WeakSet[Any] = weakref.WeakSet()  # whose callers do not exist in a new process
 
 
 def _before() -> None:
@@ -30,6 +35,8 @@ def _after_in_child() -> None:
     if _Fork.had_threads:
         _Fork.happened = True
         torch.set_num_threads(1)
+    for runner in list(runners):
+        runner.forget_callers()
 
 
 def say_if_forked() -> None:

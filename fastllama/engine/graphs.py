@@ -200,6 +200,7 @@ class CompiledOrPlain:
 
     def __init__(self, compiled: Step, plain: Step) -> None:
         self._run, self._plain, self._has_run = compiled, plain, False
+        self.__name__ = plain.__name__
 
     def __call__(self, *args: Any) -> None:
         if self._has_run:

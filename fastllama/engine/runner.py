@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastllama.engine import steps
+from fastllama.engine import forks, steps
 from fastllama.engine.buffers import Buffers, Row, Snapshot
 from fastllama.engine.decoder import FusedDecoder
 from fastllama.engine.forks import say_if_forked
@@ -58,6 +58,7 @@ class Runner:
         self._owner: int | None = None
         self._order = CallOrder(self.device)
         self._stream: torch.cuda.Stream | None = None
+        forks.runners.add(self)
 
     # ---- memory and compilation ------------------------------------------------------------------------------------
 
@@ -109,6 +110,10 @@ class Runner:
                 yield
             finally:
                 self._owner = self._stream = None
+
+    def forget_callers(self) -> None:
+        """In a forked process: whoever held the engine does not exist here."""
+        self._lock, self._owner = threading.Lock(), None
 
     def hold(self) -> None:
         """From now on it is this thread that holds the engine: an iterator may be handed to another thread."""

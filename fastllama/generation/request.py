@@ -20,6 +20,7 @@ from fastllama.ops import row_seed
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_NEW_TOKENS = 20  # as in transformers
 NO_PROMPT = "every row needs at least one prompt token; give a BOS token to start from nothing"
 
 
@@ -119,6 +120,7 @@ def check_ids(prompts: Sequence[torch.Tensor], vocab_size: int) -> None:
 def _new_tokens(prompt_tokens: int, config: GenerationConfig) -> int:
     if config.max_new_tokens is not None:
         return config.max_new_tokens
+    assert config.max_length is not None, "merge_settings() sets a budget where there is no length"
     if config.max_length <= prompt_tokens:
         raise ValueError(
             f"the prompt has {prompt_tokens} tokens and max_length is {config.max_length}, which leaves no room for "
@@ -128,10 +130,10 @@ def _new_tokens(prompt_tokens: int, config: GenerationConfig) -> int:
 
 
 def merge_settings(config: GenerationConfig, settings: dict[str, Any]) -> GenerationConfig:
-    """The generation config with a call's own settings over it; None leaves the config's value.
+    """The generation config with a call's own settings over it; None leaves the config's value, but no EOS is no EOS.
 
     As in transformers: ``max_new_tokens``, wherever it is set, counts before ``max_length``, which counts in the call
-    where ``max_new_tokens=None`` is given beside it; and where no length was set at all, 20 new tokens are decoded.
+    where ``max_new_tokens=None`` is given with it; and where no length was set at all, 20 new tokens are decoded.
 
     Raises:
         NotImplementedError: a setting of the call or of the config that ``generate`` does not do.
@@ -139,6 +141,8 @@ def merge_settings(config: GenerationConfig, settings: dict[str, Any]) -> Genera
         ValueError: a value out of range.
     """
     given = {name: value for name, value in settings.items() if value is not None}
+    if "eos_token_id" in settings:
+        given.setdefault("eos_token_id", ())
     known = [field.name for field in dataclasses.fields(config) if field.name != "other"]
     if unknown := sorted(given.keys() - known - UNSUPPORTED_GENERATION.keys() - INERT_GENERATION):
         raise TypeError(f"generate() does not know {', '.join(unknown)}; it takes {', '.join(known)}")
@@ -150,8 +154,8 @@ def merge_settings(config: GenerationConfig, settings: dict[str, Any]) -> Genera
     elif "max_length" in given:
         budget = given.get("max_new_tokens", config.max_new_tokens)
         logger.warning("max_length=%d and max_new_tokens=%d are set: the latter counts", given["max_length"], budget)
-    elif has_no_budget and config.max_length == GenerationConfig.max_length:
-        given["max_new_tokens"] = config.max_length
+    elif has_no_budget and config.max_length is None:
+        given["max_new_tokens"] = DEFAULT_NEW_TOKENS
     return config.replace(**given)
 
 

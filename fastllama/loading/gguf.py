@@ -27,7 +27,7 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 READ_TYPES = (
     "F32", "F16", "BF16", "F64", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
 )  # fmt: skip
-PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "F64": torch.float64}
+PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,8 @@ class GgufTensor:
 
     @property
     def natural_dtype(self) -> torch.dtype:
-        """As stored; of blocks, and of bfloat16, bfloat16."""
-        return PLAIN_DTYPES.get(self.dtype, torch.bfloat16)
+        """As stored; of blocks, float32, which holds their values exactly."""
+        return PLAIN_DTYPES.get(self.dtype, torch.float32)
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Slices of rows and their content in float32, in Hugging Face's order of rows."""

@@ -21,8 +21,20 @@ CHANGING_FIELDS: dict[str, tuple[Any, ...]] = {
     "expert_count": (0, 1), "attention.sliding_window": (0,), "attention.scale": (0.0,), "logit_scale": (0.0, 1.0),
     "attention.clamp_kqv": (0.0,), "attention.max_alibi_bias": (0.0,), "use_parallel_residual": (False,),
     "residual_scale": (0.0, 1.0), "embedding_scale": (0.0, 1.0), "attn_logit_softcapping": (0.0,),
-    "final_logit_softcapping": (0.0,), "attention.causal": (True,),
+    "final_logit_softcapping": (0.0,), "attention.causal": (True,), "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0),
 }  # fmt: skip
+#: Values that are read, or that change nothing.
+KNOWN_FIELDS = frozenset({
+    *CHANGING_FIELDS, "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.dimension_count", "rope.freq_base",
+    "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
+    "rope.scaling.attn_factor", "rope.scaling.finetuned", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+    "expert_used_count", "tensor_data_layout", "attention.group_norm_epsilon", "leading_dense_block_count",
+})  # fmt: skip
+#: Tokens that end a turn, by what they are called, where a file does not say: as llama.cpp finds them.
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>")
 
 
 def config_of(file: Gguf, strict: bool = False) -> LlamaConfig:
@@ -40,7 +52,7 @@ def config_of(file: Gguf, strict: bool = False) -> LlamaConfig:
             f"{file.path} holds the architecture {architecture!r}; expected {ARCHITECTURE!r}: "
             "fastllama runs Llama checkpoints only"
         )
-    _check_fields(file)
+    _check_fields(file, strict)
     heads, hidden = _needed(file, "attention.head_count"), _needed(file, "embedding_length")
     head_dim = _value(file, "attention.key_length", hidden // heads if heads else 0)
     rotated = _value(file, "rope.dimension_count", head_dim)
@@ -73,7 +85,12 @@ def config_of(file: Gguf, strict: bool = False) -> LlamaConfig:
 
 def generation_config_of(file: Gguf) -> GenerationConfig:
     """Which tokens begin, end and pad a text, from the values of a file."""
+    tokens, types = (file.fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
     ends = [_token_id(file, key) for key in ("eos", "eot", "eom")]
+    if isinstance(tokens, list) and isinstance(types, list):
+        ends += [
+            i for i, pair in enumerate(zip(tokens, types, strict=False)) if pair[0] in END_OF_TURN and pair[1] in (3, 4)
+        ]
     eos = tuple(dict.fromkeys(token for token in ends if token is not None))
     return GenerationConfig(
         bos_token_id=_token_id(file, "bos"), eos_token_id=eos, pad_token_id=_token_id(file, "padding")
@@ -88,7 +105,7 @@ def tensors_of(file: Gguf, config: LlamaConfig) -> dict[str, GgufTensor]:
     modules = _layer_modules()
     found: dict[str, GgufTensor] = {}
     for key, tensor in file.tensors.items():
-        if key in ROPE_FACTORS:
+        if key in ROPE_FACTORS or key.endswith(".attn_rot_embd.weight"):
             continue
         base, _, suffix = key.rpartition(".")
         block = pattern.fullmatch(base)
@@ -116,8 +133,14 @@ def _rope(file: Gguf, head_dim: int, strict: bool) -> RopeParameters:
     factor = _value(file, "rope.scaling.factor", _value(file, "rope.scale_linear", 0.0))
     original = _value(file, "rope.scaling.original_context_length", None)
     factors = {name: _numbers(file, name, head_dim) for name in ROPE_FACTORS if name in file.tensors}
+    if factors and kind not in ("none", "linear", "longrope"):
+        raise CheckpointError(
+            f"{file.path}: {', '.join(factors)} together with rope scaling {kind!r}, which is not computed"
+        )
     if factors:
         plain = factors.get("rope_freqs.weight")
+        if kind == "linear" and plain:
+            plain = tuple((factor or 1.0) * each for each in plain)
         short, long = plain or factors.get(ROPE_FACTORS[1]), plain or factors.get(ROPE_FACTORS[2])
         scale = 1.0 if plain else _value(file, "rope.scaling.attn_factor", None)
         return RopeParameters(
@@ -146,7 +169,11 @@ def _numbers(file: Gguf, name: str, head_dim: int) -> tuple[float, ...]:
     return tuple(torch.cat([block for _, block in tensor.blocks()]).tolist())
 
 
-def _check_fields(file: Gguf) -> None:
+def _check_fields(file: Gguf, strict: bool) -> None:
+    prefix = f"{ARCHITECTURE}."
+    unknown = [key for key in file.fields if key.startswith(prefix) and key.removeprefix(prefix) not in KNOWN_FIELDS]
+    if unknown:
+        tolerate(f"{file.path}: unknown values {', '.join(sorted(unknown)[:8])}: left out", strict)
     problems = [
         f"{ARCHITECTURE}.{name}={value!r}"
         for name, neutral in CHANGING_FIELDS.items()

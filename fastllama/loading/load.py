@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from fastllama.config import LlamaConfig
 from fastllama.config.fields import CONFIG_NAME, tolerate
+from fastllama.loading import adapter
 from fastllama.loading.match import EMBEDDING, HEAD, layers_in, matched, missing_hint
 from fastllama.loading.names import resolve
 from fastllama.loading.stored import CheckpointError, Stored
@@ -69,6 +70,8 @@ def load_model(
     tie_weights: Any = getattr(model, "tie_weights", None)
     if tie_weights is not None:
         tie_weights()
+    if source.adapter is not None:
+        model = adapter.merged(model, source.adapter)
     model.generation_config = source.generation_config  # type: ignore[assignment]
     return model.eval()
 
@@ -110,14 +113,19 @@ def _checked(
 
 
 def _head_differs(where: Path, stored: Mapping[str, Stored], strict: bool) -> bool:
-    """Whether a head that the config ties to the embedding is stored beside it and is another one.
+    """Whether a head that the config ties to the embedding is stored next to it and is another one.
 
     Then it is not tied, as in transformers.
     """
     if HEAD not in stored or EMBEDDING not in stored:
         return False
-    pairs = zip(stored[HEAD].blocks(), stored[EMBEDDING].blocks(), strict=False)
-    if all(torch.equal(head, embedding) for (_, head), (_, embedding) in pairs):
+    if stored[HEAD].dtype == stored[EMBEDDING].dtype:
+        pairs = zip(stored[HEAD].blocks(), stored[EMBEDDING].blocks(), strict=True)
+        is_equal = all(torch.equal(head, embedding) for (_, head), (_, embedding) in pairs)
+    else:  # blocks of other sizes
+        head, embedding = (torch.cat([block for _, block in stored[key].blocks()]) for key in (HEAD, EMBEDDING))
+        is_equal = torch.equal(head.to(embedding.dtype), embedding)
+    if is_equal:
         return False
     tolerate(f"{where}: {HEAD} and {EMBEDDING} differ, though tie_word_embeddings is true: they are not tied", strict)
     return True

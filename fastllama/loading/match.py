@@ -9,6 +9,7 @@ from fastllama.config.fields import CONFIG_NAME, tolerate
 from fastllama.loading.stored import Stored
 
 HEAD = "lm_head.weight"
+LAST = "embed_tokens.weight"
 EMBEDDING = "model.embed_tokens.weight"
 #: What wrappers put into names when a model is saved inside them: torch.compile, FSDP, activation checkpointing, DDP,
 #: Lightning, a merged PEFT model, TRL's value head, a multimodal model.
@@ -17,8 +18,11 @@ WRAPPERS = re.compile(
     r"|base_model\.model|pretrained_model|language_model)\."
 )
 COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # stored by old checkpoints, computed from the config
-#: Buffers inside a layer that no Llama reads: rotary tables and causal masks.
-BUFFERS = re.compile(r"rotary_emb\.|\.self_attn\.(bias|masked_bias|causal_mask)$")
+#: Buffers inside a layer that no Llama reads: rotary tables, causal masks, scales of a cache in 8 bits.
+BUFFERS = re.compile(
+    r"\.(rotary\w*|rope)\.|\.(inv_freq|cos|sin|(cos|sin)_cached|mask|attn_mask|causal_mask|masked_bias)$"
+    r"|\.(self_attn|attn)\.bias$|\.[kv]_scale$"
+)
 QUANTIZED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|weight_(scale|packed|shape|zero_point)\w*|SCB|weight\.\w+|W_q)$"
 )
@@ -46,7 +50,7 @@ def matched(
     wanted = set(wanted)
     names = _names(stored, wanted)
     if changed := [f"{key} is {name}" for key, name in names.items() if key != name and name in wanted]:
-        tolerate(f"{where}: names come from a wrapped model: {_few(changed)}", strict)
+        tolerate(f"{where}: names come from a wrapped model, such as {changed[0]}", strict)
     found: dict[str, Stored] = {}
     problems, unused = [], []
     for key, name in names.items():
@@ -84,22 +88,35 @@ def _names(keys: Iterable[str], wanted: set[str]) -> dict[str, str]:
     bare = {key: WRAPPERS.sub("", key) for key in plain}
     body = {key: name if name.startswith(("model.", "lm_head.")) else f"model.{name}" for key, name in bare.items()}
     inner = {key: name.removeprefix("model.") for key, name in bare.items()}
-    return max((plain, bare, body, inner), key=lambda names: len(wanted.intersection(names.values())))
+    nested = [_without_prefix(plain, key[: -len(LAST)]) for key in plain if key.endswith(f".{LAST}")]
+    nested = [names for names in nested if wanted <= {*names.values(), HEAD}]
+    return max((plain, bare, body, inner, *nested), key=lambda names: len(wanted.intersection(names.values())))
+
+
+def _without_prefix(keys: Iterable[str], prefix: str) -> dict[str, str]:
+    """Names of a body that is nested under a prefix, with its head, which may be outside of it."""
+    names = {}
+    for key in keys:
+        inside = key.removeprefix(prefix)
+        head = key.endswith(f".{HEAD}") or key == HEAD
+        names[key] = HEAD if head else f"model.{inside}" if key.startswith(prefix) else f"({key})"
+    return names
 
 
 def _why_it_matters(name: str, layers: int) -> str | None:
     """Why a tensor that is no parameter cannot be left out; None: no Llama uses it."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
-    inside = int(layer[1]) < layers if layer else name.startswith(("model.embed_tokens.", "model.norm.", "lm_head."))
+    outer = re.match(r"lm_head\.|model\.(embed_tokens|norm)\.|model\.\w+\.(weight|bias)$", name)
+    inside = int(layer[1]) < layers if layer else outer is not None
     if not inside or BUFFERS.search(name):
         return None
     if "lora_" in name or ".base_layer." in name:
         return ": a LoRA adapter that is not merged; merge it with peft's merge_and_unload() and save the model"
     if QUANTIZED.search(name):
         return ": the weights are quantized, which is not available yet"
-    if name.endswith(".bias"):
+    if name.endswith("_proj.bias"):
         switch = "mlp_bias" if ".mlp." in name else "attention_bias"
-        return "" if name == "lm_head.bias" else f'; a network with biases has "{switch}": true in {CONFIG_NAME}'
+        return f'; a network with biases has "{switch}": true in {CONFIG_NAME}'
     return ": no Llama has it, and it would change the result"
 
 

@@ -6,14 +6,14 @@ import importlib.resources
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from fastllama import ops
 from fastllama.config import GenerationConfig, LlamaConfig, RopeParameters
-from fastllama.config.fields import CONFIG_NAME
+from fastllama.config.fields import CONFIG_NAME, GENERATION_CONFIG_NAME, tolerate
 from fastllama.config.llama import AUTO, DTYPES, dtype_name
 from fastllama.loading import adapter, safetensors
 from fastllama.loading.stored import GGUF_SHARD, CheckpointNotFoundError, Stored
@@ -36,6 +36,7 @@ class Source:
         path: the folder or file with the weights; None for random weights.
         config, generation_config: what is said there.
         find_tensors: the weights by their names in the file; nothing but headers is read.
+        adapter: a folder with an adapter that belongs on top of them.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Source:
     config: LlamaConfig
     generation_config: GenerationConfig
     find_tensors: Callable[[], Mapping[str, Stored]]
+    adapter: Path | None = None
 
     def dtype(self, wanted: str | torch.dtype | None = None) -> str:
         """The name of the dtype to load: what is wanted, or else the config's, or else that of the stored weights.
@@ -114,15 +116,22 @@ def resolve(name: str | os.PathLike[str], strict: bool = False) -> Source:
     path = resolve_path(name)
     if path.is_file():
         return _gguf_source(str(name), path, strict)
+    if adapter.is_adapter(path):
+        return _adapted(str(name), path, strict)
     if not (path / CONFIG_NAME).is_file():
-        if adapter.is_adapter(path):
-            base = resolve(adapter.base_of(path), strict)
-            return Source(
-                str(name), path, base.config, base.generation_config, lambda: adapter.merged_tensors(path, base.path)
-            )
         raise CheckpointNotFoundError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}")
     config, generation = LlamaConfig.from_pretrained(path, strict), GenerationConfig.from_pretrained(path, strict)
     return Source(str(name), path, config, generation, lambda: safetensors.find_tensors(path))
+
+
+def _adapted(name: str, folder: Path, strict: bool) -> Source:
+    """The base model of an adapter, and the adapter."""
+    base = resolve(adapter.base_of(folder), strict)
+    tolerate(f"{folder} is an adapter, which is merged into {base.name}", strict=False)
+    generation = base.generation_config
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        generation = GenerationConfig.from_pretrained(folder, strict)
+    return replace(base, name=name, generation_config=generation, adapter=folder)
 
 
 def _gguf_source(name: str, path: Path, strict: bool) -> Source:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -51,29 +50,3 @@ class Stored(Protocol):
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Slices of rows, and floating-point tensors with their content."""
         ...
-
-
-@dataclass(frozen=True)
-class Held:
-    """A tensor that is in memory already."""
-
-    tensor: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> str:
-        return str(self.tensor.dtype).removeprefix("torch.")
-
-    @property
-    def is_float(self) -> bool:
-        return self.tensor.is_floating_point()
-
-    @property
-    def natural_dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        yield slice(0, self.tensor.shape[0]), self.tensor

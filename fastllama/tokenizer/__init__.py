@@ -4,6 +4,7 @@
 - backend.py: what a vocabulary can do
 - json_backend.py: tokenizer.json; sentencepiece_backend.py: tokenizer.model
 - chat.py: chat templates, rendered in a sandbox
+- rows.py: texts checked, rows padded and made into tensors
 - streaming.py: ids in, text out, one token at a time and never half a character
 - tokenizer.py: the public class: padding, truncation, tensors, decoding, loading
 """

@@ -26,6 +26,40 @@ MARK = "CONTINUE_FINAL_MESSAGE_HERE "  # with a space, so that it shows whether 
 _rendering: ContextVar[tuple[list[str], Spans] | None] = ContextVar("rendering", default=None)
 
 
+def render(
+    template: str,
+    messages: Messages,
+    continued: bool | str = False,
+    *,
+    tools: Sequence[dict[str, Any] | Callable[..., Any]] | None = None,
+    documents: Sequence[dict[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    **variables: Any,
+) -> tuple[str, Spans]:
+    """Write a conversation as one prompt, as :func:`render_chat` or :func:`render_open` does.
+
+    Args:
+        template, messages: as they take them.
+        continued: whether the last message is open, or the name of its field that is.
+        tools: as :func:`tool_schemas` takes them.
+        documents: dicts.
+        add_generation_prompt: whether to open the assistant's turn at the end.
+        variables: further ones of the template.
+
+    Raises:
+        TypeError: tools or documents of another kind.
+        ValueError: as the functions above; or two arguments that exclude each other.
+    """
+    if continued and add_generation_prompt:
+        raise ValueError("continue_final_message and add_generation_prompt exclude each other.")
+    if documents is not None and not all(isinstance(document, dict) for document in documents):
+        raise TypeError("documents are dicts, such as {'title': '…', 'text': '…'}.")
+    variables |= {"tools": tool_schemas(tools), "documents": documents, "add_generation_prompt": add_generation_prompt}
+    if not continued:
+        return render_chat(template, messages, **variables)
+    return render_open(template, messages, "content" if continued is True else continued, **variables)
+
+
 def render_chat(template: str, messages: Messages, **variables: Any) -> tuple[str, Spans]:
     """Write a conversation as one prompt.
 
@@ -54,7 +88,7 @@ def render_chat(template: str, messages: Messages, **variables: Any) -> tuple[st
     try:
         for block in compiled(template).generate(messages=messages, **variables):
             blocks.append(block)
-    except (jinja2.TemplateError, TypeError) as error:
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"the chat template cannot write these messages: {error}") from error
     finally:
         _rendering.reset(token)

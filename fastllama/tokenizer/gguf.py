@@ -17,7 +17,7 @@ from fastllama.tokenizer.settings import TokenizerError, TokenizerSettings
 if TYPE_CHECKING:
     from fastllama.loading.gguf import Gguf
 
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # token types, numbered as sentencepiece does
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5  # token types, numbered as sentencepiece does
 ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -59,6 +59,7 @@ def gguf_backend(file: Gguf) -> tuple[Backend, TokenizerSettings]:
             f"{file.path} has a tokenizer of the kind {kind!r}; expected 'llama' or 'gpt2', with tokens."
         )
     types = _list(file, "token_type", len(tokens), 1)
+    tokens, types = _unique(tokens, types)
     settings = _settings(file, tokens, types, adds_bos=kind == "llama" or _field(file, "pre") in WHOLE_WORDS)
     if kind == "llama":
         scores = _list(file, "scores", len(tokens), 0.0)
@@ -66,6 +67,16 @@ def gguf_backend(file: Gguf) -> tuple[Backend, TokenizerSettings]:
         model = sentencepiece_model(tokens, scores, types, settings, *flags)
         return SentencePieceBackend(model, str(file.path), settings), settings
     return JsonBackend(_byte_pairs(file, tokens, settings), settings), settings
+
+
+def _unique(tokens: list[str], types: list[int]) -> tuple[list[str], list[int]]:
+    """The tokens, those that are empty or there twice under names that no text has, and unused."""
+    seen: set[str] = set()
+    for i, token in enumerate(tokens):
+        if token in seen or not token:
+            tokens, types = [*tokens[:i], f"\0{i}", *tokens[i + 1 :]], [*types[:i], UNUSED, *types[i + 1 :]]
+        seen.add(token)
+    return tokens, types
 
 
 def _settings(file: Gguf, tokens: list[str], types: Sequence[int], adds_bos: bool) -> TokenizerSettings:

@@ -21,8 +21,8 @@ class JsonBackend:
 
     transformers 4 and ``PreTrainedTokenizerFast`` read the file so too; for a ``LlamaTokenizer``,
     transformers 5 replaces the file's normalizer by its own. Which ids go around a text is said by the file's
-    post-processor; for Llama's own classes, and where there is none, by ``add_bos_token`` and ``add_eos_token`` of the
-    config, as in transformers 4.
+    post-processor; for Llama's own classes, and where there is neither a class nor a post-processor, by
+    ``add_bos_token`` and ``add_eos_token`` of the config, as in transformers 4.
 
     Args:
         tokenizer: what the file holds.
@@ -42,8 +42,9 @@ class JsonBackend:
         decoder = self._tokenizer.decoder
         self._has_byte_runs = decoder is not None and b'"ByteFallback"' in decoder.__getstate__()
         self._tokenizer.encode_special_tokens = bool(settings.config.get("split_special_tokens"))
-        is_llama = str(settings.config.get("tokenizer_class")) in LLAMA_CLASSES
-        if is_llama or self._tokenizer.post_processor is None:
+        kind = settings.config.get("tokenizer_class")
+        is_llama = kind in LLAMA_CLASSES and "bos_token" in settings.named
+        if is_llama or (kind is None and self._tokenizer.post_processor is None):
             self.prefix, self.suffix = ids_around(self, settings, add_bos=is_llama)
         else:
             self.prefix, self.suffix = self._own_ids_around()

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from fastllama.config.fields import read_json, shortened
+from fastllama.config.fields import CONFIG_NAME, read_json, shortened
 
 ADDED_TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
@@ -51,13 +51,15 @@ def read_settings(folder: Path) -> TokenizerSettings:
         if isinstance(error, TokenizerError):
             raise
         raise TokenizerError(
-            f"tokenizer_config.json in {folder}, or a file beside it, has another form than Hugging Face's "
+            f"tokenizer_config.json in {folder}, or a file next to it, has another form than Hugging Face's "
             f"({type(error).__name__}: {shortened(str(error))}); fetch them again."
         ) from error
 
 
 def _read_settings(folder: Path) -> TokenizerSettings:
     config = _read(folder / "tokenizer_config.json")
+    if config.get("tokenizer_class") is None and _read(folder / CONFIG_NAME).get("model_type") == "llama":
+        config["tokenizer_class"] = "LlamaTokenizerFast"  # as transformers 4 takes for such a model
     older_layout = "added_tokens_decoder" not in config
     if older_layout:
         config |= _read(folder / "special_tokens_map.json")

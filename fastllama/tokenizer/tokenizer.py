@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastllama.tokenizer.backend import Backend
-from fastllama.tokenizer.chat import Messages, Spans, choose_template, render_chat, render_open, tool_schemas
+from fastllama.tokenizer.chat import Messages, Spans, choose_template, render
 from fastllama.tokenizer.json_backend import JsonBackend
+from fastllama.tokenizer.rows import as_tensor, checked_side, checked_texts, padded
 from fastllama.tokenizer.sentencepiece_backend import SentencePieceBackend
 from fastllama.tokenizer.settings import TokenizerError, TokenizerSettings, read_settings
 from fastllama.tokenizer.streaming import IncrementalDetokenizer
@@ -103,6 +103,8 @@ class Tokenizer:
         self.padding_side: str = config.get("padding_side", "left" if is_llama else "right")
         self.truncation_side: str = config.get("truncation_side", "right")
         longest = config.get("model_max_length") or UNLIMITED
+        if not isinstance(longest, (int, float)):
+            raise TokenizerError(f"model_max_length is {longest!r:.100} in tokenizer_config.json; expected a number.")
         self.model_max_length: int | None = int(longest) if longest < UNLIMITED else None
 
     def __repr__(self) -> str:
@@ -308,23 +310,14 @@ class Tokenizer:
             TypeError: tools or documents of another kind.
             ValueError: there is no template, or it refuses the conversation; arguments that exclude each other.
         """
-        if continue_final_message and add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other.")
         if return_assistant_tokens_mask and not (return_dict and tokenize):
             raise ValueError("return_assistant_tokens_mask needs return_dict=True and tokenize=True.")
-        if documents is not None and not all(isinstance(document, dict) for document in documents):
-            raise TypeError("documents are dicts, such as {'title': '…', 'text': '…'}.")
         template = choose_template(self.chat_template, chat_template, tools is not None)
         is_batch = isinstance(conversation, list) and bool(conversation) and isinstance(conversation[0], list)
         variables = self.special_tokens_map | variables
-        variables |= {"tools": tool_schemas(tools), "documents": documents}
-        variables["add_generation_prompt"] = add_generation_prompt
-        render = render_chat
-        if continue_final_message:
-            field = "content" if continue_final_message is True else continue_final_message
-            render = functools.partial(render_open, field=field)
+        variables |= {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
         conversations: Any = conversation if is_batch else [conversation]
-        rendered = [render(template, messages, **variables) for messages in conversations]
+        rendered = [render(template, messages, continue_final_message, **variables) for messages in conversations]
         prompts = [prompt for prompt, _ in rendered]
         prompt = prompts if is_batch else prompts[0]
         if not tokenize:
@@ -339,13 +332,18 @@ class Tokenizer:
         )
         if return_assistant_tokens_mask:
             masks = [self._mask_of(prompt, spans) for prompt, spans in rendered]
-            cut = truncation is True or (truncation is None and max_length is not None and not padding)
-            if cut:
-                masks = self._truncated(masks, self._limit(max_length, "truncation"), False)
-            width = max(map(len, encoding.input_ids if is_batch else [encoding.input_ids]))
-            masks = padded(masks, width, 0, self.padding_side) if padding else masks
-            encoding["assistant_masks"] = masks if is_batch else masks[0]
+            rows = encoding.input_ids if is_batch or return_tensors else [encoding.input_ids]
+            masks = [self._cut_like(mask, len(row)) for mask, row in zip(masks, rows, strict=True)]
+            if return_tensors == "pt":
+                encoding["assistant_masks"] = as_tensor(masks)
+            else:
+                encoding["assistant_masks"] = masks if is_batch else masks[0]
         return encoding if return_dict else encoding.input_ids
+
+    def _cut_like(self, mask: list[int], width: int) -> list[int]:
+        """A row's mask, truncated or padded to a width as the row was."""
+        kept = mask[:width] if self.truncation_side == "right" else mask[max(0, len(mask) - width) :]
+        return padded([kept], width, 0, self.padding_side)[0]
 
     def _mask_of(self, prompt: str, spans: Spans) -> list[int]:
         """For each token of a prompt whether it begins or ends in a span, or lies between two that do."""
@@ -384,46 +382,3 @@ class Tokenizer:
         if checked_side(self.truncation_side) == "right":
             return [row[:room] for row in rows]
         return [row[max(0, len(row) - room) :] for row in rows]
-
-
-def checked_texts(texts: Sequence[str]) -> list[str]:
-    """The texts as a list, once each of them is a string that can be written as UTF-8."""
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"expected a text or a list of texts, got {texts!r:.100} ({type(texts).__name__}).")
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text has a lone surrogate, {text[error.start]!a} at position {error.start}, which is "
-                "no character; decode its bytes with errors='replace', or pass "
-                "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
-            ) from None
-    return list(texts)
-
-
-def checked_side(side: str) -> str:
-    """A side, ``"left"`` or ``"right"``."""
-    if side not in ("left", "right"):
-        raise ValueError(f"a side is 'left' or 'right', got {side!r}.")
-    return side
-
-
-def padded(rows: list[list[int]], width: int, filler: int, side: str) -> list[list[int]]:
-    """The rows, those shorter than ``width`` filled up at one side."""
-    if side == "left":
-        return [[filler] * (width - len(row)) + row for row in rows]
-    return [row + [filler] * (width - len(row)) for row in rows]
-
-
-def as_tensor(rows: list[list[int]]) -> torch.Tensor:
-    """Rows of one length as a LongTensor [b, t]."""
-    import torch  # only those who ask for tensors need it
-
-    lengths = sorted({len(row) for row in rows})
-    if len(lengths) > 1:
-        raise ValueError(
-            f"rows of {lengths[0]} to {lengths[-1]} tokens do not make one tensor; "
-            "pass padding=True, or truncation=True with max_length."
-        )
-    return torch.tensor(rows, dtype=torch.long).reshape(len(rows), *lengths or [0])

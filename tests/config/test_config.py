@@ -119,6 +119,7 @@ def test_both_spellings_of_one_rope_are_one_config():
         ({"dtype": "bfloat16", "torch_dtype": "bfloat16"}, "bfloat16"),
         ({"dtype": torch.bfloat16}, "bfloat16"),
         ({"dtype": None, "torch_dtype": "torch.float16"}, "float16"),
+        ({"dtype": "float8_e4m3fn"}, "auto"),
     ],
 )
 def test_the_dtype_is_read_under_both_names(fields, dtype):
@@ -165,6 +166,11 @@ def test_keys_without_effect_are_accepted():
         "do_sample": False,
         "num_beams": 1,
         "some_future_option": None,
+        "is_causal": True,
+        "no_rope_layers": [1, 1],
+        "mlp_multipliers": [1.0, 1.0],
+        "norm_type": "RmsNorm",
+        "experts_implementation": "grouped",
     }
     assert LlamaConfig.from_dict(SHAPE | inert, strict=True) == LlamaConfig.from_dict(SHAPE)
 
@@ -192,7 +198,10 @@ def test_every_key_that_transformers_writes_is_accounted_for():
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
         ({"per_layer_config": {"0": {"intermediate_size": 8}}}, "per_layer_config"),
-        ({"logit_scale": 0.5, "qk_norm": True}, "qk_norm=True would normalize queries and keys; logit_scale=0.5 would"),
+        (
+            {"logit_scale": 0.5, "qk_norm": True},
+            "logit_scale=0.5 would scale what the network computes; qk_norm=True would",
+        ),
         ({"hidden_act": "laplace"}, "hidden_act is 'laplace'"),
         ({"hidden_size": 66}, "hidden_size is 66"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3; expected a divisor of num_attention_heads=4"),
@@ -200,16 +209,19 @@ def test_every_key_that_transformers_writes_is_accounted_for():
         ({"vocab_size": "many"}, "vocab_size is 'many'; expected an integer"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_attention_heads": 4.0}, "num_attention_heads is 4.0"),
-        ({"pretraining_tp": 0}, "pretraining_tp is 0; expected an integer of at least 1"),
+        ({"pretraining_tp": -1}, "pretraining_tp is -1; expected an integer of at least 1"),
         ({"vocab_size": 10**30}, "expected at most 2147483647"),
         ({"rope_theta": 10**400}, "rope_theta is 1000"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"attention_dropout": 1.5}, "attention_dropout is 1.5"),
         ({"use_cache": "yes"}, "use_cache is 'yes'; expected true or false"),
-        ({"pad_token_id": -2}, "pad_token_id is -2; expected an integer of at least 0"),
+        ({"pad_token_id": "<pad>"}, "pad_token_id is '<pad>'; expected an integer of at least 0"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
-        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"dtype": "complex64"}, "dtype is 'complex64'"),
+        ({"is_causal": False}, "is_causal=False would let tokens see those after them"),
+        ({"attn_logit_softcap": 30.0}, "bound scores or logits smoothly"),
+        ({"mlp_multipliers": [1.0, 0.5]}, "mlp_multipliers=[1.0, 0.5] would scale"),
         ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type is 'su'; expected one of default"),
         ({"rope_scaling": {"type": ["linear"]}}, "rope_type is"),
         ({"rope_scaling": {"type": "linear"}}, "factor is None; expected a value"),
@@ -230,6 +242,15 @@ def test_every_key_that_transformers_writes_is_accounted_for():
 def test_what_fastllama_does_not_compute_is_an_error_that_names_it(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         LlamaConfig.from_dict(SHAPE | fields)
+
+
+def test_a_file_that_is_no_json_is_left_out_with_a_warning_where_it_holds_defaults(tmp_path, caplog):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"eos_token_id": [2, 3]}))
+    (tmp_path / "generation_config.json").write_text('{"top_k": 5,}')
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == (2, 3)
+    assert "a comma before a closing bracket" in caplog.text
+    with pytest.raises(ValueError, match="a comma before a closing bracket"):
+        GenerationConfig.from_pretrained(tmp_path, strict=True)
 
 
 def test_a_rope_parameter_of_another_type_is_left_out_with_a_warning(caplog):
@@ -376,7 +397,7 @@ def test_a_generation_setting_fastllama_does_not_do_is_kept_and_refused_by_the_c
     [(name, value)] = setting.items()
     config = GenerationConfig.from_dict({"temperature": 0.7, **setting})
     assert config == GenerationConfig(temperature=0.7, other=setting)
-    assert f"not available, left out: {name}={value!r}" in caplog.text
+    assert f"{name}={value!r} is not available: kept" in caplog.text
     with pytest.raises(NotImplementedError, match=re.escape(f"{name}={value!r}")):
         config.check_usable({})
     config.check_usable({name: UNSUPPORTED_GENERATION[name]})
@@ -413,7 +434,7 @@ def test_generation_settings_that_ask_for_nothing_are_accepted():
         ({"max_length": 0}, "max_length is 0"),
         ({"do_sample": 1}, "do_sample is 1"),
         ({"seed": -3}, "seed is -3"),
-        ({"eos_token_id": [2, -3]}, "eos_token_id is -3"),
+        ({"eos_token_id": [2, "x"]}, "eos_token_id is 'x'"),
     ],
     ids=str,
 )
@@ -425,6 +446,8 @@ def test_a_generation_setting_out_of_range_is_an_error_here_and_a_warning_in_a_f
     assert message in caplog.text
     with pytest.raises(ValueError, match=re.escape(message)):
         config.check_usable({} if "do_sample" in setting else {"do_sample": True})
+    if not {"do_sample", "eos_token_id"} & setting.keys():
+        config.check_usable({"do_sample": False, "max_new_tokens": 2})  # which use none of them
 
 
 def test_a_saved_generation_config_reads_the_same_here_and_in_transformers(tmp_path):

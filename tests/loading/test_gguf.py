@@ -82,9 +82,8 @@ def test_every_type_of_block_gives_the_logits_of_transformers(kind, tmp_path):
     agree(ours, theirs.eval())
     ours.save_pretrained(tmp_path / "folder")
     agree(LlamaForCausalLM.from_pretrained(tmp_path / "folder"), theirs)
-    assert LlamaForCausalLM.from_pretrained(file).dtype == {"F32": torch.float32, "F16": torch.float16}.get(
-        kind, torch.bfloat16
-    )
+    stored = {"F16": torch.float16, "BF16": torch.bfloat16}
+    assert LlamaForCausalLM.from_pretrained(file).dtype == stored.get(kind, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from fastllama import LlamaForCausalLM
+from fastllama import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from fastllama.loading.stored import CheckpointError
 
 SHAPE = {
@@ -229,10 +229,15 @@ def test_a_byte_order_mark_is_accepted_and_a_trailing_comma_is_named(tmp_path):
 def test_strict_refuses_what_is_otherwise_named_in_a_warning(tmp_path):
     folder = saved(tmp_path)
     LlamaForCausalLM.from_pretrained(folder, strict=True)
-    for file, keys in (("config.json", {"some_key": 1}), ("generation_config.json", {"repetition_penalty": 1.1})):
+    rope = {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}
+    for file, keys in (
+        ("config.json", {"some_key": 1}),
+        ("config.json", {"rope_scaling": rope}),
+        ("generation_config.json", {"repetition_penalty": 1.1}),
+    ):
         before = (folder / file).read_text()
         patch_json(folder / file, **keys)
-        with pytest.raises(ValueError, match=rf"{file}: .*{next(iter(keys))}.*strict"):
+        with pytest.raises(ValueError, match=rf"{file}: .*({next(iter(keys))}|beta_fast).*strict"):
             LlamaForCausalLM.from_pretrained(folder, strict=True)
         (folder / file).write_text(before)
     edit_weights(folder, lambda tensors: tensors.update({"v_head.bias": torch.zeros(1)}))
@@ -271,7 +276,10 @@ def test_a_default_that_generate_does_not_do_loads_and_is_an_error_of_the_call(k
         {"user_token_id": 5, "assistant_token_id": 6},
         {"temperature": 0, "do_sample": False},
         {"max_new_tokens": 6},
+        {"max_length": 20},
+        {"max_length": 15},
         {"do_sample": False, "top_k": None},
+        {"seed": -3, "other": {"a": 1}},
         {"top_p": 7.0},
     ],
     ids=str,
@@ -333,6 +341,8 @@ def test_neutral_arguments_of_transformers_are_accepted(tmp_path):
         {"model.layers.0.self_attn.rotary_emb.cos_cached": (1, 1, 4, 16)},
         {"model.layers.1.self_attn.masked_bias": (1,), "model.layers.1.self_attn.bias": (1, 1, 4, 4)},
         {"mtp.embed.weight": (4, 4)},
+        {"model.layers.0.self_attn.k_proj.k_scale": (1,), "model.layers.0.self_attn.rotary_pos_emb.inv_freq": (8,)},
+        {"model.layers.0.attn.bias": (1, 1, 4, 4), "model.layers.0.self_attn.rope.freqs": (8,)},
     ],
     ids=str,
 )
@@ -354,7 +364,8 @@ def test_tensors_that_no_llama_uses_are_left_out_with_one_warning(extra, tmp_pat
         ("model.layers.1.mlp.up_proj.bias", '"mlp_bias": true'),
         ("model.layers.0.self_attn.q_proj.lora_A.weight", "LoRA adapter that is not merged"),
         ("model.layers.0.self_attn.q_proj.weight_scale", "quantized"),
-        ("lm_head.bias", "unexpected"),
+        ("lm_head.bias", "no Llama has it"),
+        ("model.embed_norm.weight", "no Llama has it"),
     ],
 )
 def test_a_tensor_inside_the_network_that_is_not_understood_is_refused(key, message, tmp_path):
@@ -377,6 +388,8 @@ def test_a_tensor_inside_the_network_that_is_not_understood_is_refused(key, mess
         lambda key: f"_forward_module.{key}",
         lambda key: f"model.{key}",
         lambda key: f"language_model.{key}",
+        lambda key: key.replace("model.", "model.text_model.", 1),
+        lambda key: f"student.net.{key}",
         lambda key: key.replace("model.", "model.language_model.", 1) if key.startswith("model.") else key,
     ],
     ids=[
@@ -389,6 +402,8 @@ def test_a_tensor_inside_the_network_that_is_not_understood_is_refused(key, mess
         "fabric",
         "lightning",
         "llava",
+        "smolvlm",
+        "nested",
         "llava 5",
     ],
 )
@@ -480,10 +495,60 @@ def test_a_folder_with_a_lora_adapter_alone_is_its_base_with_the_adapter_merged(
     agrees(ours, adapted.merge_and_unload().eval())
 
 
+def test_an_adapter_next_to_a_base_with_odd_names_is_merged_into_it(tmp_path):
+    folder = saved(tmp_path / "base")
+    adapted = peft.get_peft_model(
+        theirs(folder), peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    patch_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="../base")
+    edit_weights(folder, renamed(lambda key: f"_orig_mod.{key}"))
+    (tmp_path / "adapter" / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "adapter" / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3}))
+    ours = LlamaForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert ours.generation_config.max_new_tokens == 3
+    agrees(ours, adapted.merge_and_unload().eval())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
+        (
+            lambda folder: patch_json(folder / "adapter_config.json", base_model_name_or_path=None),
+            "base_model_name_or_path",
+        ),
+        (
+            lambda folder: patch_json(folder / "adapter_config.json", base_model_name_or_path=str(folder)),
+            "expected the name",
+        ),
+        (lambda folder: patch_json(folder / "adapter_config.json", peft_type="XX"), "cannot be merged"),
+    ],
+    ids=["no weights", "no base", "its own base", "another kind"],
+)
+def test_an_adapter_that_cannot_be_merged_says_why(change, message, tmp_path):
+    folder = saved(tmp_path / "base")
+    adapted = peft.get_peft_model(theirs(folder), peft.LoraConfig(r=2, target_modules=["v_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    patch_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(folder))
+    change(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=message):
+        LlamaForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+def test_of_a_multimodal_config_the_eos_ids_of_the_text_part_hold(tmp_path):
+    text = SHAPE | {"model_type": "llama", "eos_token_id": [7, 9], "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text}))
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == (7, 9)
+    for parent in ({"model_type": "paligemma", "text_config": {"vocab_size": 8}}, {"model_type": "qwen2_vl"}):
+        with pytest.raises(ValueError, match="expected 'llama'"):
+            LlamaConfig.from_dict(parent)
+
+
 def test_a_lora_adapter_without_peft_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
     folder = saved(tmp_path / "base")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(NotImplementedError, match="pip install peft transformers"):
+    with pytest.raises(NotImplementedError, match="pip install peft"):
         LlamaForCausalLM.from_pretrained(tmp_path / "adapter")

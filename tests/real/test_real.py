@@ -12,7 +12,6 @@ import torch
 import transformers
 
 from fastllama import LlamaForCausalLM, load_tokenizer
-from fastllama.model.cache import StaticCache
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[2]
@@ -108,27 +107,8 @@ def test_streamed_text_is_the_text(model, tokenizer):
 
 
 @pytest.mark.parametrize("length", [600, 2100, 8100])
-def test_long_prompts_are_continued_as_the_eager_forward_does(model, theirs, tokenizer, length):
+def test_long_prompts_are_continued_as_in_transformers(model, theirs, tokenizer, length):
     text = (ROOT / "docs" / "kernels.md").read_text() + (ROOT / "docs" / "how-it-works.md").read_text()
     ids = torch.tensor([(tokenizer.encode(text) * 4)[:length]])
-    reference = theirs if length < 8000 else model  # whose own forward, in chunks, takes less time
-    assert greedy(model, ids, 8, eos_token_id=None)[0] == eager(reference, ids, 8)
-
-
-def eager(model: Any, ids: torch.Tensor, new: int) -> list[int]:
-    """Greedy tokens by the forward alone, the prompt in chunks."""
-    ours = isinstance(model, LlamaForCausalLM)
-    cache: Any = StaticCache(model.config, 1, ids.shape[1] + new) if ours else transformers.DynamicCache()
-    tokens: list[int] = []
-    with torch.no_grad():
-        for start in range(0, ids.shape[1], 1024):
-            piece = ids[:, start : start + 1024]
-            position_t = torch.arange(start, start + piece.shape[1])
-            out = model(piece, past_key_values=cache, cache_position=position_t, position_ids=position_t[None])
-        for position in range(ids.shape[1], ids.shape[1] + new):
-            tokens.append(int(out.logits[0, -1].argmax()))
-            step = torch.tensor([position])
-            out = model(
-                torch.tensor([tokens[-1:]]), past_key_values=cache, cache_position=step, position_ids=step[None]
-            )
-    return tokens
+    new = 8 if length < 8000 else 2
+    assert greedy(model, ids, new, eos_token_id=None) == greedy(theirs, ids, new, eos_token_id=None)

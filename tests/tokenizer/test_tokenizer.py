@@ -741,7 +741,7 @@ def test_masks_need_a_tokenizer_json(llama: Tokenizer) -> None:
 
 def weather(city: str, days: int = 1) -> str:
     """
-    Tells the weather.
+    Return the weather.
 
     Args:
         city: Where.

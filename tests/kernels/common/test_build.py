@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fastllama_kernels.common import build
+from fastllama_kernels.common import build, folders
 
-LOAD = "from fastllama_kernels.common import build; build.PATIENCE = 0.2; print(build.load())"
+LOAD = "from fastllama_kernels.common import build, folders; build.PATIENCE = 0.2; print(build.load())"
 SOURCES = len(list(build.PACKAGE.glob("*/*.cpp")))
 # Notes each call; waits as long as there is a file `slow`, fails where there is one `broken`; links an empty library.
 COMPILER = """#!/bin/sh
@@ -144,6 +144,7 @@ def test_without_a_compiler_that_is_the_reason(monkeypatch, tmp_path, caplog) ->
 def test_where_nothing_can_be_written_that_is_the_reason(monkeypatch, tmp_path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    monkeypatch.setattr(folders.tempfile, "gettempdir", lambda: str(tmp_path / "file"))
     reason = build.load.__wrapped__()
     assert reason is not None
     assert "Not a directory" in reason
