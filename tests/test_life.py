@@ -7,11 +7,12 @@ import copy
 import os
 import pickle
 import resource
+import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,39 @@ def test_modules_that_the_engine_would_not_run_are_refused_with_the_reason(chang
             call()
 
 
+def test_a_global_hook_is_refused(decoded):
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(NotImplementedError, match="a global forward hook"):
+            decoded.generate(IDS)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.model.layers.__delitem__(1), "has 1 layers .* expected 2 layers"),
+        (lambda model: model.lm_head.half(), "float16 on cpu and float32 on cpu"),
+        (lambda model: model.to("meta"), "float32 on meta"),
+    ],
+    ids=["a layer less", "two dtypes", "meta"],
+)
+def test_a_model_that_is_no_longer_whole_is_refused(change, message):
+    model = fresh()
+    tokens(model)
+    change(model)
+    with pytest.raises(NotImplementedError, match=message):
+        model.generate(IDS)
+
+
+def test_a_process_that_was_forked_while_a_stream_was_open_decodes(decoded, expected):
+    with closing(decoded.stream(IDS, max_new_tokens=50)) as stream:
+        next(stream)
+        assert ends_well(lambda: tokens(decoded) == expected)
+        assert int(next(stream)) == expected[1]  # the stream goes on here
+
+
 # ---- what is set around a call -----------------------------------------------------------------
 
 
@@ -217,22 +251,23 @@ def test_an_exception_of_a_signal_handler_ends_a_call_and_leaves_the_model_usabl
     assert tokens(decoded) == expected
 
 
+def ends_well(check: Callable[[], bool]) -> bool:
+    """Whether a check holds in a forked process, and ends."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if check() else 1)
+    process = os.pidfd_open(child)
+    has_ended = bool(select.select([process], [], [], 60)[0])
+    os.close(process)
+    if not has_ended:
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1] == 0
+
+
 @pytest.mark.parametrize("after_decoding", [False, True])
 def test_a_forked_process_decodes_the_same_tokens(after_decoding, decoded, expected):
     model = decoded if after_decoding else fresh()
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if tokens(model) == expected else 1)
-    for _ in range(600):
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        time.sleep(0.1)
-    else:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        pytest.fail("the forked process hangs")
-    assert status == 0
+    assert ends_well(lambda: tokens(model) == expected)
     assert tokens(model) == expected
 
 

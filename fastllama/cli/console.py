@@ -97,9 +97,10 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def engine_messages(say: Callable[[str], None]) -> Iterator[None]:
-    """Pass the engine's INFO log records to ``say``."""
+    """Pass the engine's INFO log records to ``say``; warnings have a line of their own."""
     logger = logging.getLogger("fastllama.engine")  # and every module of that folder
     handler = logging.Handler(logging.INFO)
+    handler.addFilter(lambda record: record.levelno < logging.WARNING)
     handler.emit = lambda record: say(record.getMessage())
     level = logger.level
     logger.addHandler(handler)

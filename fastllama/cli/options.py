@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,8 @@ import typer
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help and wrong usage answer without it
     from fastllama.causal_lm import LlamaForCausalLM
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 128
 CHECKPOINT_SETTING = "the checkpoint's setting"
@@ -114,10 +117,12 @@ def pick_device(device: str | None) -> str:
 
 
 def load(name: str, dtype: str | None, device: str | None, quiet: bool, strict: bool = False) -> Loaded:
-    """Load a model and its tokenizer; generation settings that are not available go, as their warning says."""
+    """Load a model and its tokenizer; generation settings that are not available are left out, with a warning."""
     from fastllama import LlamaForCausalLM, load_tokenizer
 
     where = pick_device(device)
     model = LlamaForCausalLM.from_pretrained(name, dtype=dtype, device=where, progress=not quiet, strict=strict)
-    model.generation_config = model.generation_config.replace(other={})
+    if left_out := sorted(model.generation_config.other):
+        logger.warning("decoding without the checkpoint's settings %s", ", ".join(left_out))
+        model.generation_config = model.generation_config.replace(other={})
     return Loaded(name, model, load_tokenizer(name))

@@ -134,11 +134,12 @@ class GenerationConfig:
         names = {field.name for field in dataclasses.fields(cls)} - {"other"}
         unsupported = unsupported_settings(values)
         unknown = {key: values[key] for key in values.keys() - names - UNSUPPORTED_GENERATION.keys() - INERT_GENERATION}
-        wrong = {key: value for key, value in values.items() if key in names and _problem_of(key, value)}
+        problems = {key: _problem_of(key, values[key]) for key in sorted(names & values.keys())}
+        wrong = {key: values[key] for key, problem in problems.items() if problem}
         other = unsupported | unknown | wrong
         what = [f"{key}={shortened(repr(unsupported[key]), 100)} is not available" for key in sorted(unsupported)]
         what += [f"{key}={shortened(repr(unknown[key]), 100)} is unknown" for key in sorted(unknown)]
-        what += [str(_problem_of(key, wrong[key])) for key in sorted(wrong)]
+        what += [problem for problem in problems.values() if problem]
         if what:
             tolerate(f"{'; '.join(what)}: kept, for calls that would use it", strict)
         return cls(**{key: values[key] for key in names & values.keys() - other.keys()}, other=other)

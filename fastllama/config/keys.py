@@ -99,8 +99,6 @@ TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 
 def change_of(key: str) -> Change | None:
     """What a key is known to change, or None."""
-    if key in INERT_KEYS:
-        return None
     return next((change for pattern, change in _PATTERNS if pattern.search(key)), None)
 
 

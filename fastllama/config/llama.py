@@ -165,14 +165,14 @@ class LlamaConfig:
         if model_type not in (None, "llama"):
             raise bad("model_type", model_type, "'llama': fastllama runs Llama checkpoints only")
         known = {field.name for field in dataclasses.fields(cls)}
-        check_changing({key: value for key, value in values.items() if key not in known})
+        inert = INERT_KEYS | INERT_GENERATION | UNSUPPORTED_GENERATION.keys() | {"auto_map"}
+        inert |= {field.name for field in dataclasses.fields(GenerationConfig)}
+        check_changing({key: value for key, value in values.items() if key not in known | inert})
         check_own_code(values, strict)
         rope = _take_rope(values, strict)
         dtype = _take_dtype(values, strict)
-        inert = INERT_KEYS | {"auto_map", "layer_types", *UNSUPPORTED_GENERATION}
-        inert |= INERT_GENERATION | {field.name for field in dataclasses.fields(GenerationConfig)}
         values = {key: value for key, value in values.items() if value is not None or key in _TOKEN_IDS}
-        if unknown := sorted(key for key in set(values) - known - inert if change_of(key) is None):
+        if unknown := sorted(key for key in set(values) - known - inert - {"layer_types"} if change_of(key) is None):
             tolerate(f"unknown config keys {', '.join(unknown)}: left out", strict)
         fields: dict[str, Any] = {key: value for key, value in values.items() if key in known}
         return cls(**fields | {"rope": rope, "dtype": dtype})

@@ -229,7 +229,7 @@ def machine_fault(error: BaseException) -> str | None:
             return f"the C++ compiler failed ({_first_error(str(seen))})"
         if isinstance(seen, OSError):
             return f"{seen}; TORCHINDUCTOR_CACHE_DIR names a folder that can be written to"
-        seen = inner or seen.__cause__ or seen.__context__
+        seen = inner or seen.__cause__
     return None
 
 

@@ -134,9 +134,7 @@ def _rope(file: Gguf, head_dim: int, strict: bool) -> RopeParameters:
     original = _value(file, "rope.scaling.original_context_length", None)
     factors = {name: _numbers(file, name, head_dim) for name in ROPE_FACTORS if name in file.tensors}
     if factors and kind not in ("none", "linear", "longrope"):
-        raise CheckpointError(
-            f"{file.path}: {', '.join(factors)} together with rope scaling {kind!r}, which is not computed"
-        )
+        raise CheckpointError(f"{file.path}: {', '.join(factors)} with rope scaling {kind!r}, which is not computed")
     if factors:
         plain = factors.get("rope_freqs.weight")
         if kind == "linear" and plain:

@@ -34,7 +34,7 @@ def matched(
 ) -> tuple[dict[str, Stored], list[str]]:
     """The stored tensors by the names of the parameters that they fill, and what is wrong with those left over.
 
-    Names that wrappers have changed are changed back if every parameter is found then. Tensors that no Llama uses are
+    Names that wrappers have changed are changed back as far as that finds parameters. Tensors that no Llama uses are
     left out. Both are named in a warning.
 
     Args:
@@ -88,9 +88,11 @@ def _names(keys: Iterable[str], wanted: set[str]) -> dict[str, str]:
     bare = {key: WRAPPERS.sub("", key) for key in plain}
     body = {key: name if name.startswith(("model.", "lm_head.")) else f"model.{name}" for key, name in bare.items()}
     inner = {key: name.removeprefix("model.") for key, name in bare.items()}
+    known = max((plain, bare, body, inner), key=lambda names: len(wanted.intersection(names.values())))
     nested = [_without_prefix(plain, key[: -len(LAST)]) for key in plain if key.endswith(f".{LAST}")]
     nested = [names for names in nested if wanted <= {*names.values(), HEAD}]
-    return max((plain, bare, body, inner, *nested), key=lambda names: len(wanted.intersection(names.values())))
+    is_whole = wanted <= {*known.values(), HEAD}
+    return known if is_whole or len(nested) != 1 else nested[0]  # of two whole bodies none can be told to be the model
 
 
 def _without_prefix(keys: Iterable[str], prefix: str) -> dict[str, str]:

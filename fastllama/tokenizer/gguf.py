@@ -70,11 +70,11 @@ def gguf_backend(file: Gguf) -> tuple[Backend, TokenizerSettings]:
 
 
 def _unique(tokens: list[str], types: list[int]) -> tuple[list[str], list[int]]:
-    """The tokens, those that are empty or there twice under names that no text has, and unused."""
+    """The tokens, those that are empty or there twice under names of a private character, and unused."""
     seen: set[str] = set()
     for i, token in enumerate(tokens):
         if token in seen or not token:
-            tokens, types = [*tokens[:i], f"\0{i}", *tokens[i + 1 :]], [*types[:i], UNUSED, *types[i + 1 :]]
+            tokens, types = [*tokens[:i], f"\ue000{i}", *tokens[i + 1 :]], [*types[:i], UNUSED, *types[i + 1 :]]
         seen.add(token)
     return tokens, types
 

@@ -171,6 +171,11 @@ def test_strict_reaches_the_loader_and_settings_that_are_not_available_go(model:
     assert model.generation_config == GenerationConfig()
 
 
+def test_what_is_left_out_is_said(model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:
+    run("generate", "hello")
+    assert "decoding without the checkpoint's settings repetition_penalty" in caplog.text
+
+
 def test_without_options_the_checkpoint_decides_how_to_sample() -> None:
     assert sampling_arguments(None, None, None, None, None, None) == {}
     assert sampling_arguments(False, None, None, None, None, 1) == {"do_sample": False, "seed": 1}

@@ -171,6 +171,7 @@ def test_keys_without_effect_are_accepted():
         "mlp_multipliers": [1.0, 1.0],
         "norm_type": "RmsNorm",
         "experts_implementation": "grouped",
+        "prefill_chunk_size": 512,
     }
     assert LlamaConfig.from_dict(SHAPE | inert, strict=True) == LlamaConfig.from_dict(SHAPE)
 

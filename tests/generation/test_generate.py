@@ -84,6 +84,15 @@ def test_eos_ids_come_from_the_generation_config(pair, ids) -> None:
     assert ours.generate(ids[:1], generation_config=config, eos_token_id=[]).tolist() == free.tolist()
 
 
+def test_no_eos_id_in_a_call_is_none_as_in_transformers(pair, ids) -> None:
+    ours, theirs = pair
+    eos = int(ours.generate(ids, max_new_tokens=3)[0, 9])
+    config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
+    assert ours.generate(ids[:1], max_new_tokens=9, generation_config=config).shape[1] < 16
+    free = ours.generate(ids[:1], max_new_tokens=9, generation_config=config, eos_token_id=None)
+    assert free.tolist() == theirs_greedy(theirs, ids[:1], 9, eos_token_id=None)
+
+
 def test_the_pad_id_is_the_first_eos_id_when_there_is_none(pair, ids) -> None:
     ours, _ = pair
     free = ours.generate(ids, max_new_tokens=10)

@@ -157,25 +157,74 @@ def test_what_the_file_says_and_fastllama_does_not_compute_is_one_error(fields, 
         LlamaForCausalLM.from_pretrained(tmp_path / "model.gguf")
 
 
-def test_token_ids_with_a_role_become_generation_settings(tmp_path):
-    write_gguf(model_of(), tmp_path / "plain.gguf")
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    reader = gguf.GGUFReader(tmp_path / "plain.gguf")
+def with_fields(model: LlamaForCausalLM, path: Path, **fields: Any) -> Path:
+    """The model in a GGUF file that says more: ``fields`` by name, ``.`` written as ``__``."""
+    write_gguf(model, path.with_suffix(".plain"))
+    reader, writer = gguf.GGUFReader(path.with_suffix(".plain")), gguf.GGUFWriter(path, "llama")
     for key, field in reader.fields.items():
         if key.startswith("llama."):
             writer.add_key_value(key, field.contents(), field.types[0])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_eot_token_id(7)
-    writer.add_pad_token_id(2**32 - 1)  # llama.cpp's none
+    for name, value in fields.items():
+        kinds = {int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32, str: gguf.GGUFValueType.STRING}
+        kind = kinds.get(type(value), gguf.GGUFValueType.ARRAY)
+        writer.add_key_value(name.replace("__", "."), value, kind)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    generation = resolve(tmp_path / "model.gguf").generation_config
+    return path
+
+
+def test_token_ids_with_a_role_become_generation_settings(tmp_path):
+    none = 2**32 - 1  # llama.cpp's
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "eot_token_id": 7, "padding_token_id": none}
+    fields = {f"tokenizer__ggml__{name}": token for name, token in ids.items()}
+    generation = resolve(with_fields(model_of(), tmp_path / "model.gguf", **fields)).generation_config
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, (2, 7), None)
+
+
+def test_tokens_that_end_a_turn_by_their_name_end_a_row(tmp_path):
+    names = {"tokenizer__ggml__tokens": ["a", "<|eot_id|>", "<|im_end|>"], "tokenizer__ggml__token_type": [1, 3, 1]}
+    file = with_fields(model_of(), tmp_path / "model.gguf", tokenizer__ggml__eos_token_id=0, **names)
+    assert resolve(file).generation_config.eos_token_id == (0, 1)  # the last one is an ordinary word here
+
+
+LLAMA3_ROPE = RopeParameters(
+    rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)  # fmt: skip
+
+
+def test_rope_factors_and_a_linear_scale_are_both_applied(tmp_path):
+    scale = {"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 4.0}
+    plain = resolve(with_fields(model_of(rope=LLAMA3_ROPE), tmp_path / "plain.gguf")).config.rope.short_factor
+    both = resolve(with_fields(model_of(rope=LLAMA3_ROPE), tmp_path / "both.gguf", **scale)).config.rope.short_factor
+    assert both == pytest.approx([4 * factor for factor in plain])
+
+
+@pytest.mark.parametrize(
+    ("rope", "fields", "message"),
+    [
+        (LLAMA3_ROPE, {"llama__rope__scaling__type": "yarn"}, "with rope scaling 'yarn'"),
+        (RopeParameters(), {"llama__rope__scaling__yarn_attn_factor": 3.0}, "yarn_attn_factor=3.0"),
+        (RopeParameters(), {"llama__attention__scale": 0.5}, "attention.scale=0.5"),
+    ],
+    ids=["both", "yarn", "scale"],
+)
+def test_values_that_would_change_the_result_are_refused(rope, fields, message, tmp_path):
+    file = with_fields(model_of(rope=rope), tmp_path / "model.gguf", **fields)
+    with pytest.raises(CheckpointError, match=message):
+        resolve(file)
+
+
+def test_unknown_values_are_one_warning_and_an_error_if_strict(tmp_path, caplog):
+    file = with_fields(model_of(), tmp_path / "model.gguf", llama__attention__value_scale=2.0)
+    resolve(file)
+    assert "unknown values llama.attention.value_scale" in caplog.text
+    with pytest.raises(ValueError, match=r"llama\.attention\.value_scale"):
+        resolve(file, strict=True)
 
 
 @pytest.mark.parametrize("left", [0, 3, 23, 100, 500, -1], ids="{} bytes left".format)

@@ -432,6 +432,15 @@ def test_an_absent_head_names_the_switch_that_ties_it(tmp_path):
         LlamaForCausalLM.from_pretrained(folder)
 
 
+def test_of_two_whole_models_none_is_taken(tmp_path):
+    folder = saved(tmp_path, tie_word_embeddings=True)
+    edit_weights(folder, lambda t: t.update({f"teacher.{key}": t.pop(key) for key in list(t)}))
+    assert LlamaForCausalLM.from_pretrained(folder).config.tie_word_embeddings
+    edit_weights(folder, lambda t: t.update({k.replace("teacher", "student"): v + 1 for k, v in t.items()}))
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight: missing"):
+        LlamaForCausalLM.from_pretrained(folder)
+
+
 def test_names_that_do_not_all_fit_are_not_half_taken(tmp_path):
     folder = saved(tmp_path)
     edit_weights(folder, renamed(lambda key: key if "layers.1" in key else f"student.{key}"))

@@ -69,32 +69,32 @@ def pieces(**changes: Any) -> dict[str, Any]:
     return fields | changes
 
 
-@pytest.fixture(scope="module")
-def llama_3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Tokenizer]:
-    folder = written(tmp_path_factory.mktemp("llama-3"), json_file=llama_3_json(), **LLAMA_3)
-    return of(**byte_pairs()), load_tokenizer(folder)
-
-
-@pytest.fixture(scope="module")
-def llama_2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Tokenizer]:
-    folder = written(tmp_path_factory.mktemp("llama-2"), model=sentencepiece_model(), legacy=True)
-    return of(**pieces()), load_tokenizer(folder)
+@pytest.fixture(scope="module", params=["pieces", "byte pairs"])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Tokenizer]:
+    """The tokenizer of a GGUF file, and that of the file that its vocabulary is from."""
+    folder = tmp_path_factory.mktemp("file")
+    if request.param == "pieces":
+        return of(**pieces()), load_tokenizer(written(folder, model=sentencepiece_model(), legacy=True))
+    return of(**byte_pairs()), load_tokenizer(written(folder, json_file=llama_3_json(), **LLAMA_3))
 
 
 @fuzz
 @given(text=TEXTS)
-def test_byte_pairs_give_the_ids_of_the_tokenizer_json(llama_3: Any, text: str) -> None:
-    ours, file = llama_3
+def test_ids_and_text_are_those_of_the_file_that_the_vocabulary_is_from(both: Any, text: str) -> None:
+    ours, file = both
     assert ours.encode(text) == file.encode(text)
     assert ours.decode(ours.encode(text), skip_special_tokens=True) == file.decode(file.encode(text), True)
 
 
-@fuzz
-@given(text=TEXTS)
-def test_pieces_give_the_ids_of_the_tokenizer_model(llama_2: Any, text: str) -> None:
-    ours, file = llama_2
-    assert ours.encode(text) == file.encode(text)
-    assert ours.decode(ours.encode(text), skip_special_tokens=True) == file.decode(file.encode(text), True)
+def test_tokens_that_are_empty_or_there_twice_leave_the_others_as_they_are() -> None:
+    fields = pieces()
+    usual, tokens = of(**fields), list(fields["tokens"])
+    tokens[300], tokens[301] = tokens[299], ""
+    changed = of(**fields | {"tokens": tokens})
+    text = "Hello world, this is a test"
+    ids = usual.encode(text)
+    assert not {300, 301} & set(ids)
+    assert changed.encode(text) == ids
 
 
 def test_roles_flags_and_templates_are_read() -> None:

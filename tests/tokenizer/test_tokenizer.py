@@ -673,6 +673,8 @@ def test_named_templates_are_chosen_by_name_and_by_tools(tmp_path: Path) -> None
         ("{% if %}", CONVERSATION, "chat template cannot write"),
         ("{{ messages.append(1) }}", CONVERSATION, "chat template cannot write"),
         ("{{ ''.__class__.__mro__ }}", CONVERSATION, "chat template cannot write"),
+        ("{{ 1 / 0 }}", CONVERSATION, "chat template cannot write"),
+        ("{{ 'x'.index('z') }}", CONVERSATION, "chat template cannot write"),
         (LLAMA_2_CHAT, [], "empty"),
         (LLAMA_2_CHAT, "Hey", "list of messages"),
         (LLAMA_2_CHAT, CONVERSATION[0], "list of messages"),
@@ -789,19 +791,29 @@ BYTE_LEVEL = processors.ByteLevel(trim_offsets=False)
         ("LlamaTokenizerFast", {"add_bos_token": True, "add_eos_token": True}, True, (1, 1)),
         ("PreTrainedTokenizerFast", {"add_bos_token": True}, False, (0, 0)),
         ("PreTrainedTokenizerFast", {"add_bos_token": False}, True, (1, 0)),
+        ("PreTrainedTokenizerFast", {"add_bos_token": True, "add_eos_token": True}, None, (0, 0)),
+        (None, {"add_bos_token": False}, True, (0, 0)),
+        (None, {}, False, (1, 0)),
     ],
 )
 def test_flags_of_llamas_classes_count_before_the_post_processor(
-    tmp_path: Path, tokenizer_class: str, flags: dict[str, Any], template: bool, around: tuple[int, int]
+    tmp_path: Path, tokenizer_class: str | None, flags: dict[str, Any], template: bool | None, around: tuple[int, int]
 ) -> None:
     vocabulary = tokenizers.Tokenizer.from_str(llama_3_json())
     if not template:
-        vocabulary.post_processor = BYTE_LEVEL
+        vocabulary.post_processor = None if template is None else BYTE_LEVEL
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # which stands for the class where none is named
     folder = written(tmp_path, json_file=vocabulary, **LLAMA_3 | flags | {"tokenizer_class": tokenizer_class})
     ours = load_tokenizer(folder)
     plain = ours.encode("Hello", add_special_tokens=False)
     bos, eos = ours.bos_token_id, ours.eos_token_id
     assert ours.encode("Hello") == [bos] * around[0] + plain + [eos] * around[1]
+
+
+@pytest.mark.parametrize("config", [{"model_max_length": "512"}, {"added_tokens_decoder": {"x": 1}}], ids=str)
+def test_a_config_of_another_form_says_so(tmp_path: Path, config: dict[str, Any]) -> None:
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json"):
+        load_tokenizer(written(tmp_path, json_file=llama_3_json(), **config))
 
 
 def test_a_byte_level_file_under_llamas_class_keeps_its_spaces(tmp_path: Path) -> None:
