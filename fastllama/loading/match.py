@@ -92,7 +92,7 @@ def _names(keys: Iterable[str], wanted: set[str]) -> dict[str, str]:
     nested = [_without_prefix(plain, key[: -len(LAST)]) for key in plain if key.endswith(f".{LAST}")]
     nested = [names for names in nested if wanted <= {*names.values(), HEAD}]
     is_whole = wanted <= {*known.values(), HEAD}
-    return known if is_whole or len(nested) != 1 else nested[0]  # of two whole bodies none can be told to be the model
+    return known if is_whole or len(nested) != 1 else nested[0]  # which of two whole bodies is the model, nothing says
 
 
 def _without_prefix(keys: Iterable[str], prefix: str) -> dict[str, str]:
