@@ -179,8 +179,15 @@ def test_a_model_that_is_no_longer_whole_is_refused(change, message):
 def test_a_process_that_was_forked_while_a_stream_was_open_decodes(decoded, expected):
     with closing(decoded.stream(IDS, max_new_tokens=50)) as stream:
         next(stream)
-        assert ends_well(lambda: tokens(decoded) == expected)
+        assert ends_well(lambda: tokens(decoded) == expected and refuses(stream) and tokens(decoded) == expected)
         assert int(next(stream)) == expected[1]  # the stream goes on here
+
+
+def refuses(stream: Iterator[torch.Tensor]) -> bool:
+    """Whether a stream that another process has begun says so."""
+    with pytest.raises(RuntimeError, match="begun in another process"):
+        next(stream)
+    return True
 
 
 # ---- what is set around a call -----------------------------------------------------------------

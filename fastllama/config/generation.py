@@ -212,8 +212,9 @@ class GenerationConfig:
         write_json(Path(folder) / GENERATION_CONFIG_NAME, self.to_dict())
 
     def replace(self, **changes: Any) -> GenerationConfig:
-        """Return a copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        """Return a copy with some fields changed; what ``other`` holds of them goes."""
+        other = {key: value for key, value in self.other.items() if key not in changes}
+        return dataclasses.replace(self, **{"other": other} | changes)
 
 
 def unsupported_settings(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,8 +37,10 @@ class Change(NamedTuple):
     def is_neutral(self, value: Any) -> bool:
         """Whether a value changes nothing; so does a list of such values."""
         if isinstance(value, str):
-            return value.lower().replace("_", "") in self.neutral
-        return value in self.neutral or (isinstance(value, list) and all(each in self.neutral for each in value))
+            value = re.sub("[_ -]", "", value.lower())
+        if isinstance(value, list) and value:
+            return all(map(self.is_neutral, value))
+        return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in self.neutral)
 
 
 _EMPTY: tuple[Any, ...] = ({}, [], False, 0)
@@ -47,14 +49,18 @@ _ROTARY_PART = Change("rotate a part of each head only", (1, 1.0))
 #: Keys that are known to change what a Llama computes, as patterns that a key holds somewhere: other networks of its
 #: kind spell one thing in many ways. fastllama computes the neutral values only.
 CHANGING_KEYS: dict[str, Change] = {
-    r"^is_causal$": Change("let tokens see those after them", (True,)),
+    r"^(is_)?causal$": Change("let tokens see those after them", (True,)),
     r"bidirectional": Change("let tokens see those after them"),
     r"(^|_)qk_?\w*norm|query_key_norm|^[qk]_norm": Change("normalize queries and keys"),
     r"^(use_)?post_(attention_)?norm|sandwich_norm|norm_after|unit_offset": Change("normalize elsewhere or otherwise"),
     r"^(layer_)?norm(alization)?_type$": Change("normalize otherwise", ("rms", "rmsnorm")),
-    r"expert|(^|_)moe(_|$)|first_k_dense": Change("replace the MLP by a choice of experts", (1, *_EMPTY)),
+    r"^num_(local_)?experts$": Change("replace the MLP by a choice of experts", (1, *_EMPTY)),
+    r"expert|(^|_)moe(_|$)|first_k_dense|mlp_only_layers": Change("replace the MLP by a choice of experts", _EMPTY),
     r"soft_?cap|logit_cap": Change("bound scores or logits smoothly", _EMPTY),
-    r"multiplier$|multipliers$": Change("scale what the network computes", (1, 1.0)),
+    r"^(residual|embedding|attention(_in|_out)?|key|lm_head|mlp|output|logits?)_multipliers?$": Change(
+        "scale what the network computes", (1, 1.0)
+    ),
+    r"scale_embeddings|^(use_)?mup$": Change("scale what the network computes"),
     r"(logits?|embed\w*|emb|residual|attn|attention|softmax|head|depth|layer)_scal(e|ing)$": Change(
         "scale what the network computes", (1, 1.0, False)
     ),
@@ -63,26 +69,26 @@ CHANGING_KEYS: dict[str, Change] = {
     ),
     r"^scale_attn_weights$": Change("leave the attention scores as they are", (True,)),
     r"scale_attn_by|temperature_tuning|logn_attn": Change("scale attention scores by layer or position", _EMPTY),
-    r"^(bias|\w*(qkv|[qkvo]|attn|attention_out|linear|head)_bias|use_bias|add_qkv_bias)$": Change(
+    r"^(bias|\w*(qkv|[qkvo]|attn|attention_out|linear|head)_bias|use_bias|add_qkv_bias|add_bias_linear)$": Change(
         "add biases that this network does not have"
     ),
-    r"use_sliding|sliding_window_pattern|chunk_size$|attention_(window|types|sinks)|^window_size$|local_att": Change(
-        "hide tokens by their distance", _EMPTY
+    r"use_sliding|sliding_window_(pattern|size)|attention_(chunk_size|window|types|sinks)|^window_size|local_att": (
+        Change("hide tokens by their distance", (-1, *_EMPTY))
     ),
     r"^(kv|q)_lora_rank|use_mla|kv_shared|cla_share": Change("compress or share keys and values", _EMPTY),
     r"no_rope_layers|^nope_layers": Change("leave the rotary embedding out of some layers", (1, [], {})),
-    r"no_rope|nope(_|$)": Change("leave the rotary embedding out of some layers", _EMPTY),
+    r"no_rope|(^|_)nope(_|$)": Change("leave the rotary embedding out of some layers", _EMPTY),
     r"^use_rope$": Change("leave the rotary embedding out", (True,)),
-    r"alibi": Change("add a bias by distance to the attention scores"),
+    r"^(use_)?alibi$": Change("add a bias by distance to the attention scores"),
     r"^position_embedding_type$": Change("encode positions otherwise", ("rope", "rotary", "absolute")),
     r"(rotary|rope)_(pct|percent)|partial_rotary_factor": _ROTARY_PART,
     r"^rotary_dim$": Change("rotate a part of each head only", ()),
-    r"rope_interleaved": Change("rotate neighbouring dimensions together"),
+    r"rope_interleaved?$": Change("rotate neighbouring dimensions together"),
     r"^(rotary_emb_base|rope_base|rope_ratio|rope_local_base_freq)$": Change("rotate by other angles", ()),
     r"dynamic_ntk": Change("rotate by other angles", _EMPTY),
     r"clip_qkv": Change("bound queries, keys and values", _EMPTY),
     r"parallel_(attn|residual|attention)$": Change("add attention and MLP to the same input"),
-    r"output_gate|cross_attention_layers|layers_block_type|skip_layers|block_configs": Change(
+    r"output_gate|gated_attention|cross_attention_layers|layers_block_type|skip_layers|block_configs": Change(
         "change the structure of the network", _EMPTY
     ),
     r"^(quantization_config|compression_config|quantization)$": Change("store the weights quantized", _EMPTY),
@@ -137,6 +143,7 @@ def text_part(config: Mapping[str, Any]) -> dict[str, Any] | None:
     for name in TEXT_CONFIGS:
         text = config.get(name)
         if isinstance(text, Mapping) and (text.get("model_type") or (parent in LLAMA_PARENTS and "llama")) == "llama":
-            shared = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config", "auto_map")
-            return {key: config[key] for key in shared if key in config} | dict(text) | {"model_type": "llama"}
+            shared = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config", "auto_map", "eos_token_id")
+            default = {"eos_token_id": 2} | {key: config[key] for key in shared if key in config}
+            return default | dict(text) | {"model_type": "llama"}
     return None

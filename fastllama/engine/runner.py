@@ -56,6 +56,7 @@ class Runner:
         self._decode: Callable[[], None] = _nothing_is_loaded
         self._lock = threading.Lock()
         self._owner: int | None = None
+        self._session: object | None = None
         self._order = CallOrder(self.device)
         self._stream: torch.cuda.Stream | None = None
         forks.runners.add(self)
@@ -87,8 +88,10 @@ class Runner:
         return self._weights == weights_fingerprint(model)
 
     @contextmanager
-    def session(self) -> Iterator[None]:
+    def session(self) -> Iterator[object]:
         """Hold the engine: every other method but ``warmup`` and ``release`` is called inside.
+
+        Yields what :meth:`hold` takes.
 
         Raises:
             RuntimeError: this thread holds it already, in an unfinished iteration.
@@ -99,7 +102,8 @@ class Runner:
             )
         say_if_forked()
         with self._lock, self._order.call() as stream:
-            self.hold()
+            session = self._session = object()
+            self.hold(session)
             self._stream = stream
             self._lengths.clear()
             self._bind()
@@ -107,16 +111,23 @@ class Runner:
                 if self._buffers:
                     with self._launching():
                         self._buffers.idle()
-                yield
+                yield session
             finally:
-                self._owner = self._stream = None
+                if self._session is session:
+                    self._owner = self._stream = self._session = None
 
     def forget_callers(self) -> None:
         """In a forked process: whoever held the engine does not exist here."""
-        self._lock, self._owner = threading.Lock(), None
+        self._lock, self._owner, self._session = threading.Lock(), None, None
 
-    def hold(self) -> None:
-        """From now on it is this thread that holds the engine: an iterator may be handed to another thread."""
+    def hold(self, session: object) -> None:
+        """From now on it is this thread that holds the engine: an iterator may be handed to another thread.
+
+        Raises:
+            RuntimeError: the session began in another process, from which this one was forked.
+        """
+        if self._session is not session:
+            raise RuntimeError("this stream was begun in another process, which goes on with it; begin one of your own")
         self._owner = threading.get_ident()
 
     def reserve(self, rows: int, slots: int) -> None:

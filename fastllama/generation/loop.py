@@ -31,7 +31,7 @@ def decode(runner: Runner, requests: Sequence[Request], poll_every: int = 1) -> 
     Raises:
         RuntimeError: this thread already holds the engine in an unfinished iteration.
     """
-    with runner.session():
+    with runner.session() as session:
         needed = max(len(request.prompt) + min(request.max_new_tokens, AHEAD) for request in requests)
         runner.reserve(len(requests), needed if runner.cache else max(needed, runner.default_cache_len))
         stopping = Stopping(requests)
@@ -39,7 +39,7 @@ def decode(runner: Runner, requests: Sequence[Request], poll_every: int = 1) -> 
             yield stopping.take(tokens_bn)
             if stopping.all_ended:
                 return
-            runner.hold()  # an iterator may be handed to another thread
+            runner.hold(session)  # an iterator may be handed to another thread
 
 
 def _bursts(runner: Runner, requests: Sequence[Request], burst: int) -> Iterator[torch.Tensor]:

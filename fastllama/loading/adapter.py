@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from fastllama.config.fields import read_json
@@ -13,6 +18,7 @@ from fastllama.loading.stored import CheckpointError
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+WHOLE = re.compile(r"(embed_tokens|lm_head)\.(base_layer\.)?weight$")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,12 +35,19 @@ def base_of(folder: Path) -> str | Path:
         CheckpointError: its config does not say, or names the adapter itself.
     """
     base = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base or Path(base).expanduser().absolute() == folder.absolute():
+    if not isinstance(base, str) or not base or names_itself(folder):
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG_NAME}: base_model_name_or_path is {base!r}; expected the name or folder of the "
             "model that the adapter belongs to"
         )
     return folder / base if (folder / base).is_dir() and not Path(base).is_dir() else base
+
+
+def names_itself(folder: Path) -> bool:
+    """Whether an adapter names its own folder as its base: one that is left over in a whole checkpoint may."""
+    base = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+    places = [Path(base).expanduser(), folder / base] if isinstance(base, str) and base else []
+    return any(place.resolve() == folder.resolve() for place in places)
 
 
 def merged(model: Model, folder: Path) -> Model:
@@ -45,22 +58,40 @@ def merged(model: Model, folder: Path) -> Model:
         NotImplementedError: peft is not installed.
     """
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise NotImplementedError(
             f"{folder} holds a LoRA adapter, which peft merges into its base model: pip install peft, or merge it "
             "elsewhere and save the model"
         ) from error
     if not (folder / ADAPTER_WEIGHTS_NAME).is_file():
-        raise CheckpointError(f"{folder} has an {ADAPTER_CONFIG_NAME} and no {ADAPTER_WEIGHTS_NAME}; fetch it again")
+        raise CheckpointError(
+            f"{folder} has an {ADAPTER_CONFIG_NAME} and no {ADAPTER_WEIGHTS_NAME}; fetch it again. (A pickled adapter "
+            "is refused, because reading one can run any code.)"
+        )
     config: Any = model.config
     model.config = SimpleNamespace(**config.to_dict(), to_dict=config.to_dict)  # type: ignore[assignment] (peft sets fields)
     try:
+        tensors = load_file(folder / ADAPTER_WEIGHTS_NAME)
         adapted: Any = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+        _check_tensors(folder, tensors, get_peft_model_state_dict(adapted, save_embedding_layers=False))
         result = adapted.merge_and_unload().requires_grad_(False)
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError) as error:
+    except CheckpointError:
+        raise
+    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"the adapter in {folder} cannot be merged into its base model: {error}") from error
     result.config = config
     for module in result.modules():
         module._forward_hooks.clear()  # peft leaves one, for gradients of the embedding
     return result
+
+
+def _check_tensors(folder: Path, stored: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+    """Raise CheckpointError for tensors that are missing, left over or damaged: peft warns, and merges the others."""
+    problems = [f"{key}: missing" for key in wanted.keys() - stored.keys()]
+    # A whole embedding or head next to the adapter is that of its base, unless it was trained, when it is wanted.
+    left_over = [key for key in stored.keys() - wanted.keys() if not WHOLE.search(key)]
+    problems += [f"{key}: unexpected" for key in left_over]
+    problems += [f"{key}: holds NaN" for key, tensor in stored.items() if tensor.isnan().any()]
+    if problems:
+        raise CheckpointError(f"the adapter in {folder} does not fit its base model:", sorted(problems))

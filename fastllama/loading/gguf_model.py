@@ -11,6 +11,7 @@ import torch
 
 from fastllama.config import GenerationConfig, LlamaConfig, RopeParameters
 from fastllama.config.fields import tolerate
+from fastllama.config.llama import dtype_name
 from fastllama.loading.gguf import Gguf, GgufTensor
 from fastllama.loading.stored import CheckpointError
 
@@ -22,7 +23,10 @@ CHANGING_FIELDS: dict[str, tuple[Any, ...]] = {
     "attention.clamp_kqv": (0.0,), "attention.max_alibi_bias": (0.0,), "use_parallel_residual": (False,),
     "residual_scale": (0.0, 1.0), "embedding_scale": (0.0, 1.0), "attn_logit_softcapping": (0.0,),
     "final_logit_softcapping": (0.0,), "attention.causal": (True,), "rope.scaling.yarn_attn_factor": (1.0,),
-    "rope.scaling.yarn_ext_factor": (1.0, -1.0),
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0), "attention.value_scale": (1.0,), "attention.output_scale": (0.0, 1.0),
+    "attention.temperature_scale": (0.0,), "attention.temperature_length": (0,), "swin_norm": (False,),
+    "attention.sliding_window_pattern": (0, False), "no_rope_layer_step": (0,), "attn_output_gate": (False,),
+    "expert_shared_count": (0,),
 }  # fmt: skip
 #: Values that are read, or that change nothing.
 KNOWN_FIELDS = frozenset({
@@ -76,11 +80,17 @@ def config_of(file: Gguf, strict: bool = False) -> LlamaConfig:
         attention_bias="blk.0.attn_q.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         rope=_rope(file, head_dim, strict),
-        dtype=str(embedding.natural_dtype).removeprefix("torch."),
+        dtype=dtype_name(_dtype(file, embedding)),
         bos_token_id=ids["bos"],
         eos_token_id=ids["eos"],
         pad_token_id=ids["pad"],
     )
+
+
+def _dtype(file: Gguf, embedding: GgufTensor) -> torch.dtype:
+    """As the embedding is stored; float32 where some matrix has blocks or is float32."""
+    matrices = {tensor.natural_dtype for tensor in file.tensors.values() if len(tensor.shape) == 2}
+    return torch.float32 if torch.float32 in matrices else embedding.natural_dtype
 
 
 def generation_config_of(file: Gguf) -> GenerationConfig:
@@ -88,9 +98,8 @@ def generation_config_of(file: Gguf) -> GenerationConfig:
     tokens, types = (file.fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
     ends = [_token_id(file, key) for key in ("eos", "eot", "eom")]
     if isinstance(tokens, list) and isinstance(types, list):
-        ends += [
-            i for i, pair in enumerate(zip(tokens, types, strict=False)) if pair[0] in END_OF_TURN and pair[1] in (3, 4)
-        ]
+        special = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=False)) if kind in (3, 4)}
+        ends += [special.get(token) for token in END_OF_TURN]
     eos = tuple(dict.fromkeys(token for token in ends if token is not None))
     return GenerationConfig(
         bos_token_id=_token_id(file, "bos"), eos_token_id=eos, pad_token_id=_token_id(file, "padding")
@@ -128,9 +137,12 @@ def _layer_modules() -> dict[str, str]:
 
 
 def _rope(file: Gguf, head_dim: int, strict: bool) -> RopeParameters:
-    kind = _value(file, "rope.scaling.type", "none")
     theta = _value(file, "rope.freq_base", RopeParameters.rope_theta)
-    factor = _value(file, "rope.scaling.factor", _value(file, "rope.scale_linear", 0.0))
+    factor = _value(file, "rope.scaling.factor", _value(file, "rope.scale_linear", 0.0)) or 1.0
+    kind = _value(file, "rope.scaling.type", "linear")  # as llama.cpp takes a factor without a type
+    attention = _value(file, "rope.scaling.attn_factor", 0.0)
+    if kind != "longrope" and attention not in (0.0, 1.0):
+        raise CheckpointError(f"{file.path}: rope scaling {kind!r} with attn_factor={attention}, which is not computed")
     original = _value(file, "rope.scaling.original_context_length", None)
     factors = {name: _numbers(file, name, head_dim) for name in ROPE_FACTORS if name in file.tensors}
     if factors and kind not in ("none", "linear", "longrope"):
@@ -138,9 +150,9 @@ def _rope(file: Gguf, head_dim: int, strict: bool) -> RopeParameters:
     if factors:
         plain = factors.get("rope_freqs.weight")
         if kind == "linear" and plain:
-            plain = tuple((factor or 1.0) * each for each in plain)
+            plain = tuple(factor * each for each in plain)
         short, long = plain or factors.get(ROPE_FACTORS[1]), plain or factors.get(ROPE_FACTORS[2])
-        scale = 1.0 if plain else _value(file, "rope.scaling.attn_factor", None)
+        scale = 1.0 if plain else attention or None
         return RopeParameters(
             rope_type="longrope",
             rope_theta=theta,
@@ -153,9 +165,9 @@ def _rope(file: Gguf, head_dim: int, strict: bool) -> RopeParameters:
         names = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
         betas = {name: _value(file, f"rope.scaling.{key}", None) for name, key in names.items()}
         return RopeParameters("yarn", theta, factor, original, **betas)
-    if kind == "linear" or (kind == "none" and factor not in (0.0, 1.0)):
-        return RopeParameters("linear", theta, factor or 1.0)
-    if kind != "none":
+    if kind == "linear" and factor != 1.0:
+        return RopeParameters("linear", theta, factor)
+    if kind not in ("none", "linear"):
         tolerate(f"{file.path}: rope scaling {kind!r} without factors has no effect", strict)
     return RopeParameters(rope_theta=theta)
 

@@ -116,9 +116,10 @@ def resolve(name: str | os.PathLike[str], strict: bool = False) -> Source:
     path = resolve_path(name)
     if path.is_file():
         return _gguf_source(str(name), path, strict)
-    if adapter.is_adapter(path):
+    is_whole = (path / CONFIG_NAME).is_file()
+    if adapter.is_adapter(path) and not (is_whole and adapter.names_itself(path)):
         return _adapted(str(name), path, strict)
-    if not (path / CONFIG_NAME).is_file():
+    if not is_whole:
         raise CheckpointNotFoundError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}")
     config, generation = LlamaConfig.from_pretrained(path, strict), GenerationConfig.from_pretrained(path, strict)
     return Source(str(name), path, config, generation, lambda: safetensors.find_tensors(path))

@@ -22,6 +22,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 Messages = list[dict[str, Any]]
 Spans = list[tuple[int, int]]
 
+# What the expressions of a template may raise besides jinja's own errors.
+TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+
 MARK = "CONTINUE_FINAL_MESSAGE_HERE "  # with a space, so that it shows whether the template strips messages
 _rendering: ContextVar[tuple[list[str], Spans] | None] = ContextVar("rendering", default=None)
 
@@ -88,7 +91,7 @@ def render_chat(template: str, messages: Messages, **variables: Any) -> tuple[st
     try:
         for block in compiled(template).generate(messages=messages, **variables):
             blocks.append(block)
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (jinja2.TemplateError, *TEMPLATE_FAULTS) as error:
         raise ValueError(f"the chat template cannot write these messages: {error}") from error
     finally:
         _rendering.reset(token)

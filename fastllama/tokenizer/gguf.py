@@ -70,12 +70,14 @@ def gguf_backend(file: Gguf) -> tuple[Backend, TokenizerSettings]:
 
 
 def _unique(tokens: list[str], types: list[int]) -> tuple[list[str], list[int]]:
-    """The tokens, those that are empty or there twice under names of a private character, and unused."""
-    seen: set[str] = set()
+    """The tokens, those that are empty or there twice under names of private characters, and unused."""
+    tokens, types, taken, seen = list(tokens), list(types), set(tokens), set()
     for i, token in enumerate(tokens):
         if token in seen or not token:
-            tokens, types = [*tokens[:i], f"\ue000{i}", *tokens[i + 1 :]], [*types[:i], UNUSED, *types[i + 1 :]]
-        seen.add(token)
+            tokens[i], types[i] = f"\ue000{i}", UNUSED
+            while tokens[i] in taken:
+                tokens[i] += "\ue000"
+        seen.add(tokens[i])
     return tokens, types
 
 

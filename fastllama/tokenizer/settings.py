@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from fastllama.config.fields import CONFIG_NAME, read_json, shortened
+from fastllama.config.keys import text_part
 
 ADDED_TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
@@ -58,7 +59,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
 
 def _read_settings(folder: Path) -> TokenizerSettings:
     config = _read(folder / "tokenizer_config.json")
-    if config.get("tokenizer_class") is None and _read(folder / CONFIG_NAME).get("model_type") == "llama":
+    if config.get("tokenizer_class") is None and _is_llama(folder / CONFIG_NAME):
         config["tokenizer_class"] = "LlamaTokenizerFast"  # as transformers 4 takes for such a model
     older_layout = "added_tokens_decoder" not in config
     if older_layout:
@@ -105,6 +106,15 @@ def read_chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, 
     if isinstance(template, list):
         return {entry["name"]: entry["template"] for entry in template}
     return template
+
+
+def _is_llama(path: Path) -> bool:
+    """Whether a config.json is a Llama's, or has a Llama's text part; one that cannot be read says nothing here."""
+    try:
+        config = read_json(path)
+    except (OSError, ValueError):
+        return False
+    return config.get("model_type") == "llama" or text_part(config) is not None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -172,6 +172,7 @@ def test_keys_without_effect_are_accepted():
         "norm_type": "RmsNorm",
         "experts_implementation": "grouped",
         "prefill_chunk_size": 512,
+        "window_size": -1,
     }
     assert LlamaConfig.from_dict(SHAPE | inert, strict=True) == LlamaConfig.from_dict(SHAPE)
 
@@ -221,6 +222,11 @@ def test_every_key_that_transformers_writes_is_accounted_for():
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
         ({"dtype": "complex64"}, "dtype is 'complex64'"),
         ({"is_causal": False}, "is_causal=False would let tokens see those after them"),
+        ({"use_moe": True}, "use_moe=True would replace the MLP"),
+        ({"embed_scale": True}, "embed_scale=True would scale"),
+        ({"n_shared_experts": 1}, "n_shared_experts=1 would replace the MLP"),
+        ({"no_rope_layers": True}, "no_rope_layers=True would leave the rotary embedding out"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0] would leave the rotary embedding out"),
         ({"attn_logit_softcap": 30.0}, "bound scores or logits smoothly"),
         ({"mlp_multipliers": [1.0, 0.5]}, "mlp_multipliers=[1.0, 0.5] would scale"),
         ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type is 'su'; expected one of default"),
@@ -355,6 +361,7 @@ def test_eos_ids_are_held_as_a_tuple(eos, held):
     ("fields", "message"),
     [
         ({"some_key": 1, "other_key": 2}, "unknown config keys other_key, some_key"),
+        ({"ffn_dim_multiplier": 1.3, "loss_chunk_size": 8}, "unknown config keys ffn_dim_multiplier, loss_chunk_size"),
         ({"dtype": "float16", "torch_dtype": "bfloat16"}, "dtype is 'float16' and torch_dtype is 'bfloat16'"),
         ({"rope_scaling": {**LLAMA3, "ramp": 1}}, "unknown rope parameters ramp"),
         (
@@ -487,6 +494,8 @@ def test_without_any_file_the_generation_defaults_hold(tmp_path):
 
 
 def test_replace_changes_generation_fields_and_checks_them():
+    config = GenerationConfig.from_dict({"max_length": "x", "num_beams": 4}).replace(max_length=9)
+    assert (config.max_length, config.other) == (9, {"num_beams": 4})
     assert GenerationConfig().replace(top_k=0, eos_token_id=7).eos_token_id == (7,)
     with pytest.raises(ValueError, match="top_k"):
         GenerationConfig().replace(top_k=-5)

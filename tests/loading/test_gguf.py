@@ -197,8 +197,38 @@ LLAMA3_ROPE = RopeParameters(
 )  # fmt: skip
 
 
-def test_rope_factors_and_a_linear_scale_are_both_applied(tmp_path):
-    scale = {"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 4.0}
+@pytest.mark.parametrize(("kind", "factor"), [("linear", 4.0), (None, 4.0), ("none", 1.0)])
+def test_a_scale_counts_unless_the_file_says_that_there_is_none(kind, factor, tmp_path):
+    said = {} if kind is None else {"llama__rope__scaling__type": kind}
+    file = with_fields(model_of(), tmp_path / "model.gguf", llama__rope__scaling__factor=4.0, **said)
+    rope = RopeParameters() if factor == 1.0 else RopeParameters("linear", factor=factor)
+    assert resolve(file).config.rope == rope
+
+
+def test_a_file_of_several_types_is_read_into_float32(tmp_path):
+    write_gguf(model_of().half(), tmp_path / "half.gguf")
+    assert resolve(tmp_path / "half.gguf").config.dtype == "float16"
+    reader, writer = gguf.GGUFReader(tmp_path / "half.gguf"), gguf.GGUFWriter(tmp_path / "mixed.gguf", "llama")
+    for key, field in reader.fields.items():
+        if key.startswith("llama."):
+            writer.add_key_value(key, field.contents(), field.types[0])
+    for tensor in reader.tensors:
+        if tensor.name == "blk.0.attn_output.weight":
+            blocks = gguf.quants.quantize(np.array(tensor.data, np.float32), gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(tensor.name, blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert resolve(tmp_path / "mixed.gguf").config.dtype == "float32"
+
+
+@pytest.mark.parametrize("kind", ["linear", None])
+def test_rope_factors_and_a_linear_scale_are_both_applied(kind, tmp_path):
+    scale: dict[str, Any] = {"llama__rope__scaling__factor": 4.0}
+    scale |= {} if kind is None else {"llama__rope__scaling__type": kind}
     plain = resolve(with_fields(model_of(rope=LLAMA3_ROPE), tmp_path / "plain.gguf")).config.rope.short_factor
     both = resolve(with_fields(model_of(rope=LLAMA3_ROPE), tmp_path / "both.gguf", **scale)).config.rope.short_factor
     assert both == pytest.approx([4 * factor for factor in plain])
@@ -210,8 +240,10 @@ def test_rope_factors_and_a_linear_scale_are_both_applied(tmp_path):
         (LLAMA3_ROPE, {"llama__rope__scaling__type": "yarn"}, "with rope scaling 'yarn'"),
         (RopeParameters(), {"llama__rope__scaling__yarn_attn_factor": 3.0}, "yarn_attn_factor=3.0"),
         (RopeParameters(), {"llama__attention__scale": 0.5}, "attention.scale=0.5"),
+        (RopeParameters(), {"llama__attention__value_scale": 2.0}, "attention.value_scale=2.0"),
+        (RopeParameters(), {"llama__rope__scaling__attn_factor": 3.0}, "attn_factor=3.0"),
     ],
-    ids=["both", "yarn", "scale"],
+    ids=["both", "yarn", "scale", "value scale", "attention factor"],
 )
 def test_values_that_would_change_the_result_are_refused(rope, fields, message, tmp_path):
     file = with_fields(model_of(rope=rope), tmp_path / "model.gguf", **fields)
@@ -220,10 +252,10 @@ def test_values_that_would_change_the_result_are_refused(rope, fields, message, 
 
 
 def test_unknown_values_are_one_warning_and_an_error_if_strict(tmp_path, caplog):
-    file = with_fields(model_of(), tmp_path / "model.gguf", llama__attention__value_scale=2.0)
+    file = with_fields(model_of(), tmp_path / "model.gguf", llama__some__value=2.0)
     resolve(file)
-    assert "unknown values llama.attention.value_scale" in caplog.text
-    with pytest.raises(ValueError, match=r"llama\.attention\.value_scale"):
+    assert "unknown values llama.some.value" in caplog.text
+    with pytest.raises(ValueError, match=r"llama\.some\.value"):
         resolve(file, strict=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -532,8 +533,13 @@ def test_an_adapter_next_to_a_base_with_odd_names_is_merged_into_it(tmp_path):
             "expected the name",
         ),
         (lambda folder: patch_json(folder / "adapter_config.json", peft_type="XX"), "cannot be merged"),
+        (lambda folder: patch_json(folder / "adapter_config.json", base_model_name_or_path="."), "expected the name"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"garbage!"), "cannot be merged"),
+        (lambda folder: edit_adapter(folder, lambda t: t.pop(min(t))), "lora_A.weight: missing"),
+        (lambda folder: edit_adapter(folder, renamed(lambda key: key.replace("model.model", "x"))), "unexpected"),
+        (lambda folder: edit_adapter(folder, lambda t: t[min(t)].fill_(math.nan)), "holds NaN"),
     ],
-    ids=["no weights", "no base", "its own base", "another kind"],
+    ids=["no weights", "no base", "its own base", "another kind", "here", "garbage", "one less", "other names", "nan"],
 )
 def test_an_adapter_that_cannot_be_merged_says_why(change, message, tmp_path):
     folder = saved(tmp_path / "base")
@@ -543,6 +549,26 @@ def test_an_adapter_that_cannot_be_merged_says_why(change, message, tmp_path):
     change(tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=message):
         LlamaForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+def edit_adapter(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def test_an_adapter_that_is_left_over_in_its_own_checkpoint_is_not_merged(tmp_path):
+    folder = saved(tmp_path)
+    reference = theirs(folder)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    agrees(LlamaForCausalLM.from_pretrained(folder), reference)
+
+
+@pytest.mark.parametrize(("parent", "held"), [({"eos_token_id": 5}, (5,)), ({}, (2,))], ids=["parent", "nobody"])
+def test_a_multimodal_config_without_eos_ids_in_its_text_part_has_the_parents_or_llamas(parent, held, tmp_path):
+    text = {key: value for key, value in SHAPE.items() if "eos" not in key} | {"model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text} | parent))
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == held
 
 
 def test_of_a_multimodal_config_the_eos_ids_of_the_text_part_hold(tmp_path):

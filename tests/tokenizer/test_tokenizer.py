@@ -675,6 +675,7 @@ def test_named_templates_are_chosen_by_name_and_by_tools(tmp_path: Path) -> None
         ("{{ ''.__class__.__mro__ }}", CONVERSATION, "chat template cannot write"),
         ("{{ 1 / 0 }}", CONVERSATION, "chat template cannot write"),
         ("{{ 'x'.index('z') }}", CONVERSATION, "chat template cannot write"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", CONVERSATION, "chat template cannot write"),
         (LLAMA_2_CHAT, [], "empty"),
         (LLAMA_2_CHAT, "Hey", "list of messages"),
         (LLAMA_2_CHAT, CONVERSATION[0], "list of messages"),
