@@ -16,7 +16,7 @@ from fastllama.config import GenerationConfig, LlamaConfig, RopeParameters
 from fastllama.config.fields import CONFIG_NAME, GENERATION_CONFIG_NAME, tolerate
 from fastllama.config.llama import AUTO, DTYPES, dtype_name
 from fastllama.loading import adapter, safetensors
-from fastllama.loading.stored import GGUF_SHARD, CheckpointNotFoundError, Stored
+from fastllama.loading.stored import GGUF_SHARD, CheckpointError, CheckpointNotFoundError, Stored
 
 DEMO = "demo"
 GGUF_SUFFIX = ".gguf"
@@ -127,7 +127,13 @@ def resolve(name: str | os.PathLike[str], strict: bool = False) -> Source:
 
 def _adapted(name: str, folder: Path, strict: bool) -> Source:
     """The base model of an adapter, and the adapter."""
-    base = resolve(adapter.base_of(folder), strict)
+    name_of_base = adapter.base_of(folder)
+    if not is_random(name_of_base) and adapter.is_adapter(path := resolve_path(name_of_base)):
+        raise CheckpointError(
+            f"the adapter in {folder} belongs to {path}, which holds an adapter too; merge that one into its base with "
+            "peft's merge_and_unload(), save the model, and name that in base_model_name_or_path"
+        )
+    base = resolve(name_of_base, strict)
     tolerate(f"{folder} is an adapter, which is merged into {base.name}", strict=False)
     generation = base.generation_config
     if (folder / GENERATION_CONFIG_NAME).is_file():

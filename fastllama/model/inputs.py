@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from fastllama.model.cache import StaticCache
 from fastllama.model.masks import causal_mask, positions_from_mask
@@ -20,6 +21,28 @@ class HasDtype(Protocol):
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         ...
+
+
+def embedded(table: nn.Embedding, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    """The embeddings ``[b, t, m]`` of token ids, or those that are given in their place.
+
+    Raises:
+        ValueError: both are given, or neither.
+        IndexError: an id outside the vocabulary (found on a CPU; CUDA has an assertion of its own).
+    """
+    if inputs_embeds is not None and input_ids is None:
+        return inputs_embeds
+    if input_ids is None or inputs_embeds is not None:
+        got = "neither" if input_ids is None else "both"
+        raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {got}")
+    try:
+        return table(input_ids)
+    except IndexError as error:
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low >= 0 and high < table.num_embeddings:
+            raise
+        bad, last = (low if low < 0 else high), table.num_embeddings - 1
+        raise IndexError(f"input_ids hold {bad}; expected 0 to {last}") from error
 
 
 def prepare_inputs_for_generation(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastllama import ops
 from fastllama.config import LlamaConfig
 from fastllama.model.cache import DynamicCache, target_length
-from fastllama.model.inputs import prepare_inputs_for_generation
+from fastllama.model.inputs import embedded, prepare_inputs_for_generation
 from fastllama.model.masks import causal_mask
 from fastllama.model.outputs import CausalLMOutput, DecoderOutput
 from fastllama.model.rope import rotary_cos_sin
@@ -162,7 +162,7 @@ class LlamaModel(nn.Module):
         cache_position: torch.Tensor | None,
     ) -> DecoderOutput:
         """Run the stack; the arguments are those of ``Llama.forward`` with its defaults filled in."""
-        x_btm = self._embed(input_ids, inputs_embeds)
+        x_btm = embedded(self.embed_tokens, input_ids, inputs_embeds)
         b, t, _ = x_btm.shape
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
         past = cache.get_seq_length() if cache is not None else 0
@@ -190,12 +190,6 @@ class LlamaModel(nn.Module):
             tuple(hidden_states) if output_hidden_states else None,
             tuple(attentions) if output_attentions else None,
         )
-
-    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            got = "both" if input_ids is not None else "neither"
-            raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {got}")
-        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def _rotary(self, position_bt: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         cos_btd, sin_btd = rotary_cos_sin(self.config, position_bt)

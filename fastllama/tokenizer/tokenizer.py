@@ -36,7 +36,8 @@ CLEAN_UP = (
 def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     """Load the tokenizer of a checkpoint.
 
-    Reads tokenizer.json if there is one, or else tokenizer.model, and the JSON files next to it.
+    Reads tokenizer.json if there is one, or else tokenizer.model, and the JSON files next to it. An adapter without
+    either has its base model's.
 
     Args:
         name: a folder, a ``.gguf`` file, a hub id, ``"demo"``, or ``"random:SHAPE"`` (which uses the demo tokenizer).
@@ -44,6 +45,7 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         TokenizerError: there is no tokenizer, or one that cannot be read.
     """
+    from fastllama.loading.adapter import base_of, is_adapter
     from fastllama.loading.names import DEMO, is_random, resolve_path  # not at import: they bring torch
 
     path = resolve_path(DEMO if is_random(name) else name)
@@ -52,6 +54,9 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
         from fastllama.tokenizer.gguf import gguf_backend
 
         return Tokenizer(*gguf_backend(read_gguf(path)))
+    has_one = any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
+    if not has_one and is_adapter(path):
+        return load_tokenizer(base_of(path))
     settings = read_settings(path)
     if (path / "tokenizer.json").is_file():
         return Tokenizer(JsonBackend.from_file(path / "tokenizer.json", settings), settings)

@@ -204,7 +204,7 @@ def test_every_key_that_transformers_writes_is_accounted_for():
             {"logit_scale": 0.5, "qk_norm": True},
             "logit_scale=0.5 would scale what the network computes; qk_norm=True would",
         ),
-        ({"hidden_act": "laplace"}, "hidden_act is 'laplace'"),
+        ({"hidden_act": "xielu"}, "hidden_act is 'xielu'"),
         ({"hidden_size": 66}, "hidden_size is 66"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3; expected a divisor of num_attention_heads=4"),
         ({"head_dim": 15}, "head_dim is 15; expected an even number"),

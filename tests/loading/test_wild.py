@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from fastllama import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from fastllama import GenerationConfig, LlamaConfig, LlamaForCausalLM, load_tokenizer
 from fastllama.loading.stored import CheckpointError
 
 SHAPE = {
@@ -520,6 +520,12 @@ def test_an_adapter_next_to_a_base_with_odd_names_is_merged_into_it(tmp_path):
     agrees(ours, adapted.merge_and_unload().eval())
 
 
+def test_an_adapter_without_a_tokenizer_has_its_base_models(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "demo"}))
+    text = "def read(path):"
+    assert load_tokenizer(tmp_path).encode(text) == load_tokenizer("demo").encode(text)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -534,12 +540,29 @@ def test_an_adapter_next_to_a_base_with_odd_names_is_merged_into_it(tmp_path):
         ),
         (lambda folder: patch_json(folder / "adapter_config.json", peft_type="XX"), "cannot be merged"),
         (lambda folder: patch_json(folder / "adapter_config.json", base_model_name_or_path="."), "expected the name"),
+        (
+            lambda folder: (folder.parent / "base" / "adapter_config.json").write_text(
+                json.dumps({"base_model_name_or_path": str(folder)})
+            ),
+            "holds an adapter too",
+        ),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"garbage!"), "cannot be merged"),
         (lambda folder: edit_adapter(folder, lambda t: t.pop(min(t))), "lora_A.weight: missing"),
         (lambda folder: edit_adapter(folder, renamed(lambda key: key.replace("model.model", "x"))), "unexpected"),
         (lambda folder: edit_adapter(folder, lambda t: t[min(t)].fill_(math.nan)), "holds NaN"),
     ],
-    ids=["no weights", "no base", "its own base", "another kind", "here", "garbage", "one less", "other names", "nan"],
+    ids=[
+        "no weights",
+        "no base",
+        "its own base",
+        "another kind",
+        "here",
+        "stacked",
+        "garbage",
+        "one less",
+        "other names",
+        "nan",
+    ],
 )
 def test_an_adapter_that_cannot_be_merged_says_why(change, message, tmp_path):
     folder = saved(tmp_path / "base")

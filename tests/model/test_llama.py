@@ -10,6 +10,7 @@ from torch import nn
 from fastllama import CacheOverflowError, LlamaConfig, LlamaForCausalLM, StaticCache
 from fastllama.config import RopeParameters
 from fastllama.model.cache import DynamicCache
+from fastllama.ops import ACTIVATIONS
 
 SHAPES = {
     "grouped-query": {},
@@ -20,12 +21,7 @@ SHAPES = {
     "mlp bias": {"mlp_bias": True},
     "tied": {"tie_word_embeddings": True},
     "sliced head": {"pretraining_tp": 4},
-    "gelu": {"hidden_act": "gelu"},
-    "gelu_new": {"hidden_act": "gelu_new"},
-    "gelu_fast": {"hidden_act": "gelu_fast"},
-    "gelu_pytorch_tanh": {"hidden_act": "gelu_pytorch_tanh"},
-    "quick_gelu": {"hidden_act": "quick_gelu"},
-    "relu": {"hidden_act": "relu"},
+    **{name: {"hidden_act": name} for name in ACTIVATIONS if name != "silu"},
     "rope theta": {"rope": RopeParameters(rope_theta=500000.0)},
     "rope linear": {"rope": RopeParameters("linear", factor=4.0)},
     "rope dynamic": {"rope": RopeParameters("dynamic", factor=2.0), "max_position_embeddings": 8},
@@ -156,6 +152,13 @@ def test_exactly_one_of_ids_and_embeddings_is_demanded(both, make_pair) -> None:
     args = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "inputs_embeds": torch.zeros(1, 1, 32)} if both else {}
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         ours(**args)
+
+
+@pytest.mark.parametrize("bad", [-1, 96, 32000])
+def test_ids_outside_the_vocabulary_are_named(bad, make_pair) -> None:
+    ours, _ = make_pair()
+    with pytest.raises(IndexError, match=f"input_ids hold {bad}; expected 0 to 95"):
+        ours(torch.tensor([[1, bad, 2]]))
 
 
 def test_a_4d_mask_is_taken_as_it_is(make_pair) -> None:

@@ -18,14 +18,31 @@ namespace {
 constexpr int kWeightRows = 4;  // matrix rows streamed side by side: enough to keep the load queues full
 constexpr int kTile = 4;        // activation rows per pass over a weight tile (16 accumulators)
 
-enum Activation : int64_t { kSilu, kGelu, kGeluTanh, kQuickGelu, kRelu };  // numbered as in ../common/activations.py
+enum Activation : int64_t {  // numbered as in ../common/activations.py
+  kSilu, kGelu, kGeluTanh, kQuickGelu, kRelu, kRelu2, kRelu6, kLeakyRelu, kSigmoid, kTanh, kLinear, kMish, kHardswish,
+  kLaplace, kGelu10, kSqrtSoftplus
+};
+
+float gelu(float x) { return 0.5f * x * (1.f + std::erf(x * 0.70710678f)); }
+float softplus(float x) { return std::max(x, 0.f) + std::log1p(std::exp(-std::abs(x))); }
 
 float activate(float x, int64_t activation) {
   switch (activation) {
     case kSilu: return x / (1.f + std::exp(-x));
-    case kGelu: return 0.5f * x * (1.f + std::erf(x * 0.70710678f));
+    case kGelu: return gelu(x);
     case kGeluTanh: return 0.5f * x * (1.f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
     case kQuickGelu: return x / (1.f + std::exp(-1.702f * x));
+    case kRelu2: return std::max(x, 0.f) * std::max(x, 0.f);
+    case kRelu6: return std::min(std::max(x, 0.f), 6.f);
+    case kLeakyRelu: return x < 0.f ? 0.01f * x : x;
+    case kSigmoid: return 1.f / (1.f + std::exp(-x));
+    case kTanh: return std::tanh(x);
+    case kLinear: return x;
+    case kMish: return x * std::tanh(softplus(x));
+    case kHardswish: return x * std::min(std::max(x + 3.f, 0.f), 6.f) / 6.f;
+    case kLaplace: return 0.5f * (1.f + std::erf((x - 0.707107f) / 0.39894257f));
+    case kGelu10: return std::min(std::max(gelu(x), -10.f), 10.f);
+    case kSqrtSoftplus: return std::sqrt(softplus(x));
     default: return std::max(x, 0.f);
   }
 }
@@ -175,7 +192,7 @@ Tensor gate_up(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optiona
                int64_t activation) {
   check_arguments(x, weight, bias, norm_weight);
   STD_TORCH_CHECK(weight.size(0) % 2 == 0, "fastllama: weight has ", weight.size(0), " rows, expected gate and up");
-  STD_TORCH_CHECK(activation >= kSilu && activation <= kRelu, "fastllama: activation is number ", activation,
+  STD_TORCH_CHECK(activation >= kSilu && activation <= kSqrtSoftplus, "fastllama: activation is number ", activation,
                   ", expected 0 to ", static_cast<int>(kRelu));
   Tensor out = empty_with_last(x, weight.size(0) / 2);
   dispatch(x, [&](auto zero) {

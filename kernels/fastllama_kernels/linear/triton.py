@@ -32,6 +32,22 @@ DOT_ROWS = 16  # what a matrix unit takes at once
 LINE_BYTES, MAX_LINES = 128, 32  # of a row of the matrix that go to the L2 cache before the wait
 SILU, GELU = tl.constexpr(activations.SILU), tl.constexpr(activations.GELU)
 GELU_TANH, QUICK_GELU = tl.constexpr(activations.GELU_TANH), tl.constexpr(activations.QUICK_GELU)
+RELU2, RELU6 = tl.constexpr(activations.RELU2), tl.constexpr(activations.RELU6)
+LEAKY_RELU, SIGMOID = tl.constexpr(activations.LEAKY_RELU), tl.constexpr(activations.SIGMOID)
+TANH, LINEAR = tl.constexpr(activations.TANH), tl.constexpr(activations.LINEAR)
+MISH, HARDSWISH = tl.constexpr(activations.MISH), tl.constexpr(activations.HARDSWISH)
+LAPLACE, GELU_10 = tl.constexpr(activations.LAPLACE), tl.constexpr(activations.GELU_10)
+SQRT_SOFTPLUS = tl.constexpr(activations.SQRT_SOFTPLUS)
+
+
+@triton.jit
+def _gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _softplus(x):
+    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -40,13 +56,41 @@ def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == SILU:
         y = x * tl.sigmoid(x)
     elif ACTIVATION == GELU:
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        y = _gelu(x)
     elif ACTIVATION == GELU_TANH:
         y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACTIVATION == QUICK_GELU:
         y = x * tl.sigmoid(1.702 * x)
-    else:  # ReLU
-        y = tl.maximum(x, 0.0)
+    else:
+        y = _rarer(x, ACTIVATION)
+    return y
+
+
+@triton.jit
+def _rarer(x, ACTIVATION: tl.constexpr):
+    y = tl.maximum(x, 0.0)  # ReLU
+    if ACTIVATION == RELU2:
+        y = y * y
+    elif ACTIVATION == RELU6:
+        y = tl.minimum(y, 6.0)
+    elif ACTIVATION == LEAKY_RELU:
+        y = tl.where(x < 0.0, 0.01 * x, x)
+    elif ACTIVATION == SIGMOID:
+        y = tl.sigmoid(x)
+    elif ACTIVATION == TANH:
+        y = 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    elif ACTIVATION == LINEAR:
+        y = x
+    elif ACTIVATION == MISH:
+        y = x * (2.0 * tl.sigmoid(2.0 * _softplus(x)) - 1.0)
+    elif ACTIVATION == HARDSWISH:
+        y = x * tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) / 6.0
+    elif ACTIVATION == LAPLACE:
+        y = 0.5 * (1.0 + tl.erf((x - 0.707107) / 0.39894257))
+    elif ACTIVATION == GELU_10:
+        y = tl.minimum(tl.maximum(_gelu(x), -10.0), 10.0)
+    elif ACTIVATION == SQRT_SOFTPLUS:
+        y = tl.sqrt(_softplus(x))
     return y
 
 

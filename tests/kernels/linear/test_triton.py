@@ -125,5 +125,5 @@ def test_bad_input_is_refused_before_anything_runs(bad, said) -> None:
 def test_a_gate_without_its_up_and_an_unknown_activation_are_refused() -> None:
     with pytest.raises(ValueError, match="even number"):
         gemv.gate_up(torch.randn(1, 8), torch.randn(5, 8))
-    with pytest.raises(ValueError, match="activation is number 9"):
-        gemv.gate_up(torch.randn(1, 8), torch.randn(4, 8), activation=9)
+    with pytest.raises(ValueError, match="activation is number 99"):
+        gemv.gate_up(torch.randn(1, 8), torch.randn(4, 8), activation=99)
