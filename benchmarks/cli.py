@@ -33,6 +33,7 @@ Peers = Annotated[
 ]
 GptFast = Annotated[Path | None, typer.Option("--gpt-fast", metavar="DIR", help="A checkout of gpt-fast.")]
 LlamaBench = Annotated[Path | None, typer.Option(metavar="PATH", help="llama.cpp's program.", show_default="from PATH")]
+Schemes = Annotated[str, typer.Option(help="Of none, int8 and int4, with commas.", metavar="LIST")]
 Launches = Annotated[bool, typer.Option("--launches", help="Record what a step launches and the host's time, too.")]
 Record = Annotated[Path | None, typer.Option(metavar="FILE", help="File of JSON lines to append the record to.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Plot to write: .png, .svg or .pdf.")]
@@ -69,6 +70,7 @@ def decode(
     peers: Peers = "all",
     gpt_fast: GptFast = None,
     llama_bench: LlamaBench = None,
+    quantize: Schemes = "none",
     launches: Launches = False,
     json_file: options.JsonFile = None,
     record: Record = None,
@@ -83,11 +85,13 @@ def decode(
         from . import plots
 
         plots.ready(plot)
-        loaded, described = load(model, dtype, device, quiet)
         points = [(*each, new_tokens) for each in itertools.product(batches, prompts, slots or [None])]
-        keep = Keeper(loaded.device, json_file, record)
-        failed = list(measure_points(loaded, points, asked, described, keep, launches, quiet))
-        keep.write_json(failed if len(points) > 1 else None)
+        keep, failed, schemes = Keeper(options.pick_device(device), json_file, record), [], quantize.split(",")
+        for scheme in schemes:
+            loaded, described = load(model, dtype, device, quiet, None if scheme == "none" else scheme)
+            several = len(points) * len(schemes) > 1
+            failed += measure_points(loaded, points, asked, described, keep, launches, quiet, several)
+        keep.write_json(failed if several else None)
         if plot and keep.records:
             plots.plot([each for each in keep.records if each["kind"] == "decode"], plot)
         wrong = [each["reason"] for each in failed if not keep.records or "parity gate" in each["reason"]]
@@ -155,6 +159,33 @@ def kernels(
         keep.write_json()
         if plot:
             plots.plot(keep.records, plot)
+
+
+@app.command()
+def quality(
+    model: options.Model = "demo",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    schemes: Schemes = "int8,int4",
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to read.", show_default="Python's")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of it.")] = 16384,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are read at once.")] = 512,
+    json_file: options.JsonFile = None,
+    record: Record = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """What quantization costs: perplexity, divergence and agreement with the weights as they are, over a text."""
+    with errors_in_one_line(debug):
+        from .quality import held_out_text, measure
+
+        content = text.read_text(encoding="utf-8") if text else held_out_text(docstrings=model != "demo")
+        where, sizes = options.pick_device(device), (tokens, window)
+        with progress(quiet) as say:
+            fields = measure(model, dtype, where, [*filter("none".__ne__, schemes.split(","))], content, *sizes, say)
+        keep = Keeper(where, json_file, record)
+        keep.add("quality", fields | {"text": text.name if text else "the standard library"})
+        keep.write_json()
 
 
 @app.command()
@@ -226,13 +257,15 @@ def numbers(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, parts)))
 
 
-def load(model: str, dtype: str | None, device: str | None, quiet: bool) -> tuple[LlamaForCausalLM, dict[str, Any]]:
+def load(
+    model: str, dtype: str | None, device: str | None, quiet: bool, quantize: str | None = None
+) -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """The model, and the fields of a record that describe it."""
     from fastllama import LlamaForCausalLM
 
     where = options.pick_device(device)
-    loaded = LlamaForCausalLM.from_pretrained(model, dtype=dtype, device=where, progress=not quiet)
-    weights = {"dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device), "quantize": None}
+    loaded = LlamaForCausalLM.from_pretrained(model, dtype, where, quantize, progress=not quiet)
+    weights = {"dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device), "quantize": quantize}
     return loaded, {"model": model, **weights, "config": loaded.config.to_dict()}
 
 
@@ -274,6 +307,7 @@ def measure_points(
     keep: Keeper,
     launches: bool,
     quiet: bool,
+    several: bool,
 ) -> Iterator[dict[str, Any]]:
     """Measure points, each from a released engine, for a cache that has grown stays grown; yields those that fail.
 
@@ -284,17 +318,18 @@ def measure_points(
     from .workload import reason
 
     for batch, prompt_len, slots, new_tokens in points:
-        title = f"batch {batch}, prompt of {prompt_len}" + f", {slots} slots" * bool(slots)
+        title = ", ".join(filter(None, (described["quantize"], f"batch {batch}", f"prompt of {prompt_len}")))
+        title += f", {slots} slots" * bool(slots)
         try:
             workload = workload_of(model, batch, prompt_len, new_tokens, slots)
             model.release()
             with progress(quiet) as say:
                 fields = compare(model, workload, say=say, **asked)
-            keep.add("decode", described | fields, title if len(points) > 1 else "")
+            keep.add("decode", described | fields, title if several else "")
             if launches:
                 keep.add("launches", described | {"parity": True} | measure_launches(model, workload))
         except Exception as error:
-            if len(points) == 1:
+            if not several:
                 raise
             stderr().print(f"{title} failed: {reason(error)}", markup=False)
             sizes = {"batch": batch, "prompt_len": prompt_len, "new_tokens": new_tokens, "capacity": slots}

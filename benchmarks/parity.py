@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fastllama import LlamaForCausalLM
+from fastllama.quantization.linear import exact
 
 from .workload import Rows, Workload
 
@@ -63,7 +64,7 @@ def check(
 
 
 def _check_row(model: LlamaForCausalLM, prompt: Sequence[int], tokens: Sequence[int]) -> Parity:
-    with in_float32(model):
+    with exact(model), in_float32(model):
         exact_nv = next_token_logits(model, prompt, tokens)
     if model.dtype == torch.float32:
         bound = FLOAT32_BOUND * float(exact_nv.abs().max())

@@ -34,6 +34,7 @@ KINDS: dict[str, Types] = {
     "prefill": {name: DECODE[name] for name in ("batch", "prompt_len", "rounds", "tokens_per_second", "peers")},
     "startup": {"phases": (dict,), "peers": (dict,)},
     "kernels": {"kernels": (list,), "memory_bandwidth_gb_s": NUMBER},
+    "quality": {"schemes": (dict,), "text": (str,)},
     "launches": {
         **dict.fromkeys(("batch", "prompt_len", "capacity"), (int,)),
         **dict.fromkeys(LAUNCHES, (*NUMBER, type(None))),

@@ -34,7 +34,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(
         {"record": number, **{name: record.get(name) for name in SIZES}, **row}
         for number, record in enumerate(records)
-        for row in (_kernel_rows(record) if record["kind"] == "kernels" else _contender_rows(record))
+        for row in ROWS.get(record["kind"], _contender_rows)(record)
     )
 
 
@@ -62,6 +62,16 @@ def _kernel_rows(record: Record) -> Iterator[dict[str, Any]]:
         times = _quantiles("us", kernel)
         ratios = {name: kernel["references"].get(name, {}).get("ratio") for name in REFERENCES}
         yield {"name": kernel["label"], **{field: kernel.get(field) for field in kept}, **times, **ratios}
+
+
+def _quality_rows(record: Record) -> Iterator[dict[str, Any]]:
+    plain = record["schemes"]["none"]
+    for name, scheme in record["schemes"].items():
+        cost = scheme["perplexity"] / plain["perplexity"] - 1
+        yield {"name": name, **scheme, "cost": cost, "smaller": plain["bytes_per_step"] / scheme["bytes_per_step"]}
+
+
+ROWS = {"kernels": _kernel_rows, "quality": _quality_rows}
 
 
 def _quantiles(name: str, entry: Record) -> dict[str, Any]:
@@ -107,10 +117,20 @@ DECODE: Columns = {
     "start": _cell("first_run_s"),
     "speed-up": _cell("ratio", times),
 }
+QUALITY: Columns = {
+    "": _cell("name", str),
+    "MB a step": lambda row: number(row["bytes_per_step"] / 1e6),
+    "smaller": _cell("smaller", times),
+    "perplexity": _cell("perplexity", "{:.4g}".format),
+    "cost": lambda row: f"{row['cost']:+.2%}",
+    "KL, nats": _cell("divergence", "{:.2g}".format),
+    "same token": _cell("agreement", "{:.1%}".format),
+}
 STARTUP = {"": _cell("name", str), **{title: _cell(name) for title, name in PHASES.items()}}
 COLUMNS: dict[str, Columns] = {
     "decode": DECODE,
     "prefill": DECODE,
+    "quality": QUALITY,
     "startup": STARTUP | {"speed-up": _cell("ratio", times)},
     "kernels": {
         "": _cell("name", str),
@@ -150,7 +170,13 @@ def markdown(table: pd.DataFrame) -> str:
 
 def remarks(record: Record) -> list[str]:
     """What a reader should know besides the table, one line each."""
-    own = {"decode": _decode_remarks, "startup": _startup_remarks, "kernels": _kernel_remarks, "launches": _launches}
+    own = {
+        "quality": _quality_remarks,
+        "decode": _decode_remarks,
+        "startup": _startup_remarks,
+        "kernels": _kernel_remarks,
+        "launches": _launches,
+    }
     lines = [*own.get(record["kind"], lambda _: ())(record)]
     lines += [f"DISTURBED: {why}" for why in record.get("disturbed", ())]
     for name, peer in record.get("peers", {}).items():
@@ -180,6 +206,10 @@ def _decode_remarks(record: Record) -> Iterator[str]:
         yield f"parity {outcome}: {best}, the others lie at most {gap}"
     costs = f"{record['compiles_after_warmup']} compilations, {record['recordings_after_warmup']} graph recordings"
     yield f"after warm-up: {costs}; peak memory {decimal(record['peak_memory_bytes'] or 0)}"
+
+
+def _quality_remarks(record: Record) -> Iterator[str]:
+    yield f"of {record['schemes']['none']['tokens']} tokens of {record['text']}; none: the weights as they are stored"
 
 
 def _startup_remarks(record: Record) -> Iterator[str]:

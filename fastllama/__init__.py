@@ -1,7 +1,7 @@
 """A decoding engine for Llama checkpoints: ``torch.compile``, a static KV cache, and Hugging Face's API."""
 
 from fastllama.causal_lm import LlamaForCausalLM
-from fastllama.config import GenerationConfig, LlamaConfig
+from fastllama.config import GenerationConfig, LlamaConfig, QuantizationConfig
 from fastllama.loading.stored import CheckpointError
 from fastllama.model.cache import CacheOverflowError, StaticCache
 from fastllama.tokenizer import load_tokenizer
@@ -14,6 +14,7 @@ __all__ = [
     "GenerationConfig",
     "LlamaConfig",
     "LlamaForCausalLM",
+    "QuantizationConfig",
     "StaticCache",
     "load_tokenizer",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastllama.config import GenerationConfig, LlamaConfig
+from fastllama.config import GenerationConfig, LlamaConfig, QuantizationConfig
 from fastllama.engine.decoder import check_plain
 from fastllama.engine.runner import Runner
 from fastllama.generation.generate import Streamer, generate, stream
@@ -48,7 +48,7 @@ class LlamaForCausalLM(Llama):
         name: str | Path,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device = "cpu",
-        quantize: str | None = None,
+        quantize: str | QuantizationConfig | None = None,
         progress: bool = True,
         strict: bool = False,
     ) -> LlamaForCausalLM:
@@ -59,7 +59,8 @@ class LlamaForCausalLM(Llama):
                 ``"random:SHAPE"`` for random weights in a published shape such as ``"random:llama-3.2-1b"``.
             dtype: dtype of the parameters; the checkpoint's for None and ``"auto"`` (float32 for blocks of GGUF).
             device: where the parameters go.
-            quantize: not available yet; must be None.
+            quantize: keep the weights in 8 or 4 bits, made while they are read: ``"int8"``, ``"int4"`` or a
+                QuantizationConfig; None for those of a checkpoint as it is, quantized or not.
             progress: show a progress bar on stderr if that is a terminal.
             strict: refuse what is otherwise named in a warning and left out: unknown keys of the configs, tensors that
                 no Llama uses, generation settings that ``generate`` does not do.
@@ -97,7 +98,7 @@ class LlamaForCausalLM(Llama):
             input_ids: prompts, integers ``[b, t]``, padded on either side.
             attention_mask: ``[b, t]``, 0 where a prompt is padded. Without a mask, pad ids are padding, unless the pad
                 id is also an EOS id.
-            generation_config: used instead of the model's own.
+            generation_config: used instead of the model's own; of transformers' object, what it sets.
             streamer: an object with ``put`` and ``end``, as in transformers; receives the prompt, then each token.
             settings: override the generation config: ``max_new_tokens``, ``max_length`` (prompt included),
                 ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``seed``, ``eos_token_id`` (one or
@@ -111,7 +112,7 @@ class LlamaForCausalLM(Llama):
             TypeError: an unknown setting, by name.
             ValueError: a setting out of range, ids outside the vocabulary, a prompt without tokens.
         """
-        config = generation_config or self.generation_config
+        config = self.generation_config.under(generation_config)
         return generate(engine_of(self), input_ids, attention_mask, config, streamer, **settings)
 
     def stream(
@@ -127,7 +128,7 @@ class LlamaForCausalLM(Llama):
         To turn them into text, use :meth:`Tokenizer.detokenizer`. Other calls wait until the iterator is exhausted or
         its ``close()`` is called.
         """
-        config = generation_config or self.generation_config
+        config = self.generation_config.under(generation_config)
         return stream(engine_of(self), input_ids, attention_mask, config, **settings)
 
     def warmup(self, max_batch_size: int = 1, max_cache_len: int | None = None) -> None:

@@ -7,6 +7,7 @@ Times are seconds, sizes bytes, bandwidths bytes per second.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from fastllama import ops
 from fastllama.config import LlamaConfig
 from fastllama.model.cache import free_memory
 from fastllama.model.llama import Llama
+from fastllama.quantization.linear import is_tied, packed_modules
 
 GIB = 1 << 30
 READ_BYTES = GIB  # far larger than any processor cache
@@ -113,8 +115,9 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def parameter_count(model: Llama) -> int:
-    """Number of weights; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of weights; tied ones count once, quantized ones as the weights that they stand for."""
+    quantized = {id(module.codes): math.prod(module.shape) for module in packed_modules(model).values()}
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(quantized.values())
 
 
 def weight_bytes_per_step(model: Llama, batch: int = 1, itemsize: int | None = None) -> int:
@@ -128,13 +131,13 @@ def weight_bytes_per_step(model: Llama, batch: int = 1, itemsize: int | None = N
         batch: sequences decoded together.
         itemsize: bytes per weight, in place of the weights' own.
     """
-    embedding = model.get_input_embeddings().weight
-    whole = list(model.parameters())
+    table, whole = model.get_input_embeddings(), [*model.parameters(), *model.buffers()]
     rows = 0
-    if model.get_output_embeddings().weight is not embedding:
-        whole = [parameter for parameter in whole if parameter is not embedding]
-        rows = batch * embedding.shape[1] * (itemsize or embedding.itemsize)
-    return rows + sum(parameter.numel() * (itemsize or parameter.itemsize) for parameter in whole)
+    if not is_tied(model):
+        own = [*table.parameters(), *table.buffers()]
+        whole = [tensor for tensor in whole if all(tensor is not each for each in own)]
+        rows = sum(tensor.numel() * (itemsize or tensor.itemsize) for tensor in own) // table.num_embeddings
+    return batch * rows + sum(tensor.numel() * (itemsize or tensor.itemsize) for tensor in whole)
 
 
 def kv_cache_bytes(config: LlamaConfig, tokens: int, batch: int = 1, itemsize: int = 2) -> int:

@@ -17,6 +17,8 @@ from fastllama_kernels.attention import op as attention_op
 from fastllama_kernels.common import activations, bandwidth, build, calls, shapes
 from fastllama_kernels.layers import op as layers_op
 from fastllama_kernels.linear import op as linear_op
+from fastllama_kernels.linear import packed as packed_op
+from fastllama_kernels.linear import quantize as quantize_op
 from fastllama_kernels.sampling import op as sampling_op
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,9 @@ SHAPES = shapes.SHAPES  # of published models
 Layer = layers_op.Layer
 Weights = layers_op.Weights
 DENSE, DENSE_BIAS, TENSORS = layers_op.DENSE, layers_op.DENSE_BIAS, layers_op.TENSORS
+packed_kind = layers_op.packed_kind
+PANEL, LINE, MIDDLE = packed_op.PANEL, packed_op.LINE, packed_op.MIDDLE
+dequantized = packed_op.dequantized
 SamplingParams = sampling_op.SamplingParams
 row_seed = sampling_op.row_seed
 
@@ -124,6 +129,18 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("cuda", "Triton kernel", _op("gate_up"), max_rows=CUDA_ROWS),
         Rule("cuda", "Triton norm and activation, cuBLAS", linear_op.gate_up_wide, launches=2),
         Rule(None, "torch", linear_op.gate_up_ref, launches=0),
+    ),
+    "linear_packed": (
+        Rule("cpu", "C++ kernel", _op("linear_packed")),
+        Rule(None, "dequantized, torch", packed_op.linear_packed_ref, launches=0),
+    ),
+    "gate_up_packed": (
+        Rule("cpu", "C++ kernel", _op("gate_up_packed")),
+        Rule(None, "dequantized, torch", packed_op.gate_up_packed_ref, launches=0),
+    ),
+    "embed_packed": (
+        Rule("cpu", "C++ kernel", _op("embed_packed")),
+        Rule(None, "torch", packed_op.embed_packed_ref, launches=0),
     ),
     "rotary_attention": (
         Rule("cpu", "C++ kernel", _countless(_op("rotary_attention")), max_tokens=TOKENS),
@@ -259,6 +276,39 @@ def gate_up(
     return _run("gate_up", x, weight, bias, norm_weight, eps, ACTIVATIONS[activation].number)
 
 
+def linear_packed(x: torch.Tensor, *args: Any) -> torch.Tensor:
+    """``linear`` with a matrix of codes; arguments as in :mod:`fastllama_kernels.linear.packed`."""
+    return _run("linear_packed", x, *args)
+
+
+def gate_up_packed(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    activation: str,
+    *args: Any,
+) -> torch.Tensor:
+    """``gate_up`` with a matrix of codes; see :mod:`fastllama_kernels.linear.packed`."""
+    number = ACTIVATIONS[activation].number
+    return _run("gate_up_packed", x, codes, scales, zeros, bias, norm_weight, eps, number, *args)
+
+
+def embed_packed(like: torch.Tensor, *args: Any) -> torch.Tensor:
+    """Rows of a matrix of codes, in the dtype of ``like``; see :mod:`fastllama_kernels.linear.packed`."""
+    return _run("embed_packed", like, *args)
+
+
+def quantize(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of a matrix; see :mod:`fastllama_kernels.linear.quantize`."""
+    if weight.device.type == "cpu" and weight.dtype in KERNEL_DTYPES and build.load() is None:
+        return torch.ops.fastllama.quantize(weight, bits, group)
+    return quantize_op.quantize_ref(weight, bits, group)
+
+
 def rotary_attention(
     qkv_btn: torch.Tensor,
     cos_sd: torch.Tensor,
@@ -313,6 +363,9 @@ def layers(
 # ---- what runs, for people -----------------------------------------------------------------------------------------
 
 
+PACKED = "_packed"  # ends the names of operations with quantized matrices
+
+
 class Choice(NamedTuple):
     """One row of :func:`report`."""
 
@@ -322,7 +375,12 @@ class Choice(NamedTuple):
 
 
 def report(
-    device: torch.device | str, dtype: torch.dtype, head_dim: int | None = None, rows: int = 1, tokens: int = 1
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int | None = None,
+    rows: int = 1,
+    tokens: int = 1,
+    quantized: bool = False,
 ) -> list[Choice]:
     """What a step on this device, in this dtype and with such heads, would run, op by op, and why.
 
@@ -332,8 +390,10 @@ def report(
         head_dim: of the model; None: one that the kernels take.
         rows: of the step, all tokens of the batch together.
         tokens: of each row of the batch.
+        quantized: whether matrices are; then those that are not run as without.
     """
     choices = _choices(str(torch.device(device)), dtype, Case(rows, tokens, head_dim))
+    choices = (choice for choice in choices if quantized or not choice.op.endswith(PACKED))
     return [*choices, Choice("embedding, bookkeeping", "Inductor", "fused by torch.compile")]
 
 

@@ -150,6 +150,13 @@ def test_modules_that_the_engine_would_not_run_are_refused_with_the_reason(chang
             call()
 
 
+def test_a_forward_put_into_a_class_is_refused(decoded, monkeypatch):
+    mlp = type(decoded.model.layers[0].mlp)
+    monkeypatch.setattr(mlp, "forward", lambda self, x: x)
+    with pytest.raises(NotImplementedError, match=r"layers\.0\.mlp has a forward\(\) that was put into its class"):
+        decoded.generate(IDS)
+
+
 def test_a_global_hook_is_refused(decoded):
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:

@@ -32,7 +32,7 @@ Every public name. Whatever is not on this page may change without notice. Shape
 batch, `t` tokens, `n` tokens in total, `s` cache slots, `h` query heads, `k` key/value heads, `d` head dimension, `m`
 hidden size, `v` vocabulary.
 """
-COMMANDS = ("generate", "chat", "info")
+COMMANDS = ("generate", "chat", "info", "quantize")
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises):\n((?: .*\n?|\n)+)", re.M)
 ENTRY = re.compile(r"^(?P<names>\**[\w.]+(?:, \**[\w.]+)*): (?P<text>.*(?:\n[ ].*)*)", re.M)
 TITLES = {"Args": "Arguments"}

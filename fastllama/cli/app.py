@@ -11,6 +11,7 @@ from fastllama.cli.chat import chat
 from fastllama.cli.console import installed_version, write
 from fastllama.cli.generate import generate
 from fastllama.cli.info import info
+from fastllama.cli.quantize import quantize
 
 COMMANDS = "fastllama.commands"  # the entry points by which other packages add commands
 
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, info):
+for command in (generate, chat, info, quantize):
     app.command()(command)
 for entry_point in entry_points(group=COMMANDS):
     app.add_typer(entry_point.load(), name=entry_point.name)

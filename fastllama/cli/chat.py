@@ -17,6 +17,7 @@ def chat(
     model: options.Model = "demo",
     dtype: options.Dtype = None,
     device: options.Device = None,
+    quantize: options.Quantize = None,
     system: Annotated[str | None, typer.Option(help="System prompt.", show_default="none")] = None,
     max_new_tokens: options.MaxNewTokens = None,
     sample: options.Sample = None,
@@ -32,7 +33,7 @@ def chat(
     """Chat with a model. Ctrl-C stops an answer, /clear starts a new conversation, /quit or Ctrl-D exits."""
     with errors_in_one_line(debug):
         sampling = options.sampling_arguments(sample, temperature, top_k, top_p, min_p, seed)
-        loaded = options.load(model, dtype, device, quiet, strict)
+        loaded = options.load(model, dtype, device, quiet, strict, quantize)
         conversation = Conversation(loaded.tokenizer, system)
         if not conversation.has_template and not quiet:
             stderr().print(

@@ -83,13 +83,14 @@ def gather(
     source = resolve(model, strict)
     config = source.config.replace(dtype=source.dtype(dtype))
     where = torch.device(device)
+    kernels = (config.torch_dtype, config.head_dim, 1, 1, config.quantization is not None)
     with progress(quiet) as say:
         say("measuring memory bandwidth")
         decoding = _decoding(config, where, context or config.max_position_embeddings)
     return {
         "model": {"name": model} | {field: getattr(config, field) for field in SHAPE_FIELDS},
         "decoding": decoding,
-        "ops": [choice._asdict() for choice in ops.report(where, config.torch_dtype, config.head_dim)],
+        "ops": [choice._asdict() for choice in ops.report(where, *kernels)],
         "machine": _machine(where),
         "versions": versions(),
     }
@@ -119,22 +120,18 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 def _decoding(config: LlamaConfig, device: torch.device, context: int) -> dict[str, Any]:
     """Sizes, and the bandwidth bound of the time per token."""
-    import torch
-
     from fastllama import LlamaForCausalLM, ops
+    from fastllama.loading.load import on_meta
     from fastllama.measure import kv_cache_bytes, memory_bandwidth, parameter_count, weight_bytes_per_step
 
-    with torch.device("meta"):
-        skeleton = LlamaForCausalLM(config)
-    itemsize = config.torch_dtype.itemsize
-    parameters = parameter_count(skeleton)
-    weights = weight_bytes_per_step(skeleton, itemsize=itemsize)
-    cache = kv_cache_bytes(config, context, itemsize=itemsize)
+    skeleton = on_meta(LlamaForCausalLM, config)
+    weights = weight_bytes_per_step(skeleton)
+    cache = kv_cache_bytes(config, context, itemsize=config.torch_dtype.itemsize)
     bandwidth = memory_bandwidth(device)
     return {
         "dtype": config.dtype,
-        "parameters": parameters,
-        "weight_bytes": parameters * itemsize,
+        "parameters": parameter_count(skeleton),
+        "weight_bytes": sum(tensor.nbytes for tensor in (*skeleton.parameters(), *skeleton.buffers())),
         "weight_bytes_per_step": weights,
         "context": context,
         "kv_cache_bytes": cache,

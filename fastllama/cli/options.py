@@ -26,6 +26,9 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.", show_default="the checkpoint's"),
 ]
+Quantize = Annotated[
+    str | None, typer.Option(metavar="SCHEME", help="Quantize while loading: int8 or int4.", show_default="none")
+]
 Device = Annotated[str | None, typer.Option(help="Device: cpu or cuda.", show_default="cuda if available")]
 MaxNewTokens = Annotated[
     int | None,
@@ -116,12 +119,14 @@ def pick_device(device: str | None) -> str:
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load(name: str, dtype: str | None, device: str | None, quiet: bool, strict: bool = False) -> Loaded:
+def load(
+    name: str, dtype: str | None, device: str | None, quiet: bool, strict: bool = False, quantize: str | None = None
+) -> Loaded:
     """Load a model and its tokenizer; generation settings that are not available are left out, with a warning."""
     from fastllama import LlamaForCausalLM, load_tokenizer
 
-    where = pick_device(device)
-    model = LlamaForCausalLM.from_pretrained(name, dtype=dtype, device=where, progress=not quiet, strict=strict)
+    how = {"device": pick_device(device), "quantize": quantize, "progress": not quiet, "strict": strict}
+    model = LlamaForCausalLM.from_pretrained(name, dtype=dtype, **how)
     if left_out := sorted(model.generation_config.other):
         logger.warning("decoding without the checkpoint's settings %s", ", ".join(left_out))
         model.generation_config = model.generation_config.replace(other={})

@@ -1,7 +1,8 @@
-"""What a checkpoint says: ``LlamaConfig`` with its ``RopeParameters``, and ``GenerationConfig``."""
+"""What a checkpoint says: ``LlamaConfig`` and what is in it, and ``GenerationConfig``."""
 
 from fastllama.config.generation import GenerationConfig
 from fastllama.config.llama import LlamaConfig
+from fastllama.config.quantization import QuantizationConfig
 from fastllama.config.rope import RopeParameters
 
-__all__ = ["GenerationConfig", "LlamaConfig", "RopeParameters"]
+__all__ = ["GenerationConfig", "LlamaConfig", "QuantizationConfig", "RopeParameters"]

@@ -68,6 +68,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def plain_eos(eos: Any) -> int | tuple[int, ...] | None:
     """Normalize EOS ids: an int stays, a list becomes a tuple, None stays; negative ids, such as -1, mean none."""
+    eos = eos.tolist() if hasattr(eos, "tolist") else eos  # of a tensor
     if eos is None or _is_negative(eos):
         return None
     is_list = isinstance(eos, (list, tuple))

@@ -41,6 +41,10 @@ UNSUPPORTED_GENERATION: dict[str, Any] = {
     "exponential_decay_length_penalty": None, "suppress_tokens": [], "begin_suppress_tokens": [],
     "sequence_bias": {}, "token_healing": False, "guidance_scale": 1.0, "watermarking_config": None,
     "return_dict_in_generate": False,
+    # Arguments of generate() alone.
+    "logits_processor": [], "stopping_criteria": [], "prefix_allowed_tokens_fn": None, "synced_gpus": False,
+    "assistant_model": None, "negative_prompt_ids": None, "negative_prompt_attention_mask": None,
+    "custom_generate": None,
 }
 
 # Generation settings that do not change which tokens come out: how caches and compilation are organised,
@@ -172,6 +176,19 @@ class GenerationConfig:
     def from_hf(cls, config: Any) -> GenerationConfig:
         """Read a transformers generation config object, through its ``to_dict()``."""
         return cls.from_dict(config.to_dict())
+
+    def under(self, config: Any) -> GenerationConfig:
+        """A call's own config, which may be transformers'; of that, what it leaves open is this one's.
+
+        Raises:
+            TypeError: it is neither.
+        """
+        if config is None or isinstance(config, GenerationConfig):
+            return config or self
+        if not hasattr(config, "to_dict"):
+            raise TypeError(f"generation_config is a {type(config).__name__}; expected a GenerationConfig")
+        given = {key: value for key, value in config.to_dict().items() if value is not None}
+        return GenerationConfig.from_dict(self.to_dict() | given)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], strict: bool = False) -> GenerationConfig:

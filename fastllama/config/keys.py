@@ -55,6 +55,7 @@ CHANGING_KEYS: dict[str, Change] = {
     r"^(use_)?post_(attention_)?norm|sandwich_norm|norm_after|unit_offset": Change("normalize elsewhere or otherwise"),
     r"^(layer_)?norm(alization)?_type$": Change("normalize otherwise", ("rms", "rmsnorm")),
     r"^num_(local_)?experts$": Change("replace the MLP by a choice of experts", (1, *_EMPTY)),
+    r"^num_experts_per_tok(en)?$": Change("replace the MLP by a choice of experts", (1, *_EMPTY)),
     r"expert|(^|_)moe(_|$)|first_k_dense|mlp_only_layers": Change("replace the MLP by a choice of experts", _EMPTY),
     r"soft_?cap|logit_cap": Change("bound scores or logits smoothly", _EMPTY),
     r"^(residual|embedding|attention(_in|_out)?|key|lm_head|mlp|output|logits?)_multipliers?$": Change(
@@ -76,7 +77,7 @@ CHANGING_KEYS: dict[str, Change] = {
         Change("hide tokens by their distance", (-1, *_EMPTY))
     ),
     r"^(kv|q)_lora_rank|use_mla|kv_shared|cla_share": Change("compress or share keys and values", _EMPTY),
-    r"no_rope_layers|^nope_layers": Change("leave the rotary embedding out of some layers", (1, [], {})),
+    r"no_rope_layers": Change("leave the rotary embedding out of some layers", (1, [], {})),
     r"no_rope|(^|_)nope(_|$)": Change("leave the rotary embedding out of some layers", _EMPTY),
     r"^use_rope$": Change("leave the rotary embedding out", (True,)),
     r"^(use_)?alibi$": Change("add a bias by distance to the attention scores"),

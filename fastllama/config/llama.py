@@ -31,6 +31,7 @@ from fastllama.config.fields import (
 )
 from fastllama.config.generation import INERT_GENERATION, UNSUPPORTED_GENERATION, GenerationConfig
 from fastllama.config.keys import INERT_KEYS, change_of, check_changing, check_own_code, text_part
+from fastllama.config.quantization import METHOD, QuantizationConfig
 from fastllama.config.rope import ROPE_KEYS, RopeParameters
 
 AUTO = "auto"  # the dtype of the stored weights
@@ -78,6 +79,7 @@ class LlamaConfig:
     output_attentions: bool = False
     output_hidden_states: bool = False
     return_dict: bool = True
+    quantization: QuantizationConfig | None = None
 
     def __post_init__(self) -> None:
         check_int("num_attention_heads", self.num_attention_heads, at_least=1, at_most=INDEX_LIMIT)
@@ -164,18 +166,23 @@ class LlamaConfig:
         model_type = values.pop("model_type", None)
         if model_type not in (None, "llama"):
             raise bad("model_type", model_type, "'llama': fastllama runs Llama checkpoints only")
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = {field.name for field in dataclasses.fields(cls)} - {"quantization"}
         inert = INERT_KEYS | INERT_GENERATION | UNSUPPORTED_GENERATION.keys() | {"auto_map"}
         inert |= {field.name for field in dataclasses.fields(GenerationConfig)}
-        check_changing({key: value for key, value in values.items() if key not in known | inert})
+        other = {key: value for key, value in values.items() if key not in known | inert}
+        check_changing({key: value for key, value in other.items() if not _is_ours(value)})
         check_own_code(values, strict)
+        quantization = values.pop("quantization_config", None)
         rope = _take_rope(values, strict)
         dtype = _take_dtype(values, strict)
         values = {key: value for key, value in values.items() if value is not None or key in _TOKEN_IDS}
         if unknown := sorted(key for key in set(values) - known - inert - {"layer_types"} if change_of(key) is None):
             tolerate(f"unknown config keys {', '.join(unknown)}: left out", strict)
         fields: dict[str, Any] = {key: value for key, value in values.items() if key in known}
-        return cls(**fields | {"rope": rope, "dtype": dtype})
+        fields |= {"rope": rope, "dtype": dtype}
+        if isinstance(quantization, Mapping) and quantization:
+            fields["quantization"] = QuantizationConfig.from_dict(quantization)
+        return cls(**fields)
 
     @classmethod
     def from_hf(cls, config: Any) -> LlamaConfig:
@@ -203,7 +210,9 @@ class LlamaConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the object of a ``config.json`` in both spellings, which transformers v4 and v5 both read."""
         config = dataclasses.asdict(self)
-        del config["rope"]
+        del config["rope"], config["quantization"]
+        if self.quantization is not None:
+            config["quantization_config"] = self.quantization.to_dict()
         if isinstance(self.eos_token_id, tuple):
             config["eos_token_id"] = list(self.eos_token_id)
         rope = self.rope.to_dict()
@@ -242,6 +251,11 @@ def dtype_name(dtype: Any) -> Any:
     """The name of a dtype as :class:`LlamaConfig` has it, given a torch.dtype or one of its names in use."""
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else dtype
     return DTYPE_ALIASES.get(name, name) if isinstance(name, str) else name
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether a config's value says how fastllama has quantized the weights."""
+    return isinstance(value, Mapping) and value.get("quant_method") == METHOD
 
 
 def _text_part(config: Mapping[str, Any], strict: bool) -> dict[str, Any]:

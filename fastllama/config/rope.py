@@ -80,6 +80,9 @@ class RopeParameters:
         for name in ("short_factor", "long_factor"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, numbers(name, getattr(self, name)))
+        for name in ("beta_fast", "beta_slow"):  # as in transformers, where 0 is the default's value too
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, None)
         self._check_values()
 
     def _check_values(self) -> None:

@@ -367,4 +367,4 @@ def _runs(slots: Iterable[int]) -> Iterator[tuple[int, int]]:
 
 def weights_fingerprint(model: Llama) -> tuple[Any, ...]:
     """Changes when a model's parameters are replaced or moved (in-place updates reach the engine anyway)."""
-    return tuple((p.data_ptr(), p.dtype, p.shape) for p in model.parameters())
+    return tuple((p.data_ptr(), p.dtype, p.shape) for p in [*model.parameters(), *model.buffers()])

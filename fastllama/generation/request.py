@@ -64,6 +64,11 @@ def requests_of(
         ValueError: ids or mask of another shape or dtype, ids outside the vocabulary, a row without tokens, no room for
             a new token, more EOS ids than there is room for.
     """
+    if not isinstance(input_ids, torch.Tensor):
+        raise TypeError(
+            f"input_ids is a {type(input_ids).__name__}; expected a tensor of integers [batch, tokens]: tokenize with "
+            'return_tensors="pt"'
+        )
     if input_ids.dim() == 2 and not input_ids.numel():
         raise ValueError(NO_PROMPT)
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.long, torch.int):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -69,12 +69,15 @@ def merged(model: Model, folder: Path) -> Model:
             f"{folder} has an {ADAPTER_CONFIG_NAME} and no {ADAPTER_WEIGHTS_NAME}; fetch it again. (A pickled adapter "
             "is refused, because reading one can run any code.)"
         )
+    _check_kind(folder)
     config: Any = model.config
     model.config = SimpleNamespace(**config.to_dict(), to_dict=config.to_dict)  # type: ignore[assignment] (peft sets fields)
     try:
         tensors = load_file(folder / ADAPTER_WEIGHTS_NAME)
+        _check_vocabulary(folder, tensors, config.vocab_size)
         adapted: Any = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
         _check_tensors(folder, tensors, get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        config = _untied(adapted.get_base_model(), config)
         result = adapted.merge_and_unload().requires_grad_(False)
     except CheckpointError:
         raise
@@ -84,6 +87,46 @@ def merged(model: Model, folder: Path) -> Model:
     for module in result.modules():
         module._forward_hooks.clear()  # peft leaves one, for gradients of the embedding
     return result
+
+
+def _check_kind(folder: Path) -> None:
+    """Refuse adapters that are more than changes of weights."""
+    settings = read_json(folder / ADAPTER_CONFIG_NAME)
+    kind = settings.get("peft_type")
+    reason = None
+    if not isinstance(kind, str):
+        reason = f"its peft_type is {kind!r}, expected one such as 'LORA'"
+    elif "PROMPT" in kind.upper() or kind.upper() in ("P_TUNING", "PREFIX_TUNING", "CPT"):
+        reason = f"{kind} puts tokens before a text, which cannot be merged into weights"
+    elif settings.get("layer_replication"):
+        reason = "layer_replication adds layers; merge it with peft's merge_and_unload() and save the model"
+    elif settings.get("ensure_weight_tying"):
+        reason = "ensure_weight_tying changes two weights as one; merge it with peft's merge_and_unload() and save that"
+    if reason is not None:
+        raise CheckpointError(f"the adapter in {folder} cannot be merged into its base model: {reason}")
+
+
+def _check_vocabulary(folder: Path, stored: Mapping[str, torch.Tensor], size: int) -> None:
+    """Refuse an adapter that was trained with more or fewer tokens than its base has."""
+    for key, tensor in stored.items():
+        if WHOLE.search(key) and tensor.shape[0] != size:
+            raise CheckpointError(
+                f"the adapter in {folder} was trained with a vocabulary of {tensor.shape[0]} tokens, its base has "
+                f"{size}: resize the base with transformers' resize_token_embeddings({tensor.shape[0]}), merge the "
+                "adapter with peft's merge_and_unload(), and save the model"
+            )
+
+
+def _untied(base: Any, config: Any) -> Any:
+    """The config, and the head on its own, where an adapter changes it or the embedding, to which it was tied."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head, table = (cast(Any, module) for module in (base.lm_head, base.model.embed_tokens))
+    if not config.tie_word_embeddings or not any(isinstance(module, BaseTunerLayer) for module in (head, table)):
+        return config
+    layer: Any = head.get_base_layer() if hasattr(head, "get_base_layer") else head
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    return config.replace(tie_word_embeddings=False)
 
 
 def _check_tensors(folder: Path, stored: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:

@@ -119,7 +119,7 @@ def tensors_of(file: Gguf, config: LlamaConfig) -> dict[str, GgufTensor]:
         base, _, suffix = key.rpartition(".")
         block = pattern.fullmatch(base)
         if block is None:
-            found[f"{names.get(base, base)}.{suffix}"] = tensor
+            found[f"{names.get(base, f'model.{base}')}.{suffix}"] = tensor
             continue
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(block[2], 0)
         if heads and int(block[1]) in layers and tensor.shape[0] == heads * config.head_dim:

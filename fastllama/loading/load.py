@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -13,12 +14,13 @@ from tqdm import tqdm
 
 from fastllama.config import LlamaConfig
 from fastllama.config.fields import CONFIG_NAME, tolerate
+from fastllama.config.quantization import QuantizationConfig
 from fastllama.loading import adapter
 from fastllama.loading.match import EMBEDDING, HEAD, layers_in, matched, missing_hint
 from fastllama.loading.names import resolve
+from fastllama.loading.random import random_tensors
 from fastllama.loading.stored import CheckpointError, Stored
-
-RANDOM_POOL = 8388593  # size of the pool that random weights are cut from; prime, so that no two rows coincide
+from fastllama.quantization.linear import Packed, quantize_modules, together
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,7 +30,7 @@ def load_model(
     name: str | os.PathLike[str],
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    quantize: str | None = None,
+    quantize: str | QuantizationConfig | None = None,
     progress: bool = True,
     strict: bool = False,
 ) -> Model:
@@ -39,7 +41,7 @@ def load_model(
         name: see :func:`resolve`.
         dtype: dtype of the parameters; for None and ``"auto"`` the config's, or else that of the stored weights.
         device: where the parameters go.
-        quantize: not available yet.
+        quantize: quantize the weights as they are read: ``"int8"``, ``"int4"`` or a QuantizationConfig.
         progress: show a progress bar on stderr if that is a terminal.
         strict: refuse what is otherwise named in a warning and left out: unknown keys, tensors that no Llama uses.
 
@@ -52,37 +54,44 @@ def load_model(
             point; or tensors hold NaN. The message lists all of them.
         ValueError, NotImplementedError: its configs ask for something that fastllama does not support.
     """
-    if quantize is not None:
-        raise NotImplementedError(f"int8/int4 are not available yet: quantize is {quantize!r}, expected None")
     source = resolve(name, strict)
     config = source.config.replace(dtype=source.dtype(dtype))
-    stored: Mapping[str, Stored] = {}
-    if source.path is not None:
+    wanted = QuantizationConfig.of(quantize)
+    if wanted is not None and (config.quantization or source.adapter):
+        what = "quantized already" if config.quantization else "an adapter: load it, save the model, and quantize that"
+        raise ValueError(f"{source.name} is {what} (quantize is {quantize!r})")
+    if source.path is None:
+        shapes = {key: tensor.shape for key, tensor in _tensors(on_meta(model_cls, config)).items()}
+        stored: Mapping[str, Stored] = random_tensors(shapes, config.initializer_range)
+    else:
         stored = _checked(source.path, source.find_tensors(), config, model_cls, strict)
         if config.tie_word_embeddings and _head_differs(source.path, stored, strict):
             config = config.replace(tie_word_embeddings=False)
-    model = _on_meta(model_cls, config)
-    parameters = _materialise(model, config.torch_dtype, torch.device(device))
-    if source.path is None:
-        _fill_random(parameters, config.initializer_range)
-    else:
-        _fill(parameters, stored, source.path, progress)
-    tie_weights: Any = getattr(model, "tie_weights", None)
-    if tie_weights is not None:
-        tie_weights()
+    model = on_meta(model_cls, config.replace(quantization=wanted or config.quantization))
+    _materialise(model, torch.device(device))
+    _fill(model, stored, source.path, progress)
     if source.adapter is not None:
         model = adapter.merged(model, source.adapter)
     model.generation_config = source.generation_config  # type: ignore[assignment]
     return model.eval()
 
 
-def _on_meta(model_cls: type[Model], config: LlamaConfig) -> Model:
-    """A model without memory."""
+def on_meta(model_cls: type[Model], config: LlamaConfig) -> Model:
+    """A model without memory, in the config's dtype and with quantized modules where it says so."""
     try:
         with torch.device("meta"):
-            return model_cls(config)
+            model = model_cls(config).to(config.torch_dtype)
+            if config.quantization is not None:
+                quantize_modules(model, config, config.quantization)
     except RuntimeError as error:
         raise CheckpointError(f"the sizes in {CONFIG_NAME} make no network: {error}") from error
+    return model.requires_grad_(False)
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds of a model, by name: parameters, codes and scales; tied ones twice."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return dict(parameters) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _checked(
@@ -95,17 +104,20 @@ def _checked(
     message, layers = f"the weights in {where} do not fit its {CONFIG_NAME}:", layers_in(stored)
     if layers < config.num_hidden_layers:  # before a network of as many layers is made
         raise CheckpointError(message, [f"num_hidden_layers is {config.num_hidden_layers}, the weights have {layers}"])
-    parameters = dict(_on_meta(model_cls, config).named_parameters(remove_duplicate=False))
-    found, problems = matched(stored, parameters, config.num_hidden_layers, str(where), strict)
-    present = {id(parameters[key]) for key in found}
-    for key, parameter in parameters.items():
-        if id(parameter) not in present:
-            problems.append(f"{key}: missing, expected {list(parameter.shape)}{missing_hint(key)}")
-            present.add(id(parameter))
+    wanted = _tensors(on_meta(model_cls, config))
+    found, problems = matched(stored, wanted, config.num_hidden_layers, str(where), strict)
+    present = {id(wanted[key]) for key in found}
+    for key, tensor in wanted.items():
+        if id(tensor) not in present:
+            problems.append(f"{key}: missing, expected {list(tensor.shape)}{missing_hint(key)}")
+            present.add(id(tensor))
     for key, tensor in found.items():
-        if tensor.shape != tuple(parameters[key].shape):
-            problems.append(f"{key}: shape {list(tensor.shape)}, expected {list(parameters[key].shape)}")
-        if not tensor.is_float:
+        if tensor.shape != tuple(wanted[key].shape):
+            problems.append(f"{key}: shape {list(tensor.shape)}, expected {list(wanted[key].shape)}")
+        if key.endswith((".codes", ".scales")):
+            if tensor.natural_dtype != wanted[key].dtype:
+                problems.append(f"{key}: stored as {tensor.dtype}, expected {wanted[key].dtype}")
+        elif not tensor.is_float:
             problems.append(f"{key}: stored as {tensor.dtype}, which is not read")
     if problems:
         raise CheckpointError(message, problems)
@@ -131,70 +143,48 @@ def _head_differs(where: Path, stored: Mapping[str, Stored], strict: bool) -> bo
     return True
 
 
-def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Parameter]:
-    """Give every parameter memory, uninitialised; parameters shared under several names stay shared."""
-    made: dict[int, nn.Parameter] = {}
-    parameters = {}
-    for key, abstract in list(model.named_parameters(remove_duplicate=False)):
-        if id(abstract) not in made:
-            memory = torch.empty(abstract.shape, dtype=dtype, device=device)
-            made[id(abstract)] = nn.Parameter(memory, requires_grad=False)
+def _materialise(model: nn.Module, device: torch.device) -> None:
+    """Give every parameter and buffer memory, uninitialised; those shared under several names stay shared.
+
+    Those that are multiplied together lie one behind the other.
+    """
+    made: dict[int, torch.Tensor] = {}
+    for joined in together(model):
+        sizes = [len(tensor) for tensor in joined]
+        memory = torch.empty((sum(sizes), *joined[0].shape[1:]), dtype=joined[0].dtype, device=device)
+        made.update(zip(map(id, joined), memory.split(sizes), strict=True))
+    for key, abstract in _tensors(model).items():
+        if id(abstract) not in made or not isinstance(made[id(abstract)], type(abstract)):
+            memory = made.get(id(abstract))
+            memory = torch.empty_like(abstract, device=device) if memory is None else memory
+            is_parameter = isinstance(abstract, nn.Parameter)
+            made[id(abstract)] = nn.Parameter(memory, requires_grad=False) if is_parameter else memory
         owner, _, attribute = key.rpartition(".")
         setattr(model.get_submodule(owner), attribute, made[id(abstract)])
-        parameters[key] = made[id(abstract)]
-    assert not any(buffer.is_meta for buffer in model.buffers()), "a checkpoint does not hold buffers"
-    return parameters
 
 
-def _fill(parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Stored], where: Path, progress: bool) -> None:
-    """Copy every stored tensor into its parameter."""
-    filled: set[int] = set()
-    problems = []
-    total = sum(parameters[key].nbytes for key in stored)
+def _fill(model: nn.Module, stored: Mapping[str, Stored], where: Path | None, progress: bool) -> None:
+    """Copy every stored tensor into its place; quantize it where its module is quantized and it is not."""
+    tensors, filled, problems = _tensors(model), set[int](), []
+    total = sum(math.prod(tensor.shape) for tensor in stored.values())
     disable = None if progress else True  # None: shown on a terminal only
-    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", leave=False, disable=disable) as bar:
+    with tqdm(total=total, unit="weights", unit_scale=True, desc="loading", leave=False, disable=disable) as bar:
         for key, tensor in stored.items():
-            parameter = parameters[key]
-            if id(parameter) not in filled and not _copy(tensor, parameter):
-                problems.append(f"{key}: holds NaN")
-            filled.add(id(parameter))
-            bar.update(parameter.nbytes)
+            packed = None if key in tensors else cast(Packed, model.get_submodule(key.rpartition(".")[0]))
+            target = tensors[key] if packed is None else packed.codes
+            if id(target) not in filled:
+                clean = _copy(tensor, target) if packed is None else packed.fill(block for _, block in tensor.blocks())
+                problems += [] if clean else [f"{key}: holds NaN{'' if packed is None else ' or infinity'}"]
+            filled.add(id(target))
+            bar.update(math.prod(tensor.shape))
     if problems:
         raise CheckpointError(f"the weights in {where} are damaged:", problems)
 
 
-def _copy(tensor: Stored, parameter: nn.Parameter) -> bool:
-    """Fill the parameter from the file; return whether it is free of NaN."""
+def _copy(tensor: Stored, target: torch.Tensor) -> bool:
+    """Fill the parameter or buffer from the file; return whether it is free of NaN."""
     clean = True
     for rows, block in tensor.blocks():
-        parameter.data[rows].copy_(block)
-        clean = clean and not block.max().isnan()  # max propagates NaN, and takes a fraction of isnan's time
+        target.data[rows].copy_(block)
+        clean = clean and not (block.is_floating_point() and block.max().isnan())  # max propagates NaN, and is faster
     return clean
-
-
-@torch.no_grad()
-def _fill_random(parameters: Mapping[str, nn.Parameter], std: float) -> None:
-    """Normal weights, norms of one and biases of zero; the same numbers in every run and on every device.
-
-    Generating a number for each weight would take longer than reading weights from a disk, so weights are cut from a
-    pool of normal numbers, each at another offset.
-    """
-    pool = torch.randn(RANDOM_POOL, generator=torch.Generator().manual_seed(0)).mul_(std)
-    offset = 0
-    for key, parameter in parameters.items():
-        pool = pool.to(parameter)
-        if parameter.dim() == 1:
-            parameter.fill_(0.0 if key.endswith("bias") else 1.0)
-        else:
-            offset = _tile(parameter.view(-1), pool, offset)
-
-
-def _tile(target: torch.Tensor, pool: torch.Tensor, offset: int) -> int:
-    """Fill ``target`` with the pool's numbers, cyclically from ``offset``; return the offset after the last one."""
-    start = 0
-    while start < target.numel():
-        piece = pool[offset : offset + target.numel() - start]
-        target[start : start + piece.numel()] = piece
-        start += piece.numel()
-        offset = (offset + piece.numel()) % pool.numel()
-    return offset

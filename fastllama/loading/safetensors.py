@@ -25,7 +25,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 #: The dtypes that are read, in safetensors' names, and the parameters that they become where nobody says.
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.bfloat16, "F8_E5M2": torch.bfloat16,
+    "F8_E4M3": torch.bfloat16, "F8_E5M2": torch.bfloat16, "U8": torch.uint8,
 }  # fmt: skip
 
 
@@ -40,11 +40,11 @@ class SafeTensor:
 
     @property
     def is_float(self) -> bool:
-        return self.dtype in DTYPES
+        return self.dtype in DTYPES and DTYPES[self.dtype].is_floating_point
 
     @property
     def natural_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return DTYPES.get(self.dtype, torch.float32)
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield slices of rows and their content, as views of the mapped file of about BLOCK_BYTES.
@@ -57,7 +57,7 @@ class SafeTensor:
         for start in range(0, self.shape[0], step):
             with safe_open(self.file, framework="pt") as tensors:
                 block = tensors.get_tensor(self.key)[start : start + step]
-                yield slice(start, start + step), block.float() if block.itemsize == 1 else block
+                yield slice(start, start + step), block.float() if self.dtype.startswith("F8") else block
 
 
 def find_tensors(folder: Path) -> dict[str, SafeTensor]:

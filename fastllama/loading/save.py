@@ -39,9 +39,10 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str], max_shard_size:
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = model.config
     generation_config: Any = getattr(model, "generation_config", None)
-    tensors = dict(model.named_parameters(remove_duplicate=config.tie_word_embeddings))
+    tied = config.tie_word_embeddings
+    tensors = dict(model.named_parameters(remove_duplicate=tied)) | dict(model.named_buffers(remove_duplicate=tied))
     shards = _shards(tensors, _size(max_shard_size))
-    config = config.replace(dtype=dtype_name(next(iter(tensors.values())).dtype))
+    config = config.replace(dtype=dtype_name(next(model.parameters()).dtype))
     with _together(folder) as temporary:
         for shard, content in shards.items():
             file = temporary(shard)

@@ -225,12 +225,12 @@ class Llama(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.lm_head.weight.device
+        return self.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
-        return self.lm_head.weight.dtype
+        return self.model.norm.weight.dtype
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding."""
@@ -260,8 +260,11 @@ class Llama(nn.Module):
 
     def tie_weights(self) -> None:
         """Share the head's weight with the embedding where the config says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        if not self.config.tie_word_embeddings:
+            return
+        head, table = self.lm_head, self.model.embed_tokens
+        for name in ("weight",) if isinstance(head, nn.Linear) else ("codes", "scales"):  # of a quantized network
+            setattr(head, name, getattr(table, name))
 
     prepare_inputs_for_generation = prepare_inputs_for_generation
 

@@ -57,7 +57,7 @@ class JsonBackend:
             TokenizerError: the file is broken.
         """
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
         except Exception as error:  # the library raises nothing narrower
             raise TokenizerError(f"{path} is no whole tokenizer.json ({error}); fetch it again.") from error
         return cls(tokenizer, settings)

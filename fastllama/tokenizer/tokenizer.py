@@ -289,7 +289,7 @@ class Tokenizer:
         return_assistant_tokens_mask: bool = False,
         return_dict: bool = False,
         padding: bool | str = False,
-        truncation: bool | None = None,
+        truncation: bool = False,
         max_length: int | None = None,
         **variables: Any,
     ) -> Any:
@@ -299,7 +299,8 @@ class Tokenizer:
             conversation: messages like ``{"role": "user", "content": "Hey"}``.
             add_generation_prompt: whether to open the assistant's turn at the end.
             tokenize: False returns the prompt as text.
-            return_tensors, padding, truncation, max_length: as when the tokenizer is called.
+            return_tensors, padding, max_length: as when the tokenizer is called.
+            truncation: whether to cut rows to max_length.
             chat_template: a template or the name of one, by default the tokenizer's own.
             tools: functions that the model may call: their JSON schemas, or functions with type hints and a docstring,
                 of which transformers makes the schemas.

@@ -227,7 +227,6 @@ def test_debug_lets_the_traceback_through(model: FakeModel) -> None:
     [
         ("generate",),
         ("generate", "x", "--no-such-option"),
-        ("generate", "x", "--quantize", "int8"),
         ("generate", "x", "-n", "0"),
         ("generate", "x", "--greedy", "--top-k", "5"),
         ("no-such-command",),

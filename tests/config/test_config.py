@@ -40,7 +40,7 @@ LONGROPE = {
     "original_max_position_embeddings": 64,
     "factor": 4.0,
 }
-SHARED_FIELDS = sorted({field.name for field in dataclasses.fields(LlamaConfig)} - {"rope", "dtype"})
+SHARED_FIELDS = sorted({field.name for field in dataclasses.fields(LlamaConfig)} - {"rope", "dtype", "quantization"})
 
 
 def same_values(ours: LlamaConfig, hf: transformers.LlamaConfig) -> None:

@@ -76,6 +76,22 @@ def test_stopping_at_eos_equals_transformers(pair, ids, several) -> None:
     assert out.tolist() == theirs_greedy(theirs, ids, 10, eos_token_id=eos, pad_token_id=3)
 
 
+def test_transformers_own_config_and_empty_arguments_of_its_generate_are_taken(pair, ids) -> None:
+    ours, theirs = pair
+    config = transformers.GenerationConfig(max_new_tokens=4)
+    expected = theirs.generate(ids, generation_config=config, pad_token_id=0).tolist()
+    neutral = {"logits_processor": [], "stopping_criteria": [], "synced_gpus": False, "assistant_model": None}
+    assert ours.generate(ids, generation_config=config, **neutral).tolist() == expected
+    eos = torch.tensor([expected[0][-2]])
+    assert ours.generate(ids[:1], max_new_tokens=4, eos_token_id=eos).shape[1] == ids.shape[1] + 3
+    with pytest.raises(NotImplementedError, match="logits_processor"):
+        ours.generate(ids, logits_processor=[print])
+    with pytest.raises(TypeError, match="generation_config is a int"):
+        ours.generate(ids, generation_config=3)
+    with pytest.raises(TypeError, match=r"input_ids is a list; expected a tensor"):
+        ours.generate([[1, 2]])
+
+
 def test_eos_ids_come_from_the_generation_config(pair, ids) -> None:
     ours, _ = pair
     free = ours.generate(ids[:1], max_new_tokens=10)

@@ -45,8 +45,8 @@ def blocks_of(values: np.ndarray, kind: str, draw: np.random.Generator) -> np.nd
     return blocks.reshape(values.shape[0], -1)
 
 
-def requantized(source: Path, target: Path, kind: str) -> Path:
-    """A GGUF file with the same values and its matrices in another type."""
+def requantized(source: Path, target: Path, kind: str, **more: np.ndarray) -> Path:
+    """A GGUF file with the same values, its matrices in another type, and more tensors."""
     reader, draw = gguf.GGUFReader(source), np.random.default_rng(0)
     writer = gguf.GGUFWriter(target, "llama")
     for name, field in reader.fields.items():
@@ -58,6 +58,8 @@ def requantized(source: Path, target: Path, kind: str) -> Path:
         else:
             blocks = blocks_of(np.array(tensor.data, np.float32), kind, draw)
             writer.add_tensor(tensor.name, blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
+    for name, values in more.items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -249,6 +251,14 @@ def test_values_that_would_change_the_result_are_refused(rope, fields, message, 
     file = with_fields(model_of(rope=rope), tmp_path / "model.gguf", **fields)
     with pytest.raises(CheckpointError, match=message):
         resolve(file)
+
+
+def test_tensors_of_another_network_are_refused(tmp_path):
+    file = tmp_path / "model.gguf"
+    write_gguf(model_of(), file)
+    other = requantized(file, tmp_path / "other.gguf", "F32", **{"token_embd_norm.weight": np.ones(256, np.float32)})
+    with pytest.raises(CheckpointError, match=r"token_embd_norm\.weight: unexpected: no Llama has it"):
+        LlamaForCausalLM.from_pretrained(other)
 
 
 def test_unknown_values_are_one_warning_and_an_error_if_strict(tmp_path, caplog):

@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 import fastllama
 from fastllama.causal_lm import LlamaForCausalLM
 from fastllama.config import GenerationConfig, LlamaConfig, RopeParameters
-from fastllama.loading import load as loading
-from fastllama.loading import names, save
+from fastllama.loading import names, random, save
 from fastllama.loading import safetensors as reading
 from fastllama.loading.load import load_model
 from fastllama.loading.names import RANDOM_SHAPES, resolve, resolve_path
@@ -149,11 +148,6 @@ def test_the_dtype_asked_for_is_that_of_the_weights_and_the_config(dtype, model,
 def test_a_dtype_that_is_not_supported_is_an_error(dtype, folder):
     with pytest.raises(ValueError, match="expected None, 'auto' or one of float32"):
         load(folder, dtype=dtype)
-
-
-def test_quantized_loading_says_that_it_is_not_available(folder):
-    with pytest.raises(NotImplementedError, match="int8/int4 are not available yet"):
-        load(folder, quantize="int4")
 
 
 @pytest.mark.parametrize("block_bytes", [1, 100, 1000])
@@ -427,7 +421,7 @@ def test_random_weights_are_the_same_every_time_and_in_the_dtype_of_the_shape(ti
 
 
 def test_weights_beyond_the_pool_of_random_numbers_repeat_without_equal_rows(tiny_shape, monkeypatch):
-    monkeypatch.setattr(loading, "RANDOM_POOL", 9973)
+    monkeypatch.setattr(random, "POOL", 9973)
     weight = load(tiny_shape, dtype="float32").lm_head.weight  # 6000 x 64 from 9973 numbers
     assert weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert weight.unique(dim=0).shape == weight.shape

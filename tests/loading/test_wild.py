@@ -520,6 +520,19 @@ def test_an_adapter_next_to_a_base_with_odd_names_is_merged_into_it(tmp_path):
     agrees(ours, adapted.merge_and_unload().eval())
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_one_of_two_tied_weights_changes_that_one_alone(target, tmp_path):
+    folder = saved(tmp_path / "base", tie_word_embeddings=True)
+    adapted = peft.get_peft_model(
+        theirs(folder), peft.LoraConfig(r=4, target_modules=[target, "q_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    patch_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(folder))
+    ours = LlamaForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert not ours.config.tie_word_embeddings
+    agrees(ours, adapted.eval())
+
+
 def test_an_adapter_without_a_tokenizer_has_its_base_models(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "demo"}))
     text = "def read(path):"
@@ -539,6 +552,15 @@ def test_an_adapter_without_a_tokenizer_has_its_base_models(tmp_path):
             "expected the name",
         ),
         (lambda folder: patch_json(folder / "adapter_config.json", peft_type="XX"), "cannot be merged"),
+        (lambda folder: patch_json(folder / "adapter_config.json", peft_type=None), "peft_type is None"),
+        (lambda folder: patch_json(folder / "adapter_config.json", peft_type="PREFIX_TUNING"), "before a text"),
+        (lambda folder: patch_json(folder / "adapter_config.json", layer_replication=[[0, 2]]), "adds layers"),
+        (
+            lambda folder: edit_adapter(
+                folder, lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(97, 32)})
+            ),
+            "vocabulary of 97 tokens",
+        ),
         (lambda folder: patch_json(folder / "adapter_config.json", base_model_name_or_path="."), "expected the name"),
         (
             lambda folder: (folder.parent / "base" / "adapter_config.json").write_text(
@@ -556,6 +578,10 @@ def test_an_adapter_without_a_tokenizer_has_its_base_models(tmp_path):
         "no base",
         "its own base",
         "another kind",
+        "no kind",
+        "prefix",
+        "replicated",
+        "resized",
         "here",
         "stacked",
         "garbage",

@@ -634,6 +634,8 @@ def test_chats_are_written_as_transformers_writes_them(pair: Any, template: str,
     expected = theirs.apply_chat_template(CONVERSATION, return_dict=False, **options)
     assert ours.apply_chat_template(CONVERSATION, **options) == expected
     assert ours.apply_chat_template([CONVERSATION] * 2, **options) == [expected] * 2
+    assert ours.apply_chat_template(CONVERSATION, max_length=3, **options) == expected
+    assert ours.apply_chat_template(CONVERSATION, max_length=3, truncation=True, **options) == expected[:3]
     tensor = ours.apply_chat_template(CONVERSATION, return_tensors="pt", return_dict=True, **options)
     assert tensor.input_ids.tolist() == [expected]
 
@@ -823,6 +825,14 @@ def test_a_byte_level_file_under_llamas_class_keeps_its_spaces(tmp_path: Path) -
     for text in CORPUS:
         assert ours.encode(text) == file.encode(text).ids
         assert ours.decode(ours.encode(text, add_special_tokens=False)) == text
+
+
+def test_a_tokenizer_json_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    folder = written(tmp_path, json_file=llama_3_json())
+    file = folder / "tokenizer.json"
+    expected = load_tokenizer(folder).encode("Hello")
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_tokenizer(folder).encode("Hello") == expected
 
 
 def test_a_tokenizer_json_alone_is_enough(tmp_path: Path) -> None:

@@ -10,31 +10,47 @@
 
 namespace fastllama {
 
-enum Kind : int64_t { kDense, kDenseBias };
+enum Kind : int64_t { kDense, kDenseBias, kPacked, kEnd = kPacked + 12 };
 
-// How many tensors a matrix of this kind has.
-inline size_t tensors_of(int64_t kind) {
-  switch (kind) {
-    case kDense: return 1;      // weight
-    case kDenseBias: return 2;  // weight, bias
-    default: STD_TORCH_CHECK(false, "fastllama: there is no matrix of kind ", kind);
+struct Format {
+  bool is_packed, has_bias, codes_inputs;
+  int64_t zero;
+
+  explicit Format(int64_t kind)
+      : is_packed(kind >= kPacked),
+        has_bias((kind - kDense) % 2 == 1),
+        codes_inputs(is_packed && (kind - kPacked) / 6 == 1),
+        zero(is_packed ? (kind - kPacked) / 2 % 3 : 0) {
+    STD_TORCH_CHECK(kind >= kDense && kind < kEnd, "fastllama: there is no matrix of kind ", kind);
   }
-}
+
+  // Weight; or codes, scales and perhaps zeros; then perhaps bias.
+  size_t tensors() const { return (is_packed ? 2 + (zero != 0) : 1) + has_bias; }
+};
 
 struct Matrix {
-  int64_t kind;
-  const Tensor* tensors;  // as many as tensors_of says
+  Format format;
+  const Tensor* tensors;  // as many as the format says
 
   Tensor multiply(Tensor x, std::optional<Tensor> norm_weight, double eps, std::optional<Tensor> residual) const {
+    if (format.is_packed)
+      return linear_packed(x, tensors[0], tensors[1], zeros(), bias(), norm_weight, eps, residual, format.zero,
+                           format.codes_inputs);
     return linear(x, tensors[0], bias(), norm_weight, eps, residual);
   }
 
   Tensor multiply_gated(Tensor x, std::optional<Tensor> norm_weight, double eps, int64_t activation) const {
+    if (format.is_packed)
+      return gate_up_packed(x, tensors[0], tensors[1], zeros(), bias(), norm_weight, eps, activation, format.zero,
+                            format.codes_inputs);
     return gate_up(x, tensors[0], bias(), norm_weight, eps, activation);
   }
 
  private:
-  std::optional<Tensor> bias() const { return kind == kDenseBias ? std::optional<Tensor>(tensors[1]) : std::nullopt; }
+  std::optional<Tensor> zeros() const { return format.zero ? std::optional<Tensor>(tensors[2]) : std::nullopt; }
+  std::optional<Tensor> bias() const {
+    return format.has_bias ? std::optional<Tensor>(tensors[format.tensors() - 1]) : std::nullopt;
+  }
 };
 
 }  // namespace fastllama

@@ -5,7 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#ifdef __AVX512BF16__
+#ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
@@ -20,8 +20,10 @@ using torch::headeronly::Half;
 // Accumulators stay in registers only if every loop over them is unrolled.
 #ifdef __clang__
 #define FASTLLAMA_UNROLL _Pragma("clang loop unroll(full)")
+#define FASTLLAMA_NO_UNROLL _Pragma("clang loop unroll(disable)")
 #else
 #define FASTLLAMA_UNROLL _Pragma("GCC unroll 16")
+#define FASTLLAMA_NO_UNROLL _Pragma("GCC unroll 1")
 #endif
 
 constexpr int64_t kLanes = 16;
@@ -29,6 +31,19 @@ typedef float f32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef _Float16 f16x16 __attribute__((vector_size(32)));
+
+// The registers that sixteen lanes take. Compilers split arithmetic on longer vectors well, comparisons into scalars.
+#if defined(__AVX512F__)
+constexpr int64_t kPartBytes = 64;
+#elif defined(__AVX2__)
+constexpr int64_t kPartBytes = 32;
+#else
+constexpr int64_t kPartBytes = 16;
+#endif
+constexpr int kParts = 64 / kPartBytes;
+constexpr int kPartLanes = kLanes / kParts;
+typedef float FloatPart __attribute__((vector_size(kPartBytes)));
+typedef int32_t IntPart __attribute__((vector_size(kPartBytes)));
 
 inline f32x16 load16(const float* p) {
   f32x16 x;
@@ -43,14 +58,39 @@ inline f32x16 load16(const BFloat16* p) {  // a bfloat16 is the upper half of a 
 }
 
 inline f32x16 load16(const Half* p) {
+#ifdef __F16C__  // gcc 12 converts one after the other unless it is told
+  const auto* bits = reinterpret_cast<const __m128i*>(p);
+  const __m256 halves[2] = {_mm256_cvtph_ps(_mm_loadu_si128(bits)), _mm256_cvtph_ps(_mm_loadu_si128(bits + 1))};
+  f32x16 x;
+  std::memcpy(&x, halves, sizeof(x));
+  return x;
+#else
   f16x16 x;
   std::memcpy(&x, p, sizeof(x));
   return __builtin_convertvector(x, f32x16);
+#endif
 }
 
 inline void store16(float* p, f32x16 x) { std::memcpy(p, &x, sizeof(x)); }
 
-inline f32x16 max16(f32x16 a, f32x16 b) { return a > b ? a : b; }
+// f of the parts of a and b.
+template <typename F>
+inline f32x16 by_parts(f32x16 a, f32x16 b, const F& f) {
+  FloatPart a_p[kParts], b_p[kParts];
+  std::memcpy(a_p, &a, sizeof(a));
+  std::memcpy(b_p, &b, sizeof(b));
+  for (int i = 0; i < kParts; ++i) a_p[i] = f(a_p[i], b_p[i]);
+  std::memcpy(&a, a_p, sizeof(a));
+  return a;
+}
+
+inline f32x16 max16(f32x16 a, f32x16 b) {
+  return by_parts(a, b, [](FloatPart x, FloatPart y) { return x > y ? x : y; });
+}
+
+inline f32x16 min16(f32x16 a, f32x16 b) {
+  return by_parts(a, b, [](FloatPart x, FloatPart y) { return x < y ? x : y; });
+}
 
 // e to the x, within two units in the last place (Cephes' polynomial), for -87 <= x <= 88; less gives about 1e-38, and
 // what is no number stays none.
@@ -66,7 +106,7 @@ inline f32x16 exp16(f32x16 x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
   const auto result = reinterpret_cast<f32x16>(reinterpret_cast<u32x16>(p) + (reinterpret_cast<u32x16>(shifted) << 23));
-  return x == x ? result : x;
+  return by_parts(x, result, [](FloatPart y, FloatPart power) { return y == y ? power : y; });
 }
 
 inline float sum16(f32x16 x) {

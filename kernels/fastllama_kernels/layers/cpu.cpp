@@ -36,8 +36,8 @@ class Reader {
   const Tensor& norm() { return *tensor_++; }
 
   Matrix matrix() {
-    const Matrix next{*kind_, tensor_};
-    tensor_ += tensors_of(*kind_++);
+    const Matrix next{Format(*kind_++), tensor_};
+    tensor_ += next.format.tensors();
     return next;
   }
 
@@ -52,7 +52,7 @@ void check_lists(const std::vector<Tensor>& weights, const std::vector<int64_t>&
                   " matrices and ", value_caches.size(), " value caches for ", count, " key caches, expected ",
                   kMatrices, " and 1 for each");
   size_t expected = count * kNorms;
-  for (const int64_t kind : kinds) expected += tensors_of(kind);
+  for (const int64_t kind : kinds) expected += Format(kind).tensors();
   STD_TORCH_CHECK(weights.size() == expected, "fastllama: got ", weights.size(), " weights for matrices of these kinds "
                   "and their norms, expected ", expected);
 }

@@ -22,8 +22,23 @@ from typing import NamedTuple
 
 import torch
 
-DENSE, DENSE_BIAS = range(2)  # numbered as in common/matrix.h
-TENSORS = {DENSE: ("weight",), DENSE_BIAS: ("weight", "bias")}  # of a matrix of each kind, in their order
+from fastllama_kernels.linear.packed import MIDDLE, OFFSETS, POINTS
+
+DENSE, DENSE_BIAS, PACKED = range(3)  # numbered as in common/matrix.h; PACKED is the first of twelve
+
+
+def packed_kind(has_bias: bool, zero: int, codes_inputs: bool) -> int:
+    """The kind of a matrix as :mod:`fastllama_kernels.linear.packed` has it."""
+    return PACKED + has_bias + 2 * zero + 6 * codes_inputs
+
+
+#: The tensors of a matrix of each kind, in their order.
+TENSORS: dict[int, tuple[str, ...]] = {DENSE: ("weight",), DENSE_BIAS: ("weight", "bias")} | {
+    packed_kind(has_bias, zero, codes): ("codes", "scales") + ("zeros",) * (zero != MIDDLE) + ("bias",) * has_bias
+    for has_bias in (False, True)
+    for zero in (MIDDLE, POINTS, OFFSETS)
+    for codes in (False, True)
+}
 
 
 class Weights(NamedTuple):

@@ -4,12 +4,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <vector>
 
+#include "activate.h"
 #include "dispatch.h"
 #include "ops.h"
+#include "prologue.h"
 #include "vec.h"
 
 namespace fastllama {
@@ -17,35 +18,6 @@ namespace {
 
 constexpr int kWeightRows = 4;  // matrix rows streamed side by side: enough to keep the load queues full
 constexpr int kTile = 4;        // activation rows per pass over a weight tile (16 accumulators)
-
-enum Activation : int64_t {  // numbered as in ../common/activations.py
-  kSilu, kGelu, kGeluTanh, kQuickGelu, kRelu, kRelu2, kRelu6, kLeakyRelu, kSigmoid, kTanh, kLinear, kMish, kHardswish,
-  kLaplace, kGelu10, kSqrtSoftplus
-};
-
-float gelu(float x) { return 0.5f * x * (1.f + std::erf(x * 0.70710678f)); }
-float softplus(float x) { return std::max(x, 0.f) + std::log1p(std::exp(-std::abs(x))); }
-
-float activate(float x, int64_t activation) {
-  switch (activation) {
-    case kSilu: return x / (1.f + std::exp(-x));
-    case kGelu: return gelu(x);
-    case kGeluTanh: return 0.5f * x * (1.f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
-    case kQuickGelu: return x / (1.f + std::exp(-1.702f * x));
-    case kRelu2: return std::max(x, 0.f) * std::max(x, 0.f);
-    case kRelu6: return std::min(std::max(x, 0.f), 6.f);
-    case kLeakyRelu: return x < 0.f ? 0.01f * x : x;
-    case kSigmoid: return 1.f / (1.f + std::exp(-x));
-    case kTanh: return std::tanh(x);
-    case kLinear: return x;
-    case kMish: return x * std::tanh(softplus(x));
-    case kHardswish: return x * std::min(std::max(x + 3.f, 0.f), 6.f) / 6.f;
-    case kLaplace: return 0.5f * (1.f + std::erf((x - 0.707107f) / 0.39894257f));
-    case kGelu10: return std::min(std::max(gelu(x), -10.f), 10.f);
-    case kSqrtSoftplus: return std::sqrt(softplus(x));
-    default: return std::max(x, 0.f);
-  }
-}
 
 // The activations [rows, n] as the products take them, normalised (RMS, weighted) when a norm weight is given.
 template <typename T>
@@ -55,19 +27,8 @@ std::vector<typename Activations<T>::type> prologue(const T* x, const T* norm_we
   std::vector<X> out(rows * n);
   std::vector<float> row(n);
   for (int64_t r = 0; r < rows; ++r) {
-    X* y = out.data() + r * n;
-    if (norm_weight == nullptr) {
-      for (int64_t i = 0; i < n; ++i) y[i] = static_cast<X>(x[r * n + i]);
-      continue;
-    }
-    for (int64_t i = 0; i < n; ++i) row[i] = static_cast<float>(x[r * n + i]);
-    f32x16 squares = {};
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) squares += load16(row.data() + i) * load16(row.data() + i);
-    float sum = sum16(squares);
-    for (; i < n; ++i) sum += row[i] * row[i];
-    const float scale = 1.f / std::sqrt(sum / n + static_cast<float>(eps));
-    for (i = 0; i < n; ++i) y[i] = static_cast<X>(row[i] * scale * static_cast<float>(norm_weight[i]));
+    normalised(x + r * n, norm_weight, eps, n, row.data());
+    for (int64_t i = 0; i < n; ++i) out[r * n + i] = static_cast<X>(row[i]);
   }
   return out;
 }
@@ -88,18 +49,6 @@ void for_each_row(const T* const (&w)[kWeightRows], const X* x, int64_t rows, in
   int64_t first = 0;
   for (; first + kTile <= rows; first += kTile) tile(std::integral_constant<int, kTile>{}, first);
   for (; first < rows; ++first) tile(std::integral_constant<int, 1>{}, first);
-}
-
-template <typename T>
-T* maybe(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
-}
-
-// Threads get contiguous ranges of groups of matrix rows, of 128 KiB at least: less is read before another one wakes.
-template <typename F>
-void parallel_groups(int64_t groups, int64_t bytes_per_group, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, (128 << 10) / std::max<int64_t>(1, bytes_per_group));
-  torch::stable::parallel_for(0, groups, grain, f);
 }
 
 template <typename T>
@@ -177,11 +126,7 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
               std::optional<Tensor> residual) {
   check_arguments(x, weight, bias, norm_weight);
   Tensor out = empty_with_last(x, weight.size(0));
-  if (residual.has_value())
-    STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type() && residual->is_contiguous() &&
-                        std::equal(residual->sizes().begin(), residual->sizes().end(), out.sizes().begin(),
-                                   out.sizes().end()),
-                    "fastllama: expected a contiguous residual of the result's shape and dtype");
+  check_residual(residual, out);
   dispatch(x, [&](auto zero) {
     linear_kernel<decltype(zero)>(x, weight, bias, norm_weight, eps, residual, out);
   });
@@ -192,8 +137,7 @@ Tensor gate_up(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optiona
                int64_t activation) {
   check_arguments(x, weight, bias, norm_weight);
   STD_TORCH_CHECK(weight.size(0) % 2 == 0, "fastllama: weight has ", weight.size(0), " rows, expected gate and up");
-  STD_TORCH_CHECK(activation >= kSilu && activation <= kSqrtSoftplus, "fastllama: activation is number ", activation,
-                  ", expected 0 to ", static_cast<int>(kRelu));
+  check_activation(activation);
   Tensor out = empty_with_last(x, weight.size(0) / 2);
   dispatch(x, [&](auto zero) {
     gate_up_kernel<decltype(zero)>(x, weight, bias, norm_weight, eps, activation, out);

@@ -1,0 +1,67 @@
+"""``fastllama quantize``: write a checkpoint with its weights in 8 or 4 bits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastllama.cli import options
+from fastllama.cli.console import errors_in_one_line, progress, stdout
+
+#: What a tokenizer is made of, copied next to the weights.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "additional_chat_templates",
+)  # fmt: skip
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder, GGUF file, Hugging Face id, demo, or random:SHAPE.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write, which does not exist yet or is empty.")],
+    scheme: Annotated[str, typer.Option(help="int8 or int4.")] = "int4",
+    group_size: Annotated[
+        int | None,
+        typer.Option(min=0, help="Columns that share a scale; 0: all.", show_default="the scheme's"),
+    ] = None,
+    head_bits: Annotated[int, typer.Option(help="Bits of the head and the embedding; 0 leaves them.")] = 8,
+    exclude: Annotated[str, typer.Option(help="Modules to leave as they are, with commas.", show_default="none")] = "",
+    dtype: options.Dtype = None,
+    strict: options.Strict = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write a checkpoint with its weights in 8 or 4 bits, which loads directly."""
+    with errors_in_one_line(debug):
+        import dataclasses
+
+        from fastllama import LlamaForCausalLM
+        from fastllama.config.quantization import QuantizationConfig
+        from fastllama.loading.names import is_random, resolve_path
+
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty; name a new folder")
+        config = QuantizationConfig.of(scheme)
+        assert config is not None
+        changes = {"head_bits": head_bits or None, "exclude": tuple(name for name in exclude.split(",") if name)}
+        changes |= {} if group_size is None else {"group_size": group_size or None}
+        config = dataclasses.replace(config, **changes)
+        loaded = LlamaForCausalLM.from_pretrained(model, dtype, quantize=config, progress=not quiet, strict=strict)
+        with progress(quiet) as say:
+            say("writing")
+            loaded.save_pretrained(folder)
+            if not is_random(model) and (source := resolve_path(model)).is_dir():
+                _copy_tokenizer(source, folder)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if not quiet:
+            stdout().print(f"{folder}: {size / 1e9:.3g} GB of weights", markup=False, highlight=False)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+        elif (source / name).is_file():
+            shutil.copy(source / name, folder / name)

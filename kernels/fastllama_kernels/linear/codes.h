@@ -1,0 +1,177 @@
+// Products of codes (see packed.py for how they lie in memory) with activations, exact in whatever instructions the
+// processor has. A line of 64 bytes is worked on in parts of a register's size.
+#pragma once
+
+#ifdef __ARM_FEATURE_DOTPROD
+#include <arm_neon.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "vec.h"
+
+namespace fastllama {
+
+constexpr int64_t kGroup = 32;  // activations with one scale
+constexpr int64_t kLine = 64;   // bytes: 16 rows times 4 columns of 8 bits or 8 columns of 4
+
+inline IntPart load_part(const uint8_t* line) {
+  IntPart x;
+  std::memcpy(&x, line, sizeof(x));
+  return x;
+}
+
+inline FloatPart load_part(const float* p) {
+  FloatPart x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+inline FloatPart load_part(const Half* p) {
+#if defined(__AVX512F__)
+  return (FloatPart)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__) && defined(__AVX2__)
+  return (FloatPart)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  typedef _Float16 HalfPart __attribute__((vector_size(kPartBytes / 2)));
+  HalfPart x;
+  std::memcpy(&x, p, sizeof(x));
+  return __builtin_convertvector(x, FloatPart);
+#endif
+}
+
+inline int32_t load_quad(const int8_t* x) {
+  int32_t quad;
+  std::memcpy(&quad, x, sizeof(quad));
+  return quad;
+}
+
+// kGroup values as codes from -127 to 127 with the scale that is returned, and the codes' sum.
+inline float encode(const float* x, int8_t* codes, int32_t& sum) {
+  float largest = 0.f;
+  bool is_number = true;
+  for (int64_t i = 0; i < kGroup; ++i) {
+    largest = std::max(largest, std::abs(x[i]));
+    is_number = is_number && std::abs(x[i]) <= 3.4028235e38f;
+  }
+  const float inverse = largest > 0.f ? 127.f / largest : 0.f;
+  sum = 0;
+  for (int64_t i = 0; i < kGroup; ++i) {
+    codes[i] = is_number ? static_cast<int8_t>(std::nearbyint(x[i] * inverse)) : 0;
+    sum += codes[i];
+  }
+  return is_number ? largest / 127.f : std::nanf("");
+}
+
+// Sums of a block's products with one row of activations. `add` takes a part of a line as `Codes` has split it, and the
+// activations from the line's first column on.
+template <int kBits, typename X>
+struct BlockSum;
+
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVX512F__)
+
+template <int kBits>
+struct Codes {  // the low and the high halves of bytes
+  __m256i low, high;
+
+  explicit Codes(IntPart part)
+      : low(_mm256_and_si256((__m256i)part, _mm256_set1_epi8(15))),
+        high(_mm256_and_si256(_mm256_srli_epi16((__m256i)part, 4), _mm256_set1_epi8(15))) {}
+};
+
+// Sixteen-bit sums: a block adds up eight pairs of products, each at most 2 * 15 * 127.
+template <int kBits>
+struct BlockSum<kBits, int8_t> {
+  __m256i low = _mm256_setzero_si256(), high = _mm256_setzero_si256();
+
+  void add(const Codes<kBits>& codes, const int8_t* x) {
+    add(low, codes.low, x);
+    add(kBits == 4 ? low : high, codes.high, kBits == 4 ? x + 4 : x);
+  }
+
+  FloatPart value() const {
+    const __m256i one = _mm256_set1_epi16(1), sum = _mm256_madd_epi16(low, one);
+    if constexpr (kBits == 4) return (FloatPart)_mm256_cvtepi32_ps(sum);
+    return (FloatPart)_mm256_cvtepi32_ps(_mm256_add_epi32(sum, _mm256_slli_epi32(_mm256_madd_epi16(high, one), 4)));
+  }
+
+ private:
+  static void add(__m256i& sum, __m256i codes, const int8_t* x) {
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(load_quad(x))));
+    __asm__("" : "+x"(sum));  // else gcc makes a tree of the sums, whose products it has no registers for
+  }
+};
+
+#else
+
+// acc[r] + the sum over i of byte i of codes[r], unsigned, times byte i of the quad, signed.
+inline IntPart dot4(IntPart acc, IntPart codes, int32_t quad) {
+#if defined(__AVX512VNNI__)
+  return (IntPart)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, _mm512_set1_epi32(quad));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  // Signed times signed: 128 less in each code, and 128 times the activations' sum back.
+  const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(quad));
+  const int32x4_t half = vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(64), x);
+  const int8x16_t less = veorq_s8((int8x16_t)codes, vdupq_n_s8(-128));
+  return (IntPart)vdotq_s32(vaddq_s32((int32x4_t)acc, vaddq_s32(half, half)), less, x);
+#else
+  FASTLLAMA_UNROLL for (int i = 0; i < 4; ++i)
+    acc += ((codes >> (8 * i)) & 255) * static_cast<int8_t>(quad >> (8 * i));
+  return acc;
+#endif
+}
+
+template <int kBits>
+struct Codes {
+  IntPart low, high;
+  explicit Codes(IntPart part) : low(kBits == 4 ? part & 0x0f0f0f0f : part), high((part >> 4) & 0x0f0f0f0f) {}
+};
+
+template <int kBits>
+struct BlockSum<kBits, int8_t> {
+  IntPart even = {}, odd = {};  // two chains, for an instruction's result takes some cycles
+
+  void add(const Codes<kBits>& codes, const int8_t* x) {
+    even = dot4(even, codes.low, load_quad(x));
+    if constexpr (kBits == 4)
+      odd = dot4(odd, codes.high, load_quad(x + 4));
+    else
+      std::swap(even, odd);
+  }
+
+  FloatPart value() const { return __builtin_convertvector(even + odd, FloatPart); }
+};
+
+#endif
+
+template <int kBits>
+struct FloatCodes {
+  FloatPart columns[32 / kBits];
+
+  explicit FloatCodes(IntPart part) {
+    FASTLLAMA_UNROLL for (int i = 0; i < 32 / kBits; ++i) {
+      const int shift = kBits == 4 ? 8 * (i % 4) + 4 * (i / 4) : 8 * i;
+      columns[i] = __builtin_convertvector((part >> shift) & ((1 << kBits) - 1), FloatPart);
+    }
+  }
+};
+
+template <int kBits>
+struct BlockSum<kBits, float> {
+  FloatPart even = {}, odd = {};
+
+  void add(const FloatCodes<kBits>& codes, const float* x) {
+    FASTLLAMA_UNROLL for (int i = 0; i < 32 / kBits; i += 2) {
+      even += codes.columns[i] * x[i];
+      odd += codes.columns[i + 1] * x[i + 1];
+    }
+  }
+
+  FloatPart value() const { return even + odd; }
+};
+
+}  // namespace fastllama

@@ -1,0 +1,310 @@
+// Matrices of 4- and 8-bit codes times a few vectors: see packed.py for the layout, the formulas and the schema.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "activate.h"
+#include "codes.h"
+#include "dispatch.h"
+#include "ops.h"
+#include "prologue.h"
+#include "vec.h"
+
+namespace fastllama {
+namespace {
+
+constexpr int64_t kTile = 4;  // activation rows per pass over a panel
+
+enum class Zero { kMiddle, kPoints, kOffsets };  // which of packed.py's three formulas
+
+// A packed matrix as the kernels read it.
+template <typename S>
+struct Panels {
+  const uint8_t* codes;  // [panels, lines, kLine]
+  const S *scales, *zeros;  // [panels, groups, kLanes]
+  int64_t count, k, bits, group;
+
+  int64_t bytes() const { return k * kLanes * bits / 8; }  // of one panel
+  int64_t scales_each() const { return k / group * kLanes; }
+};
+
+// Activations as the products take them: 8-bit codes with a scale for each kGroup of them, or float32.
+template <typename X>
+struct Inputs {
+  int64_t k;
+  std::vector<X> values;                // [rows, k]
+  std::vector<float> scales, sums;      // [rows, k / kGroup]; the sums are those of the values
+
+  Inputs(int64_t rows, int64_t columns)
+      : k(columns), values(rows * k), scales(rows * k / kGroup, 1.f), sums(rows * k / kGroup) {}
+
+  void set(int64_t row, const float* x) {
+    for (int64_t g = 0; g < k / kGroup; ++g, x += kGroup) {
+      X* to = values.data() + row * k + g * kGroup;
+      const int64_t at = row * (k / kGroup) + g;
+      if constexpr (std::is_same_v<X, float>) {
+        std::copy(x, x + kGroup, to);
+        sums[at] = sum16(load16(x) + load16(x + kLanes));
+      } else {
+        int32_t sum;
+        scales[at] = encode(x, to, sum);
+        sums[at] = static_cast<float>(sum);
+      }
+    }
+  }
+};
+
+// out[m] = the panel's 16 rows times row `first` + m of the activations.
+template <int kBits, Zero kZero, int M, typename X, typename S>
+void multiply(const Panels<S>& w, int64_t panel, const Inputs<X>& x, int64_t first, f32x16 (&out)[M]) {
+  using Split = std::conditional_t<std::is_same_v<X, float>, FloatCodes<kBits>, Codes<kBits>>;
+  constexpr int64_t kColumns = 32 / kBits, kLines = kGroup / kColumns;  // of a line, of a block
+  constexpr float kMiddle = 1 << (kBits - 1);
+  const int64_t blocks = w.k / kGroup, blocks_a_group = w.group / kGroup;
+  const uint8_t* lines = w.codes + panel * w.bytes();
+  const S *scale = w.scales + panel * w.scales_each(), *zero = w.zeros + panel * w.scales_each();
+  const X* values = x.values.data() + first * w.k;
+  const float *scales = x.scales.data() + first * blocks, *sums = x.sums.data() + first * blocks;
+  FloatPart total[kParts][M] = {};
+  for (int64_t block = 0; block < blocks; scale += kLanes, zero += kLanes) {
+    FloatPart scale_p[kParts], zero_p[kParts];
+    for (int part = 0; part < kParts; ++part) {
+      scale_p[part] = load_part(scale + part * kPartLanes);
+      if constexpr (kZero != Zero::kMiddle) zero_p[part] = load_part(zero + part * kPartLanes);
+    }
+    for (const int64_t end = block + blocks_a_group; block < end; ++block, lines += kLines * kLine) {
+      FASTLLAMA_NO_UNROLL for (int part = 0; part < kParts; ++part) {
+        BlockSum<kBits, X> dot[M];
+        FASTLLAMA_UNROLL for (int64_t l = 0; l < kLines; ++l) {
+          const Split codes(load_part(lines + l * kLine + part * kPartBytes));
+          FASTLLAMA_UNROLL for (int m = 0; m < M; ++m)
+            dot[m].add(codes, values + m * w.k + block * kGroup + l * kColumns);
+        }
+        FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) {
+          const float x_scale = scales[m * blocks + block], sum = sums[m * blocks + block];
+          FloatPart product = dot[m].value();
+          if constexpr (kZero == Zero::kMiddle) product -= kMiddle * sum;
+          if constexpr (kZero == Zero::kPoints) product -= zero_p[part] * sum;
+          if constexpr (kZero == Zero::kOffsets) total[part][m] += zero_p[part] * (sum * x_scale);
+          total[part][m] += product * (scale_p[part] * x_scale);
+        }
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int part = 0; part < kParts; ++part)
+      std::memcpy(reinterpret_cast<float*>(&out[m]) + part * kPartLanes, &total[part][m], sizeof(FloatPart));
+}
+
+// Calls f with each tile of rows: their number as a constant, and the first of them.
+template <typename F>
+void for_each_tile(int64_t rows, const F& f) {
+  int64_t first = 0;
+  for (; first + kTile <= rows; first += kTile) f(std::integral_constant<int, kTile>{}, first);
+  for (; first < rows; ++first) f(std::integral_constant<int, 1>{}, first);
+}
+
+// Reads rows `begin` to `end` - 1 of the activations x [rows, k], normalised when a norm weight is given.
+template <typename X>
+void read_inputs(const Tensor& x, const std::optional<Tensor>& norm_weight, double eps, int64_t begin, int64_t end,
+                 Inputs<X>& inputs) {
+  const int64_t k = inputs.k;
+  std::vector<float> row(k);
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t r = begin; r < end; ++r) {
+      normalised(data<T>(x) + r * k, static_cast<const T*>(maybe<T>(norm_weight)), eps, k, row.data());
+      inputs.set(r, row.data());
+    }
+  });
+}
+
+// What is asked for, apart from the product.
+struct Call {
+  Tensor x;
+  std::optional<Tensor> bias, norm_weight, residual;
+  double eps;
+  std::optional<int64_t> activation;  // then the first half of the panels is gate, the second up
+
+  f32x16 biased(f32x16 y, int64_t column) const {
+    return bias.has_value() ? y + load(*bias, column) : y;
+  }
+
+  f32x16 gated(f32x16 gate, f32x16 up) const {
+    for (int64_t i = 0; i < kLanes; ++i) gate[i] = activate(gate[i], *activation);
+    return gate * up;
+  }
+
+  void store(Tensor& out, int64_t row, int64_t column, f32x16 y) const {
+    const int64_t at = row * out.size(out.dim() - 1) + column;
+    if (residual.has_value()) y += load(*residual, at);
+    dispatch(out, [&](auto zero) {
+      auto* to = static_cast<decltype(zero)*>(out.mutable_data_ptr()) + at;
+      for (int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<decltype(zero)>(y[i]);
+    });
+  }
+
+ private:
+  static f32x16 load(const Tensor& tensor, int64_t at) {
+    f32x16 values;
+    dispatch(tensor, [&](auto zero) { values = load16(data<decltype(zero)>(tensor) + at); });
+    return values;
+  }
+};
+
+template <int kBits, Zero kZero, typename X, typename S>
+void run(const Panels<S>& w, const Call& call, Tensor& out) {
+  const int64_t rows = call.x.numel() / w.k, parts = call.activation ? 2 : 1, count = w.count / parts;
+  const bool is_shared = rows > kTile;  // few rows are read by every thread, which saves a wait for the others
+  Inputs<X> shared(is_shared ? rows : 0, w.k);
+  if (is_shared)
+    torch::stable::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
+      read_inputs<X>(call.x, call.norm_weight, call.eps, begin, end, shared);
+    });
+  parallel_groups(count, parts * w.bytes() * std::max<int64_t>(1, rows / kTile), [&](int64_t begin, int64_t end) {
+    Inputs<X> own(is_shared ? 0 : rows, w.k);
+    if (!is_shared) read_inputs<X>(call.x, call.norm_weight, call.eps, 0, rows, own);
+    const Inputs<X>& inputs = is_shared ? shared : own;
+    for (int64_t panel = begin; panel < end; ++panel)
+      for_each_tile(rows, [&](auto tile, int64_t first) {
+        constexpr int M = decltype(tile)::value;
+        f32x16 y[M], up[M];
+        multiply<kBits, kZero, M>(w, panel, inputs, first, y);
+        if (call.activation) multiply<kBits, kZero, M>(w, count + panel, inputs, first, up);
+        for (int m = 0; m < M; ++m) {
+          f32x16 result = call.biased(y[m], panel * kLanes);
+          if (call.activation) result = call.gated(result, call.biased(up[m], (count + panel) * kLanes));
+          call.store(out, first + m, panel * kLanes, result);
+        }
+      });
+  });
+}
+
+// Calls f with a constant of the type that kinds of matrices differ in.
+template <typename F>
+void choose(int64_t bits, Zero zero, bool codes_inputs, const F& f) {
+  const auto by_inputs = [&](auto b, auto z) {
+    codes_inputs ? f(b, z, int8_t{}) : f(b, z, float{});
+  };
+  const auto by_zero = [&](auto b) {
+    if (zero == Zero::kMiddle) return by_inputs(b, std::integral_constant<Zero, Zero::kMiddle>{});
+    if (zero == Zero::kPoints) return by_inputs(b, std::integral_constant<Zero, Zero::kPoints>{});
+    by_inputs(b, std::integral_constant<Zero, Zero::kOffsets>{});
+  };
+  bits == 4 ? by_zero(std::integral_constant<int, 4>{}) : by_zero(std::integral_constant<int, 8>{});
+}
+
+// Bits of a code, from the shape of the codes.
+int64_t bits_of(const Tensor& codes, int64_t k) {
+  STD_TORCH_CHECK(codes.scalar_type() == torch::headeronly::ScalarType::Byte && codes.is_contiguous() &&
+                      codes.dim() == 3 && codes.size(2) == kLine,
+                  "fastllama: expected contiguous codes of uint8 in lines of ", kLine);
+  STD_TORCH_CHECK(k % kGroup == 0, "fastllama: x has ", k, " columns, expected a multiple of ", kGroup);
+  const int64_t bits = codes.size(1) * 32 / k;
+  STD_TORCH_CHECK((bits == 4 || bits == 8) && codes.size(1) * 32 == bits * k, "fastllama: got ", codes.size(1),
+                  " lines of codes for ", k, " columns, expected ", k / 8, " or ", k / 4);
+  return bits;
+}
+
+template <typename S>
+Panels<S> panels(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t k) {
+  const int64_t bits = bits_of(codes, k), count = codes.size(0);
+  STD_TORCH_CHECK(scales.dim() == 3 && scales.size(1) > 0 && k % (scales.size(1) * kGroup) == 0,
+                  "fastllama: expected scales of groups of a multiple of ", kGroup, " columns that divides ", k);
+  const int64_t groups = scales.size(1);
+  check(scales, "scales", scales.scalar_type(), {count, groups, kLanes});
+  if (zeros.has_value()) check(*zeros, "zeros", scales.scalar_type(), {count, groups, kLanes});
+  const S* scale = data<S>(scales);
+  return {data<uint8_t>(codes), scale, zeros.has_value() ? data<S>(*zeros) : scale, count, k, bits, k / groups};
+}
+
+Tensor run_call(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t zero,
+                bool codes_inputs, const Call& call) {
+  using torch::headeronly::ScalarType;
+  const Tensor& x = call.x;
+  STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous(), "fastllama: x is strided, expected a contiguous tensor");
+  STD_TORCH_CHECK((zero == 0) != zeros.has_value() && zero >= 0 && zero <= 2, "fastllama: zero is ", zero,
+                  ", expected 0 without zeros, 1 or 2 with them");
+  const int64_t k = x.size(x.dim() - 1);
+  const int64_t bits = bits_of(codes, k), features = codes.size(0) * kLanes;
+  if (call.bias.has_value()) check(*call.bias, "bias", x.scalar_type(), {features});
+  if (call.norm_weight.has_value()) check(*call.norm_weight, "norm_weight", x.scalar_type(), {k});
+  Tensor out = empty_with_last(x, call.activation ? features / 2 : features);
+  check_residual(call.residual, out);
+  const auto with_scales = [&](auto scale) {
+    using S = decltype(scale);
+    const Panels<S> w = panels<S>(codes, scales, zeros, k);
+    choose(bits, static_cast<Zero>(zero), codes_inputs, [&](auto b, auto z, auto input) {
+      run<decltype(b)::value, decltype(z)::value, decltype(input)>(w, call, out);
+    });
+  };
+  if (scales.scalar_type() == ScalarType::Half) {
+    with_scales(Half{});
+  } else {
+    STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float, "fastllama: expected scales of float16 or float32");
+    with_scales(float{});
+  }
+  return out;
+}
+
+}  // namespace
+
+Tensor linear_packed(Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias,
+                     std::optional<Tensor> norm_weight, double eps, std::optional<Tensor> residual, int64_t zero,
+                     bool codes_inputs) {
+  return run_call(codes, scales, zeros, zero, codes_inputs, {x, bias, norm_weight, residual, eps, std::nullopt});
+}
+
+Tensor gate_up_packed(Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias,
+                      std::optional<Tensor> norm_weight, double eps, int64_t activation, int64_t zero,
+                      bool codes_inputs) {
+  check_activation(activation);
+  STD_TORCH_CHECK(codes.size(0) % 2 == 0, "fastllama: got ", codes.size(0), " panels, expected gate's and up's");
+  return run_call(codes, scales, zeros, zero, codes_inputs, {x, bias, norm_weight, std::nullopt, eps, activation});
+}
+
+Tensor embed_packed(Tensor like, Tensor ids, Tensor codes, Tensor scales, std::optional<Tensor> zeros, int64_t zero) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long && ids.is_contiguous() && like.dim() == 1,
+                  "fastllama: expected contiguous ids of int64, and like with one dimension");
+  const int64_t k = like.size(0), bits = bits_of(codes, k), columns = 32 / bits, rows = codes.size(0) * kLanes;
+  std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
+  shape.push_back(k);
+  Tensor out = torch::stable::new_empty(like, shape);
+  const auto with_scales = [&](auto s) {
+    using S = decltype(s);
+    const Panels<S> w = panels<S>(codes, scales, zeros, k);
+    dispatch(like, [&](auto t) {
+      auto* to = static_cast<decltype(t)*>(out.mutable_data_ptr());
+      for (int64_t i = 0; i < ids.numel(); ++i) {
+        const int64_t id = data<int64_t>(ids)[i], panel = id / kLanes, r = id % kLanes;
+        STD_TORCH_CHECK(id >= 0 && id < rows, "fastllama: id ", id, " of an embedding of ", rows, " rows");
+        for (int64_t c = 0; c < k; ++c) {
+          const int64_t in_line = c % columns;
+          const uint8_t byte = w.codes[panel * w.bytes() + c / columns * kLine + 4 * r + in_line % 4];
+          const float code = bits == 8 ? byte : in_line < 4 ? byte & 15 : byte >> 4;
+          const int64_t at = panel * w.scales_each() + c / w.group * kLanes + r;
+          const float scale = static_cast<float>(w.scales[at]), other = static_cast<float>(w.zeros[at]);
+          const float middle = 1 << (bits - 1);
+          *to++ = zero == 2 ? code * scale + other : (code - (zero == 1 ? other : middle)) * scale;
+        }
+      }
+    });
+  };
+  scales.scalar_type() == ScalarType::Half ? with_scales(Half{}) : with_scales(float{});
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastllama, CPU, m) {
+  m.impl("embed_packed", TORCH_BOX(&embed_packed));
+  m.impl("linear_packed", TORCH_BOX(&linear_packed));
+  m.impl("gate_up_packed", TORCH_BOX(&gate_up_packed));
+}
+
+}  // namespace fastllama

@@ -1,0 +1,58 @@
+// What the products share: the norm before them, their threads, the checks of what they add and apply.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "activate.h"
+#include "vec.h"
+
+namespace fastllama {
+
+using torch::stable::Tensor;
+
+template <typename T>
+T* maybe(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
+}
+
+// A row of n values in float32, normalised (RMS, weighted) when a norm weight is given.
+template <typename T>
+void normalised(const T* x, const T* norm_weight, double eps, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(x[i]);
+  if (norm_weight == nullptr) return;
+  f32x16 squares = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) squares += load16(out + i) * load16(out + i);
+  float sum = sum16(squares);
+  for (; i < n; ++i) sum += out[i] * out[i];
+  const float scale = 1.f / std::sqrt(sum / n + static_cast<float>(eps));
+  for (i = 0; i < n; ++i) out[i] = out[i] * scale * static_cast<float>(norm_weight[i]);
+}
+
+// Threads get contiguous ranges of groups of matrix rows, of 128 KiB at least: less is read before another one wakes.
+template <typename F>
+void parallel_groups(int64_t groups, int64_t bytes_per_group, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, (128 << 10) / std::max<int64_t>(1, bytes_per_group));
+  torch::stable::parallel_for(0, groups, grain, f);
+}
+
+inline void check_residual(const std::optional<Tensor>& residual, const Tensor& out) {
+  if (!residual.has_value()) return;
+  STD_TORCH_CHECK(residual->scalar_type() == out.scalar_type() && residual->is_contiguous() &&
+                      std::equal(residual->sizes().begin(), residual->sizes().end(), out.sizes().begin(),
+                                 out.sizes().end()),
+                  "fastllama: expected a contiguous residual of the result's shape and dtype");
+}
+
+inline void check_activation(int64_t activation) {
+  STD_TORCH_CHECK(activation >= kSilu && activation <= kSqrtSoftplus, "fastllama: activation is number ", activation,
+                  ", expected 0 to ", static_cast<int>(kSqrtSoftplus));
+}
+
+}  // namespace fastllama

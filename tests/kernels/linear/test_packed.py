@@ -1,0 +1,222 @@
+"""Products with codes against float64; their layout, and how weights become codes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastllama_kernels.common import build
+from fastllama_kernels.common.activations import ACTIVATIONS
+from fastllama_kernels.linear import packed, quantize
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ops = torch.ops.fastllama
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    assert build.load() is None
+
+
+def draw(n, k, bits, group, zero, scales_in=torch.float16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    code_nk = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+    scale_ng = (torch.rand(n, k // group) + 0.1) / k**0.5 / 2 ** (bits - 2)
+    zeros = None
+    if zero == packed.POINTS:
+        zeros = packed.by_panel(torch.rand(n, k // group) * 2**bits).to(scales_in)
+    if zero == packed.OFFSETS:
+        zeros = packed.by_panel(-scale_ng * 2 ** (bits - 1)).to(scales_in)
+    return packed.packed(code_nk, bits), packed.by_panel(scale_ng).to(scales_in), zeros
+
+
+def weights_by_definition(codes, scales, zeros, bits, zero) -> torch.Tensor:
+    """Weight by weight, in float64, as the module's text has it."""
+    panels, groups, _ = scales.shape
+    columns = 32 // bits
+    k = codes.shape[1] * columns
+    weight = torch.empty(panels * 16, k, dtype=torch.float64)
+    for n in range(panels * 16):
+        p, r = divmod(n, 16)
+        for column in range(k):
+            line, i = divmod(column, columns)
+            byte = int(codes[p, line, 4 * r + i % 4])
+            code = byte if bits == 8 else byte >> 4 if i >= 4 else byte & 15
+            g = column // (k // groups)
+            scale = float(scales[p, g, r])
+            if zero == packed.MIDDLE:
+                weight[n, column] = scale * (code - 2 ** (bits - 1))
+            elif zero == packed.POINTS:
+                weight[n, column] = scale * (code - float(zeros[p, g, r]))
+            else:
+                weight[n, column] = scale * code + float(zeros[p, g, r])
+    return weight
+
+
+def inputs_by_definition(x: torch.Tensor, norm_weight, eps, codes_inputs) -> torch.Tensor:
+    """norm(x) in float64, rounded to codes of float32's norm(x) where those are asked for."""
+    x64 = x.double()
+    if norm_weight is not None:
+        x64 = x64 * torch.rsqrt(x64.square().mean(-1, keepdim=True) + eps) * norm_weight.double()
+    return packed.rounded_inputs(x64.float()).double() if codes_inputs else x64
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zero", [packed.MIDDLE, packed.POINTS, packed.OFFSETS])
+def test_codes_stand_for_the_weights_that_the_text_defines(bits, zero) -> None:
+    codes, scales, zeros = draw(32, 64, bits, 32, zero)
+    weight = weights_by_definition(codes, scales, zeros, bits, zero)
+    assert torch.equal(packed.dequantized(codes, scales, zeros, zero, 64, torch.float64), weight)
+    ids, like = torch.tensor([[3, 31], [16, 0]]), torch.empty(64)
+    for embed in (packed.embed_packed_ref, ops.embed_packed):
+        torch.testing.assert_close(embed(like, ids, codes, scales, zeros, zero), weight[ids].float())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_come_out_as_they_went_in(bits) -> None:
+    code_nk = torch.randint(0, 2**bits, (48, 96), dtype=torch.uint8)
+    codes = packed.packed(code_nk, bits)
+    assert codes.shape == (3, 96 * bits // 32, 64)
+    assert torch.equal(packed.unpacked(codes, bits), code_nk)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    rows=st.integers(1, 19), groups=st.integers(1, 3), group=st.sampled_from([32, 64, 160]), panels=st.integers(1, 5),
+    bits=st.sampled_from([4, 8]), zero=st.integers(0, 2), dtype=st.sampled_from(DTYPES),
+    scales_in=st.sampled_from([torch.float16, torch.float32]), codes_inputs=st.booleans(), bias=st.booleans(),
+    norm=st.booleans(), residual=st.booleans(),
+)  # fmt: skip
+def test_linear_is_its_formula(
+    rows, groups, group, panels, bits, zero, dtype, scales_in, codes_inputs, bias, norm, residual
+) -> None:
+    n, k = 16 * panels, group * groups
+    codes, scales, zeros = draw(n, k, bits, group, zero, scales_in)
+    x = torch.randn(rows, k).to(dtype)
+    added = [
+        torch.randn(shape).to(dtype) if wanted else None for shape, wanted in (((n,), bias), ((rows, n), residual))
+    ]
+    norm_weight = torch.rand(k).to(dtype) if norm else None
+    y = ops.linear_packed(x, codes, scales, zeros, added[0], norm_weight, 1e-5, added[1], zero, codes_inputs)
+    exact = inputs_by_definition(x, norm_weight, 1e-5, codes_inputs)
+    exact = exact @ packed.dequantized(codes, scales, zeros, zero, k, torch.float64).T
+    exact = sum((each.double() for each in added if each is not None), exact)
+    # One rounding of the result; a code that float32's norm rounds to the neighbour is 1/127 of a block's largest.
+    unit = torch.finfo(dtype).eps / 2 + 32 * torch.finfo(torch.float32).eps + codes_inputs * norm * 2e-3
+    assert y.dtype == dtype
+    assert (y.double() - exact).abs().max() <= unit * exact.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_gate_up_is_the_gated_activation_of_linear(activation, bias) -> None:
+    codes, scales, _ = draw(64, 96, 4, 32, packed.MIDDLE)
+    x, norm_weight = torch.randn(5, 96), torch.rand(96)
+    biases = torch.randn(64) if bias else None
+    args = (x, codes, scales, None, biases, norm_weight, 1e-5)
+    number, function = ACTIVATIONS[activation]
+    gate, up = ops.linear_packed(*args, None, 0, True).chunk(2, dim=-1)
+    torch.testing.assert_close(ops.gate_up_packed(*args, number, 0, True), function(gate) * up)
+
+
+@pytest.mark.parametrize("codes_inputs", [True, False])
+def test_the_torch_reference_agrees(codes_inputs) -> None:
+    codes, scales, _ = draw(32, 96, 4, 32, packed.MIDDLE)
+    args = (torch.randn(2, 96), codes, scales, None, torch.randn(32), None, 0.0, torch.randn(2, 32), 0, codes_inputs)
+    torch.testing.assert_close(ops.linear_packed(*args), packed.linear_packed_ref(*args))
+    gated = (*args[:7], 0, 0, codes_inputs)
+    torch.testing.assert_close(ops.gate_up_packed(*gated), packed.gate_up_packed_ref(*gated))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("codes_inputs", [True, False])
+def test_what_is_no_number_stays_none(bad, codes_inputs) -> None:
+    codes, scales, _ = draw(16, 64, 8, 32, packed.MIDDLE)
+    x = torch.randn(2, 64)
+    x[1, 40] = bad
+    y = ops.linear_packed(x, codes, scales, None, None, None, 0.0, None, 0, codes_inputs)
+    assert y[0].isfinite().all()
+    assert not y[1].isfinite().any()
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-30, 1e30])
+def test_inputs_of_any_size_are_taken(largest) -> None:
+    codes, scales, _ = draw(16, 32, 8, 32, packed.MIDDLE)
+    x = torch.ones(1, 32) * largest
+    y = ops.linear_packed(x, codes, scales, None, None, None, 0.0, None, 0, True)
+    torch.testing.assert_close(y, x @ packed.dequantized(codes, scales, None, 0, 32, torch.float32).T)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    bits=st.sampled_from([4, 8]), group=st.sampled_from([32, 96]), dtype=st.sampled_from(DTYPES),
+    panels=st.integers(1, 4),
+)  # fmt: skip
+def test_weights_become_the_codes_of_least_error(bits, group, dtype, panels) -> None:
+    weight = (torch.randn(16 * panels, 192) * 0.02).to(dtype)
+    weight[0] = 0
+    codes, scales = ops.quantize(weight, bits, group)
+    expected = quantize.quantize_ref(weight, bits, group)
+    assert (codes != expected[0]).float().mean() < 0.05  # ties of scales, and sums in another order
+
+    def error(codes, scales) -> torch.Tensor:
+        difference = packed.dequantized(codes, scales, None, 0, 192, torch.float32) - weight.float()
+        return difference.unflatten(1, (-1, group)).square().sum(2)
+
+    torch.testing.assert_close(error(codes, scales), error(*expected), rtol=2e-3, atol=1e-12)
+    assert not packed.dequantized(codes, scales, None, 0, 192, torch.float32)[0].any()
+
+
+def test_no_scale_on_a_fine_grid_leaves_a_much_smaller_error_in_four_bits() -> None:
+    weight = torch.randn(64, 32)
+    codes, scales = ops.quantize(weight, 4, 32)
+    ours = (packed.dequantized(codes, scales, None, 0, 32, torch.float32) - weight).square().sum(1)
+    grid = torch.linspace(4, 12, 400)
+    steps = torch.cat([grid, -grid])[:, None, None] / weight.abs().amax(1, keepdim=True)
+    least = (((weight * steps).round().clamp(-8, 7) / steps - weight).square().sum(2)).amin(0)
+    assert (ours / least).mean() < 1.02
+
+
+def test_eight_bits_err_by_half_a_step() -> None:
+    weight = torch.randn(32, 64)
+    codes, scales = ops.quantize(weight, 8, 64)
+    error = (packed.dequantized(codes, scales, None, 0, 64, torch.float32) - weight).abs()
+    assert (error <= 0.502 * weight.abs().amax(1, keepdim=True) / 127).all()
+
+
+GOOD = {
+    "x": torch.randn(1, 64), "codes": torch.zeros(2, 8, 64, dtype=torch.uint8), "scales": torch.ones(2, 2, 16).half(),
+    "zeros": None, "bias": None, "norm_weight": None, "eps": 0.0, "residual": None, "zero": 0, "codes_inputs": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.randn(1, 48)}, "x has 48 columns"),
+        ({"x": torch.randn(1, 96)}, "8 lines of codes for 96 columns, expected 12 or 24"),
+        ({"x": torch.randn(64, 2).t()}, "strided"),
+        ({"codes": torch.zeros(2, 8, 64)}, "uint8"),
+        ({"codes": torch.zeros(2, 8, 32, dtype=torch.uint8)}, "in lines of 64"),
+        ({"scales": torch.ones(2, 2, 16).bfloat16()}, "float16 or float32"),
+        ({"scales": torch.ones(1, 2, 16).half()}, "dimension 0 of scales is 1, expected 2"),
+        ({"scales": torch.ones(2, 3, 16).half()}, "groups of a multiple of 32"),
+        ({"zeros": torch.ones(2, 2, 16).half()}, "zero is 0"),
+        ({"zero": 1}, "zero is 1"),
+        ({"zeros": torch.ones(2, 2, 16), "zero": 1}, "zeros has dtype"),
+        ({"bias": torch.ones(16)}, "dimension 0 of bias is 16, expected 32"),
+        ({"norm_weight": torch.ones(32)}, "norm_weight"),
+        ({"residual": torch.ones(1, 16)}, "residual"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
+)
+def test_bad_input_is_refused(changes, message) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        ops.linear_packed(*(GOOD | changes).values())
+
+
+def test_ids_outside_an_embedding_are_refused() -> None:
+    codes, scales, _ = draw(16, 32, 8, 32, packed.MIDDLE)
+    with pytest.raises(RuntimeError, match="id 16 of an embedding of 16 rows"):
+        ops.embed_packed(torch.empty(32), torch.tensor([16]), codes, scales, None, 0)
