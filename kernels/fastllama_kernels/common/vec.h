@@ -29,8 +29,6 @@ using torch::headeronly::Half;
 constexpr int64_t kLanes = 16;
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef _Float16 f16x16 __attribute__((vector_size(32)));
 
 // The registers that sixteen lanes take. Compilers split arithmetic on longer vectors well, comparisons into scalars.
 #if defined(__AVX512F__)
@@ -45,30 +43,44 @@ constexpr int kPartLanes = kLanes / kParts;
 typedef float FloatPart __attribute__((vector_size(kPartBytes)));
 typedef int32_t IntPart __attribute__((vector_size(kPartBytes)));
 
-inline f32x16 load16(const float* p) {
-  f32x16 x;
+// Parts, from what they are stored as. gcc 12 converts one number after the other unless it is told.
+inline FloatPart load_part(const float* p) {
+  FloatPart x;
   std::memcpy(&x, p, sizeof(x));
   return x;
 }
 
-inline f32x16 load16(const BFloat16* p) {  // a bfloat16 is the upper half of a float32
-  u16x16 bits;
-  std::memcpy(&bits, p, sizeof(bits));
-  return reinterpret_cast<f32x16>(__builtin_convertvector(bits, u32x16) << 16);
-}
-
-inline f32x16 load16(const Half* p) {
-#ifdef __F16C__  // gcc 12 converts one after the other unless it is told
-  const auto* bits = reinterpret_cast<const __m128i*>(p);
-  const __m256 halves[2] = {_mm256_cvtph_ps(_mm_loadu_si128(bits)), _mm256_cvtph_ps(_mm_loadu_si128(bits + 1))};
-  f32x16 x;
-  std::memcpy(&x, halves, sizeof(x));
-  return x;
+inline FloatPart load_part(const BFloat16* p) {  // a bfloat16 is the upper half of a float32
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (FloatPart)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
 #else
-  f16x16 x;
-  std::memcpy(&x, p, sizeof(x));
-  return __builtin_convertvector(x, f32x16);
+  typedef uint16_t Bits __attribute__((vector_size(kPartBytes / 2)));
+  typedef uint32_t Words __attribute__((vector_size(kPartBytes)));
+  Bits bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return reinterpret_cast<FloatPart>(__builtin_convertvector(bits, Words) << 16);
 #endif
+}
+
+inline FloatPart load_part(const Half* p) {
+#if defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__)
+  return (FloatPart)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  typedef _Float16 HalfPart __attribute__((vector_size(kPartBytes / 2)));
+  HalfPart x;
+  std::memcpy(&x, p, sizeof(x));
+  return __builtin_convertvector(x, FloatPart);
+#endif
+}
+
+template <typename T>
+inline f32x16 load16(const T* p) {
+  FloatPart parts[kParts];
+  for (int i = 0; i < kParts; ++i) parts[i] = load_part(p + i * kPartLanes);
+  f32x16 x;
+  std::memcpy(&x, parts, sizeof(x));
+  return x;
 }
 
 inline void store16(float* p, f32x16 x) { std::memcpy(p, &x, sizeof(x)); }
@@ -121,28 +133,6 @@ inline float sum16(f32x16 x) {
   return (sum4[0] + sum4[1]) + (sum4[2] + sum4[3]);
 }
 
-// The sums of sixteen vectors at once: halves are added pair by pair until each has become one lane.
-inline f32x16 sums16(const f32x16 (&x)[kLanes]) {
-  f32x16 by8[8], by4[4], by2[2];
-  for (int i = 0; i < 8; ++i) {
-    const f32x16 a = x[2 * i], b = x[2 * i + 1];
-    by8[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-             __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
-  for (int i = 0; i < 4; ++i) {
-    const f32x16 a = by8[2 * i], b = by8[2 * i + 1];
-    by4[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-             __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  }
-  for (int i = 0; i < 2; ++i) {
-    const f32x16 a = by4[2 * i], b = by4[2 * i + 1];
-    by2[i] = __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-             __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-  }
-  return __builtin_shufflevector(by2[0], by2[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         __builtin_shufflevector(by2[0], by2[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
-
 // What the activations of a product with T weights are held in: bfloat16 where the processor multiplies it directly.
 template <typename T>
 struct Activations { using type = float; };
@@ -154,27 +144,23 @@ struct Activations<BFloat16> { using type = BFloat16; };
 // out[r][m] = w_r · x_m for R weight rows and M activation rows (x_m = x + m * n): each weight is loaded once.
 template <int R, int M, typename T>
 inline void dot_tile(const T* const (&w)[R], const float* x, int64_t n, float (&out)[R][M]) {
-  f32x16 acc[R][M] = {};
+  FloatPart acc[R][M] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    f32x16 x16[M];
-    FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) x16[m] = load16(x + m * n + i);
+  for (; i + kPartLanes <= n; i += kPartLanes) {
+    FloatPart x_m[M];
+    FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) x_m[m] = load_part(x + m * n + i);
     FASTLLAMA_UNROLL for (int r = 0; r < R; ++r) {
-      const f32x16 w16 = load16(w[r] + i);
-      FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) acc[r][m] += w16 * x16[m];
+      const FloatPart w_r = load_part(w[r] + i);
+      FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) acc[r][m] += w_r * x_m[m];
     }
   }
-  if constexpr (R * M == kLanes) {
-    f32x16 all[kLanes];
-    std::memcpy(all, acc, sizeof(all));
-    store16(&out[0][0], sums16(all));
-  } else {
-    FASTLLAMA_UNROLL for (int r = 0; r < R; ++r)
-      FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) out[r][m] = sum16(acc[r][m]);
-  }
-  for (; i < n; ++i)
-    for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) out[r][m] += static_cast<float>(w[r][i]) * x[m * n + i];
+  FASTLLAMA_UNROLL for (int r = 0; r < R; ++r)
+    FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) {
+      float sum = 0.f;
+      for (int lane = 0; lane < kPartLanes; ++lane) sum += acc[r][m][lane];
+      for (int64_t j = i; j < n; ++j) sum += static_cast<float>(w[r][j]) * x[m * n + j];
+      out[r][m] = sum;
+    }
 }
 
 #ifdef __AVX512BF16__

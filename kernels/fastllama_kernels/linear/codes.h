@@ -25,25 +25,6 @@ inline IntPart load_part(const uint8_t* line) {
   return x;
 }
 
-inline FloatPart load_part(const float* p) {
-  FloatPart x;
-  std::memcpy(&x, p, sizeof(x));
-  return x;
-}
-
-inline FloatPart load_part(const Half* p) {
-#if defined(__AVX512F__)
-  return (FloatPart)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__) && defined(__AVX2__)
-  return (FloatPart)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  typedef _Float16 HalfPart __attribute__((vector_size(kPartBytes / 2)));
-  HalfPart x;
-  std::memcpy(&x, p, sizeof(x));
-  return __builtin_convertvector(x, FloatPart);
-#endif
-}
-
 inline int32_t load_quad(const int8_t* x) {
   int32_t quad;
   std::memcpy(&quad, x, sizeof(quad));

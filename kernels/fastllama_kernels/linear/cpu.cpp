@@ -17,7 +17,7 @@ namespace fastllama {
 namespace {
 
 constexpr int kWeightRows = 4;  // matrix rows streamed side by side: enough to keep the load queues full
-constexpr int kTile = 4;        // activation rows per pass over a weight tile (16 accumulators)
+constexpr int kTile = kPartBytes == 32 ? 2 : 4;  // activation rows per pass over a weight tile: AVX2 has 16 registers
 
 // The activations [rows, n] as the products take them, normalised (RMS, weighted) when a norm weight is given.
 template <typename T>

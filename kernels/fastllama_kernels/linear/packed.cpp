@@ -19,7 +19,8 @@
 namespace fastllama {
 namespace {
 
-constexpr int64_t kTile = 4;  // activation rows per pass over a panel
+constexpr int64_t kTile = 4;     // activation rows per pass over a panel
+constexpr int64_t kAhead = 2048;  // bytes between a load and the prefetch before it
 
 enum class Zero { kMiddle, kPoints, kOffsets };  // which of packed.py's three formulas
 
@@ -79,6 +80,7 @@ void multiply(const Panels<S>& w, int64_t panel, const Inputs<X>& x, int64_t fir
       if constexpr (kZero != Zero::kMiddle) zero_p[part] = load_part(zero + part * kPartLanes);
     }
     for (const int64_t end = block + blocks_a_group; block < end; ++block, lines += kLines * kLine) {
+      FASTLLAMA_UNROLL for (int64_t l = 0; l < kLines; ++l) __builtin_prefetch(lines + kAhead + l * kLine);
       FASTLLAMA_NO_UNROLL for (int part = 0; part < kParts; ++part) {
         BlockSum<kBits, X> dot[M];
         FASTLLAMA_UNROLL for (int64_t l = 0; l < kLines; ++l) {
