@@ -43,6 +43,17 @@ constexpr int kPartLanes = kLanes / kParts;
 typedef float FloatPart __attribute__((vector_size(kPartBytes)));
 typedef int32_t IntPart __attribute__((vector_size(kPartBytes)));
 
+// Keeps the compiler from loading it again where it is used, and from reordering what it is the sum of.
+inline void keep(FloatPart& x) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#endif
+}
+
 // Parts, from what they are stored as. gcc 12 converts one number after the other unless it is told.
 inline FloatPart load_part(const float* p) {
   FloatPart x;
@@ -143,12 +154,17 @@ struct Activations<BFloat16> { using type = BFloat16; };
 
 // out[r][m] = w_r · x_m for R weight rows and M activation rows (x_m = x + m * n): each weight is loaded once.
 template <int R, int M, typename T>
-inline void dot_tile(const T* const (&w)[R], const float* x, int64_t n, float (&out)[R][M]) {
+__attribute__((noinline)) void dot_tile(const T* const (&rows)[R], const float* x, int64_t n, float (&out)[R][M]) {
+  const T* w[R];
+  std::memcpy(w, rows, sizeof(w));  // a function and pointers of its own: they stay in registers
   FloatPart acc[R][M] = {};
   int64_t i = 0;
   for (; i + kPartLanes <= n; i += kPartLanes) {
     FloatPart x_m[M];
-    FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) x_m[m] = load_part(x + m * n + i);
+    FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) {
+      x_m[m] = load_part(x + m * n + i);
+      keep(x_m[m]);
+    }
     FASTLLAMA_UNROLL for (int r = 0; r < R; ++r) {
       const FloatPart w_r = load_part(w[r] + i);
       FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) acc[r][m] += w_r * x_m[m];

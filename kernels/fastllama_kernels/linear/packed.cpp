@@ -19,7 +19,8 @@
 namespace fastllama {
 namespace {
 
-constexpr int64_t kTile = 4;     // activation rows per pass over a panel
+template <int kBits>
+constexpr int64_t kTile = kBits == 8 && kPartBytes == 32 ? 2 : 4;  // activation rows per pass over a panel
 constexpr int64_t kAhead = 2048;  // bytes between a load and the prefetch before it
 
 enum class Zero { kMiddle, kPoints, kOffsets };  // which of packed.py's three formulas
@@ -66,6 +67,7 @@ template <int kBits, Zero kZero, int M, typename X, typename S>
 void multiply(const Panels<S>& w, int64_t panel, const Inputs<X>& x, int64_t first, f32x16 (&out)[M]) {
   using Split = std::conditional_t<std::is_same_v<X, float>, FloatCodes<kBits>, Codes<kBits>>;
   constexpr int64_t kColumns = 32 / kBits, kLines = kGroup / kColumns;  // of a line, of a block
+  constexpr int kTogether = kBits == 4 && !std::is_same_v<X, float> ? kParts : 1;  // parts whose sums fit the registers
   constexpr float kMiddle = 1 << (kBits - 1);
   const int64_t blocks = w.k / kGroup, blocks_a_group = w.group / kGroup;
   const uint8_t* lines = w.codes + panel * w.bytes();
@@ -81,20 +83,25 @@ void multiply(const Panels<S>& w, int64_t panel, const Inputs<X>& x, int64_t fir
     }
     for (const int64_t end = block + blocks_a_group; block < end; ++block, lines += kLines * kLine) {
       FASTLLAMA_UNROLL for (int64_t l = 0; l < kLines; ++l) __builtin_prefetch(lines + kAhead + l * kLine);
-      FASTLLAMA_NO_UNROLL for (int part = 0; part < kParts; ++part) {
-        BlockSum<kBits, X> dot[M];
+      for (int first_part = 0; first_part < kParts; first_part += kTogether) {
+        BlockSum<kBits, X> dot[kTogether][M];
         FASTLLAMA_UNROLL for (int64_t l = 0; l < kLines; ++l) {
-          const Split codes(load_part(lines + l * kLine + part * kPartBytes));
-          FASTLLAMA_UNROLL for (int m = 0; m < M; ++m)
-            dot[m].add(codes, values + m * w.k + block * kGroup + l * kColumns);
+          FASTLLAMA_UNROLL for (int i = 0; i < kTogether; ++i) {
+            const Split codes(load_part(lines + l * kLine + (first_part + i) * kPartBytes));
+            FASTLLAMA_UNROLL for (int m = 0; m < M; ++m)
+              dot[i][m].add(codes, values + m * w.k + block * kGroup + l * kColumns);
+          }
         }
         FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) {
           const float x_scale = scales[m * blocks + block], sum = sums[m * blocks + block];
-          FloatPart product = dot[m].value();
-          if constexpr (kZero == Zero::kMiddle) product -= kMiddle * sum;
-          if constexpr (kZero == Zero::kPoints) product -= zero_p[part] * sum;
-          if constexpr (kZero == Zero::kOffsets) total[part][m] += zero_p[part] * (sum * x_scale);
-          total[part][m] += product * (scale_p[part] * x_scale);
+          FASTLLAMA_UNROLL for (int i = 0; i < kTogether; ++i) {
+            const int part = first_part + i;
+            FloatPart product = dot[i][m].value();
+            if constexpr (kZero == Zero::kMiddle) product -= kMiddle * sum;
+            if constexpr (kZero == Zero::kPoints) product -= zero_p[part] * sum;
+            if constexpr (kZero == Zero::kOffsets) total[part][m] += zero_p[part] * (sum * x_scale);
+            total[part][m] += product * (scale_p[part] * x_scale);
+          }
         }
       }
     }
@@ -105,10 +112,10 @@ void multiply(const Panels<S>& w, int64_t panel, const Inputs<X>& x, int64_t fir
 }
 
 // Calls f with each tile of rows: their number as a constant, and the first of them.
-template <typename F>
+template <int kRows, typename F>
 void for_each_tile(int64_t rows, const F& f) {
   int64_t first = 0;
-  for (; first + kTile <= rows; first += kTile) f(std::integral_constant<int, kTile>{}, first);
+  for (; first + kRows <= rows; first += kRows) f(std::integral_constant<int, kRows>{}, first);
   for (; first < rows; ++first) f(std::integral_constant<int, 1>{}, first);
 }
 
@@ -163,18 +170,18 @@ struct Call {
 template <int kBits, Zero kZero, typename X, typename S>
 void run(const Panels<S>& w, const Call& call, Tensor& out) {
   const int64_t rows = call.x.numel() / w.k, parts = call.activation ? 2 : 1, count = w.count / parts;
-  const bool is_shared = rows > kTile;  // few rows are read by every thread, which saves a wait for the others
+  const bool is_shared = rows > kTile<4>;  // few rows are read by every thread, which saves a wait for the others
   Inputs<X> shared(is_shared ? rows : 0, w.k);
   if (is_shared)
     torch::stable::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
       read_inputs<X>(call.x, call.norm_weight, call.eps, begin, end, shared);
     });
-  parallel_groups(count, parts * w.bytes() * std::max<int64_t>(1, rows / kTile), [&](int64_t begin, int64_t end) {
+  parallel_groups(count, parts * w.bytes() * std::max<int64_t>(1, rows / kTile<4>), [&](int64_t begin, int64_t end) {
     Inputs<X> own(is_shared ? 0 : rows, w.k);
     if (!is_shared) read_inputs<X>(call.x, call.norm_weight, call.eps, 0, rows, own);
     const Inputs<X>& inputs = is_shared ? shared : own;
     for (int64_t panel = begin; panel < end; ++panel)
-      for_each_tile(rows, [&](auto tile, int64_t first) {
+      for_each_tile<kTile<kBits>>(rows, [&](auto tile, int64_t first) {
         constexpr int M = decltype(tile)::value;
         f32x16 y[M], up[M];
         multiply<kBits, kZero, M>(w, panel, inputs, first, y);
