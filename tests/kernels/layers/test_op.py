@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
+import fastllama_kernels.attention.op  # noqa: F401  (defines an operation)
 from fastllama_kernels.common import build
 from fastllama_kernels.common.activations import GELU, SILU
-from fastllama_kernels.layers.op import DENSE, DENSE_BIAS, Layer, Weights, flatten, layers
+from fastllama_kernels.layers.op import DENSE, DENSE_BIAS, Layer, Weights, flatten, layers, packed_kind
+from fastllama_kernels.linear import packed
 
-LAYERS, M, F, HEADS, KV_HEADS, D, SLOTS = 3, 24, 40, 4, 2, 8, 20
+LAYERS, M, F, HEADS, KV_HEADS, D, SLOTS = 3, 32, 64, 4, 2, 8, 20
 EPS = 1e-5
 linear, gate_up = torch.ops.fastllama.linear, torch.ops.fastllama.gate_up
 
@@ -19,19 +23,28 @@ def kernels() -> None:
     assert build.load() is None
 
 
-def draw(b, t, dtype, bias) -> tuple:
+def draw(b, t, dtype, form) -> tuple:
     """Arguments of the op but for the last two."""
 
     def tensor(*shape) -> torch.Tensor:
         return (torch.randn(shape) / shape[-1] ** 0.5).to(dtype)
 
     def matrix(n: int, k: int) -> Weights:
-        return Weights(DENSE_BIAS, (tensor(n, k), tensor(n))) if bias else Weights(DENSE, (tensor(n, k),))
+        if form == "dense":
+            return Weights(DENSE, (tensor(n, k),))
+        if form == "bias":
+            return Weights(DENSE_BIAS, (tensor(n, k), tensor(n)))
+        bits, zero, has_bias, codes_inputs = form
+        codes = packed.packed(torch.randint(0, 2**bits, (n, k), dtype=torch.uint8), bits)
+        scales = (torch.rand(n // 16, k // 32, 16) / 2**bits / k**0.5).half()
+        zeros = () if zero == packed.MIDDLE else (torch.rand(scales.shape).half(),)
+        bias = (tensor(n),) if has_bias else ()
+        return Weights(packed_kind(has_bias, zero, codes_inputs), (codes, scales, *zeros, *bias))
 
-    packed, inner = (HEADS + 2 * KV_HEADS) * D, HEADS * D
+    in_qkv, inner = (HEADS + 2 * KV_HEADS) * D, HEADS * D
     weights = [
         Layer(
-            torch.rand(M).to(dtype), matrix(packed, M), matrix(M, inner),
+            torch.rand(M).to(dtype), matrix(in_qkv, M), matrix(M, inner),
             torch.rand(M).to(dtype), matrix(2 * F, M), matrix(M, F),
         )
         for _ in range(LAYERS)
@@ -42,29 +55,48 @@ def draw(b, t, dtype, bias) -> tuple:
     return torch.randn(b, t, M).to(dtype), angle.cos(), angle.sin(), position, weights, *caches
 
 
-def one_by_one(x, cos, sin, position, weights, k_caches, v_caches, activation) -> torch.Tensor:
+def product(x, weights: Weights, norm=None, residual=None, activation=None, form="dense") -> torch.Tensor:
+    """The operation that the matrix's kind stands for."""
+    if isinstance(form, str):
+        weight, bias = (*weights.tensors, None)[:2]
+        if activation is not None:
+            return gate_up(x, weight, bias, norm, EPS, activation)
+        return linear(x, weight, bias, norm, EPS, residual)
+    _, zero, has_bias, codes_inputs = form
+    codes, scales, *others = weights.tensors
+    args = (codes, scales, others[0] if zero else None, others[-1] if has_bias else None, norm, EPS)
+    if activation is not None:
+        return torch.ops.fastllama.gate_up_packed(x, *args, activation, zero, codes_inputs)
+    return torch.ops.fastllama.linear_packed(x, *args, residual, zero, codes_inputs)
+
+
+def one_by_one(x, cos, sin, position, weights, k_caches, v_caches, activation, form) -> torch.Tensor:
     for layer, k_cache, v_cache in zip(weights, k_caches, v_caches, strict=True):
-        qkv, o, up, down = ((*weights.tensors, None)[:2] for weights in (layer.qkv, layer.o, layer.gate_up, layer.down))
-        packed = linear(x, *qkv, layer.input_norm, EPS)
-        heads = torch.ops.fastllama.rotary_attention(packed, cos, sin, position, k_cache, v_cache)
-        x = linear(heads, *o, residual=x)
-        x = linear(gate_up(x, *up, layer.post_norm, EPS, activation), *down, residual=x)
+        qkv = product(x, layer.qkv, layer.input_norm, form=form)
+        heads = torch.ops.fastllama.rotary_attention(qkv, cos, sin, position, k_cache, v_cache)
+        x = product(heads, layer.o, residual=x, form=form)
+        ffn = product(x, layer.gate_up, layer.post_norm, activation=activation, form=form)
+        x = product(ffn, layer.down, residual=x, form=form)
     return x
 
 
+FORMS = ["dense", "bias", *itertools.product((4, 8), range(3), (False, True), (False, True))]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("b", "t", "bias", "activation"), [(1, 1, False, SILU), (2, 2, True, GELU)])
-def test_it_is_its_operations_one_after_the_other(dtype, b, t, bias, activation) -> None:
-    *args, k_caches, v_caches = draw(b, t, dtype, bias)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("b", "t", "activation"), [(1, 1, SILU), (2, 2, GELU)])
+def test_it_is_its_operations_one_after_the_other(dtype, form, b, t, activation) -> None:
+    *args, k_caches, v_caches = draw(b, t, dtype, form)
     copies = [[cache.clone() for cache in caches] for caches in (k_caches, v_caches)]
-    expected = one_by_one(*args, *copies, activation)
+    expected = one_by_one(*args, *copies, activation, form)
     assert torch.equal(layers(*args, k_caches, v_caches, EPS, activation), expected)
     for ours, theirs in zip([*k_caches, *v_caches], [*copies[0], *copies[1]], strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_a_number_of_weights_that_does_not_fit_the_caches_is_refused() -> None:
-    x, cos, sin, position, weights, k_caches, v_caches = draw(1, 1, torch.float32, False)
+    x, cos, sin, position, weights, k_caches, v_caches = draw(1, 1, torch.float32, "dense")
     with pytest.raises(RuntimeError, match="got 8 matrices and 3 value caches for 3 key caches, expected 4 and 1"):
         layers(x, cos, sin, position, weights[:-1], k_caches, v_caches, EPS, SILU)
     with pytest.raises(RuntimeError, match="2 value caches"):
@@ -72,7 +104,7 @@ def test_a_number_of_weights_that_does_not_fit_the_caches_is_refused() -> None:
 
 
 def test_tensors_that_do_not_fit_their_kinds_are_refused() -> None:
-    x, cos, sin, position, weights, *caches = draw(1, 1, torch.float32, False)
+    x, cos, sin, position, weights, *caches = draw(1, 1, torch.float32, "dense")
     tensors, kinds = flatten(weights)
     with pytest.raises(RuntimeError, match="got 17 weights for matrices of these kinds and their norms, expected 18"):
         torch.ops.fastllama.layers(x, cos, sin, position, tensors[1:], kinds, *caches, EPS, 0)
@@ -82,8 +114,8 @@ def test_tensors_that_do_not_fit_their_kinds_are_refused() -> None:
         torch.ops.fastllama.layers(x, cos, sin, position, tensors, [99, *kinds[1:]], *caches, EPS, 0)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_schema_and_fake_are_right(bias) -> None:
-    x, cos, sin, position, weights, *caches = draw(1, 1, torch.float32, bias)
+@pytest.mark.parametrize("form", ["dense", "bias", FORMS[-1]], ids=str)
+def test_schema_and_fake_are_right(form) -> None:
+    x, cos, sin, position, weights, *caches = draw(1, 1, torch.float32, form)
     args = (x, cos, sin, position, *flatten(weights), *caches, EPS, 0)
     torch.library.opcheck(torch.ops.fastllama.layers.default, args)
