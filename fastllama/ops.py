@@ -34,7 +34,8 @@ Layer = layers_op.Layer
 Weights = layers_op.Weights
 DENSE, DENSE_BIAS, TENSORS = layers_op.DENSE, layers_op.DENSE_BIAS, layers_op.TENSORS
 packed_kind = layers_op.packed_kind
-PANEL, LINE, MIDDLE = packed_op.PANEL, packed_op.LINE, packed_op.MIDDLE
+PANEL, LINE = packed_op.PANEL, packed_op.LINE
+MIDDLE, OFFSETS = packed_op.MIDDLE, packed_op.OFFSETS
 dequantized = packed_op.dequantized
 SamplingParams = sampling_op.SamplingParams
 row_seed = sampling_op.row_seed
@@ -302,11 +303,13 @@ def embed_packed(like: torch.Tensor, *args: Any) -> torch.Tensor:
     return _run("embed_packed", like, *args)
 
 
-def quantize(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of a matrix; see :mod:`fastllama_kernels.linear.quantize`."""
+def quantize(
+    weight: torch.Tensor, bits: int, group: int, has_offsets: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and offsets of a matrix; see :mod:`fastllama_kernels.linear.quantize`."""
     if weight.device.type == "cpu" and weight.dtype in KERNEL_DTYPES and build.load() is None:
-        return torch.ops.fastllama.quantize(weight, bits, group)
-    return quantize_op.quantize_ref(weight, bits, group)
+        return torch.ops.fastllama.quantize(weight, bits, group, has_offsets)
+    return quantize_op.quantize_ref(weight, bits, group, has_offsets)
 
 
 def rotary_attention(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fastllama.config.fields import bad, check_int
+from fastllama.config.fields import bad, check_bool, check_int
 
 VERSION = 1  # of the folders that are written
 METHOD = "fastllama"
@@ -23,6 +23,8 @@ class QuantizationConfig:
     Attributes:
         bits: of a weight of a decoder layer, 4 or 8.
         group_size: columns that share a scale, a multiple of 32; None: all of a row.
+        symmetric: 4-bit codes stand for scale · (code - 8); else for scale · code + offset, with an offset a group,
+            which is nearer to the weights and takes 2 bytes a group more.
         head_bits: of a weight of the head and of the embedding, 4 or 8; None leaves them as they are. 8-bit ones have a
             scale a row, 4-bit ones one a group.
         exclude: names of modules that are left as they are, whole (``model.layers.0.mlp.down_proj``) or their last
@@ -36,6 +38,7 @@ class QuantizationConfig:
 
     bits: int = 4
     group_size: int | None = 32
+    symmetric: bool = False
     head_bits: int | None = 8
     exclude: tuple[str, ...] = ()
     activations: str | None = "int8"
@@ -44,6 +47,7 @@ class QuantizationConfig:
         for name, values in {"bits": (4, 8), "head_bits": (4, 8, None), "activations": ("int8", None)}.items():
             if getattr(self, name) not in values:
                 raise bad(name, getattr(self, name), f"one of {', '.join(map(str, values))}")
+        check_bool("symmetric", self.symmetric)
         if self.group_size is not None:
             check_int("group_size", self.group_size, at_least=LEAST_GROUP)
             if self.group_size % LEAST_GROUP:
@@ -55,7 +59,7 @@ class QuantizationConfig:
 
     @classmethod
     def of(cls, scheme: str | QuantizationConfig | None) -> QuantizationConfig | None:
-        """The config that a name stands for: ``"int8"`` with a scale a row, ``"int4"`` with groups of 32.
+        """The config that a name stands for: ``"int8"`` with a scale a row, ``"int4"`` with offsets and groups of 32.
 
         Raises:
             ValueError: no such scheme.
@@ -66,8 +70,8 @@ class QuantizationConfig:
             raise bad("quantize", scheme, f"None, {', '.join(map(repr, SCHEMES))} or a QuantizationConfig")
         return cls(bits=8, group_size=None) if scheme == "int8" else cls()
 
-    def scheme_of(self, module: str, columns: int) -> tuple[int, int] | None:
-        """Bits and group of a module's weight; None: it is left as it is.
+    def scheme_of(self, module: str, columns: int) -> tuple[int, int, bool] | None:
+        """Bits and group of a module's weight, and whether it has offsets; None: it is left as it is.
 
         Args:
             module: its name in the model.
@@ -88,7 +92,7 @@ class QuantizationConfig:
                 f"{module} has {columns} columns, which groups of {group} do not divide"
                 f" (groups are multiples of {LEAST_GROUP}); choose another group_size, or exclude {module!r}"
             )
-        return bits, group
+        return bits, group, bits == 4 and not self.symmetric
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantizationConfig:

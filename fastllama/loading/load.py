@@ -114,7 +114,7 @@ def _checked(
     for key, tensor in found.items():
         if tensor.shape != tuple(wanted[key].shape):
             problems.append(f"{key}: shape {list(tensor.shape)}, expected {list(wanted[key].shape)}")
-        if key.endswith((".codes", ".scales")):
+        if key.endswith((".codes", ".scales", ".offsets")):
             if tensor.natural_dtype != wanted[key].dtype:
                 problems.append(f"{key}: stored as {tensor.dtype}, expected {wanted[key].dtype}")
         elif not tensor.is_float:

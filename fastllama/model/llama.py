@@ -263,7 +263,9 @@ class Llama(nn.Module):
         if not self.config.tie_word_embeddings:
             return
         head, table = self.lm_head, self.model.embed_tokens
-        for name in ("weight",) if isinstance(head, nn.Linear) else ("codes", "scales"):  # of a quantized network
+        for name in (
+            ("weight",) if isinstance(head, nn.Linear) else ("codes", "scales", "offsets")
+        ):  # of a quantized network
             setattr(head, name, getattr(table, name))
 
     prepare_inputs_for_generation = prepare_inputs_for_generation

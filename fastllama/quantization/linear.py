@@ -22,41 +22,48 @@ from fastllama.config.quantization import QuantizationConfig
 
 
 class Packed(nn.Module):
-    """A matrix of codes, with scales in float16.
+    """A matrix of codes, with scales and perhaps offsets in float16.
 
     Args:
         shape: rows and columns.
         bits: of a code.
         group: columns that share a scale.
+        has_offsets: codes stand for scale · code + offset; else for scale · (code - 2^(bits - 1)).
         activations: ``"int8"``: few rows of activations are taken in 8 bits by the engine; None: as they are.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
+    offsets: torch.Tensor | None
 
-    def __init__(self, shape: tuple[int, int], bits: int, group: int, activations: str | None = "int8") -> None:
+    def __init__(
+        self, shape: tuple[int, int], bits: int, group: int, has_offsets: bool, activations: str | None = "int8"
+    ) -> None:
         super().__init__()
         self.shape, self.bits, self.group, self.activations = shape, bits, group, activations
         columns, panels = shape[1], -(-shape[0] // ops.PANEL)
         codes = torch.empty(panels, columns * bits // 32, ops.LINE, dtype=torch.uint8)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", torch.empty(panels, columns // group, ops.PANEL, dtype=torch.float16))
+        self.register_buffer("offsets", torch.empty_like(self.scales) if has_offsets else None)
 
     def fill(self, blocks: Iterator[torch.Tensor]) -> bool:
         """Quantize rows as they come, ``[some rows, k]``, all of them in the end; return whether they are numbers."""
         first, clean = 0, True
         for block in _whole_panels(blocks):
             clean = clean and bool(block.isfinite().all())
-            codes, scales = ops.quantize(block.contiguous(), self.bits, self.group)
-            self.codes[first : first + len(codes)] = codes
-            self.scales[first : first + len(codes)] = scales
+            codes, scales, offsets = ops.quantize(block.contiguous(), self.bits, self.group, self.offsets is not None)
+            panels = slice(first, first + len(codes))
+            self.codes[panels], self.scales[panels] = codes, scales
+            if self.offsets is not None:
+                self.offsets[panels] = offsets
             first += len(codes)
         assert first == len(self.codes), f"filled {first} of {len(self.codes)} panels"
         return clean
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """The weights ``[n, k]`` that the codes stand for."""
-        return ops.dequantized(self.codes, self.scales, None, ops.MIDDLE, self.shape[1], dtype)[: self.shape[0]]
+        return ops.dequantized(*self.tensors, self.zero, self.shape[1], dtype)[: self.shape[0]]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -64,20 +71,33 @@ class Packed(nn.Module):
         return self.dequantized(torch.float32)
 
     @property
-    def scheme(self) -> tuple[int, int, str | None]:
-        """Bits, group and activations: what matrices that are joined have in common."""
-        return self.bits, self.group, self.activations
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Codes, scales, offsets."""
+        return self.codes, self.scales, self.offsets
+
+    @property
+    def zero(self) -> int:
+        """What codes stand for, as :mod:`fastllama_kernels.linear.packed` numbers it."""
+        return ops.MIDDLE if self.offsets is None else ops.OFFSETS
+
+    @property
+    def scheme(self) -> tuple[int, int, int, str | None]:
+        """Bits, group, zero and activations: what matrices that are joined have in common."""
+        return self.bits, self.group, self.zero, self.activations
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
+        """Bytes of codes, scales and offsets."""
+        return sum(tensor.nbytes for tensor in self.tensors if tensor is not None)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Packed:
-        before = self.scales
+        before = {"scales": self.scales, "offsets": self.offsets}
         super()._apply(fn, recurse)
-        if self.scales.dtype != before.dtype:  # of .half() or .to(bfloat16): scales belong to the codes
-            self.scales = before.to(self.scales.device)
+        for name, tensor in before.items():
+            if (
+                tensor is not None and getattr(self, name).dtype != tensor.dtype
+            ):  # of .to(bfloat16): they belong to codes
+                setattr(self, name, tensor.to(self.codes.device))
         return self
 
     def extra_repr(self) -> str:
@@ -88,15 +108,17 @@ class Packed(nn.Module):
 class QuantizedLinear(Packed):
     """A linear map with a quantized weight ``[out_features, in_features]``, and a bias or none."""
 
-    def __init__(self, linear: nn.Linear, bits: int, group: int, activations: str | None = "int8") -> None:
-        super().__init__((linear.out_features, linear.in_features), bits, group, activations)
+    def __init__(
+        self, linear: nn.Linear, bits: int, group: int, has_offsets: bool, activations: str | None = "int8"
+    ) -> None:
+        super().__init__((linear.out_features, linear.in_features), bits, group, has_offsets, activations)
         self.out_features, self.in_features, self.bias = linear.out_features, linear.in_features, linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ weightᵀ + bias`` of x ``[..., in_features]``."""
         if x.requires_grad and torch.is_grad_enabled():
             return F.linear(x, self.dequantized(x.dtype), self.bias)
-        args = (self.codes, self.scales, None, None, None, 0.0, None, ops.MIDDLE, self.activations is not None)
+        args = (*self.tensors, None, None, 0.0, None, self.zero, self.activations is not None)
         y = ops.linear_packed(x.contiguous(), *args)[..., : self.out_features]
         return y if self.bias is None else y + self.bias
 
@@ -104,8 +126,16 @@ class QuantizedLinear(Packed):
 class QuantizedEmbedding(Packed):
     """An embedding with a quantized table ``[num_embeddings, embedding_dim]``; vectors are in ``dtype``."""
 
-    def __init__(self, table: nn.Embedding, bits: int, group: int, activations: str | None, dtype: torch.dtype) -> None:
-        super().__init__((table.num_embeddings, table.embedding_dim), bits, group, activations)
+    def __init__(
+        self,
+        table: nn.Embedding,
+        bits: int,
+        group: int,
+        has_offsets: bool,
+        activations: str | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__((table.num_embeddings, table.embedding_dim), bits, group, has_offsets, activations)
         self.num_embeddings, self.embedding_dim, self.dtype = table.num_embeddings, table.embedding_dim, dtype
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -113,7 +143,7 @@ class QuantizedEmbedding(Packed):
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.shape[0]:
             raise IndexError("index out of range")
         like = torch.empty(self.embedding_dim, dtype=self.dtype, device=self.codes.device)
-        return ops.embed_packed(like, ids.contiguous(), self.codes, self.scales, None, ops.MIDDLE)
+        return ops.embed_packed(like, ids.contiguous(), *self.tensors, self.zero)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedEmbedding:
         super()._apply(fn, recurse)

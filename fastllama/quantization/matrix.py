@@ -36,7 +36,7 @@ class Matrix(nn.Module):
         bias = getattr(module, "bias", None)
         bias = None if bias is None else shared(bias)
         if isinstance(module, Packed):
-            return PackedMatrix(shared(module.codes), shared(module.scales), module, bias)
+            return PackedMatrix([None if each is None else shared(each) for each in module.tensors], module, bias)
         return Matrix(shared(cast(nn.Linear, module).weight), bias)
 
     @staticmethod
@@ -57,8 +57,9 @@ class Matrix(nn.Module):
             return Matrix(_joined([cast(nn.Linear, linear).weight for linear in linears]), bias)
         if len(packed) < len(linears) or len({each.scheme for each in packed}) > 1:
             raise ValueError("linears that are multiplied together are quantized in different ways, or some are not")
-        codes, scales = _joined([each.codes for each in packed]), _joined([each.scales for each in packed])
-        return PackedMatrix(codes, scales, packed[0], bias)
+        parts = zip(*(each.tensors for each in packed), strict=True)
+        joined = [None if part[0] is None else _joined(cast(Sequence[torch.Tensor], part)) for part in parts]
+        return PackedMatrix(joined, packed[0], bias)
 
     @property
     def kind(self) -> int:
@@ -125,18 +126,19 @@ class PackedMatrix(Matrix):
     """A matrix of codes with scales, over memory that it shares; see :mod:`fastllama_kernels.linear.packed`.
 
     Args:
-        codes: uint8 ``[p, l, 64]``.
-        scales: ``[p, g, 16]``.
+        tensors: codes uint8 ``[p, l, 64]``, scales ``[p, g, 16]``, and offsets likewise or None.
         like: a module with these tensors or a part of them.
         bias: ``[n]``, or None.
     """
 
-    def __init__(self, codes: nn.Parameter, scales: nn.Parameter, like: Packed, bias: nn.Parameter | None) -> None:
+    def __init__(self, tensors: Sequence[nn.Parameter | None], like: Packed, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)
-        self.codes, self.scales, self.bias = codes, scales, bias
+        self.codes, self.scales = (cast(nn.Parameter, tensor) for tensor in tensors[:2])
+        self.offsets = tensors[2]
+        self.bias, self.zero = bias, like.zero
         self._like = [like]  # in a list, so that it is not a part of this module
-        rows, panels = like.shape[0], len(codes)
-        self.n, self.k = rows if panels == len(like.codes) else panels * ops.PANEL, like.shape[1]
+        panels = len(self.codes)
+        self.n = like.shape[0] if panels == len(like.codes) else panels * ops.PANEL
 
     @property
     def codes_inputs(self) -> bool:
@@ -146,12 +148,12 @@ class PackedMatrix(Matrix):
     @property
     def kind(self) -> int:
         """What it is stored as, a number that the kernels know."""
-        return ops.packed_kind(self.bias is not None, ops.MIDDLE, self.codes_inputs)
+        return ops.packed_kind(self.bias is not None, self.zero, self.codes_inputs)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Everything that a product reads, in the order that the kernels take it."""
-        return (self.codes, self.scales, *([] if self.bias is None else [self.bias]))
+        return tuple(each for each in (self.codes, self.scales, self.offsets, self.bias) if each is not None)
 
     def forward(
         self,
@@ -161,18 +163,18 @@ class PackedMatrix(Matrix):
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As :meth:`Matrix.forward`, with the weights that the codes stand for."""
-        args = (self.codes, self.scales, None, self.bias, norm_weight, eps, residual, ops.MIDDLE, self.codes_inputs)
-        y = ops.linear_packed(x, *args)
+        args = (self.bias, norm_weight, eps, residual, self.zero, self.codes_inputs)
+        y = ops.linear_packed(x, self.codes, self.scales, self.offsets, *args)
         return y if y.shape[-1] == self.n else y[..., : self.n].contiguous()
 
     def gated(self, x: torch.Tensor, norm_weight: torch.Tensor, eps: float, activation: str) -> torch.Tensor:
         """As :meth:`Matrix.gated`."""
-        args = (self.codes, self.scales, None, self.bias, norm_weight, eps)
-        return ops.gate_up_packed(x, *args, activation, ops.MIDDLE, self.codes_inputs)
+        args = (self.codes, self.scales, self.offsets, self.bias, norm_weight, eps)
+        return ops.gate_up_packed(x, *args, activation, self.zero, self.codes_inputs)
 
     def embed(self, ids: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """As :meth:`Matrix.embed`."""
-        return ops.embed_packed(like, ids, self.codes, self.scales, None, ops.MIDDLE)
+        return ops.embed_packed(like, ids, self.codes, self.scales, self.offsets, self.zero)
 
     def rows(self, first: int, last: int) -> PackedMatrix:
         """Rows ``first`` to ``last - 1``, multiples of 16, over the same memory."""
@@ -180,7 +182,8 @@ class PackedMatrix(Matrix):
             raise ValueError(f"rows {first} to {last} are no whole panels of {ops.PANEL}")
         panels = slice(first // ops.PANEL, last // ops.PANEL)
         bias = None if self.bias is None else shared(self.bias[first:last])
-        part = PackedMatrix(shared(self.codes[panels]), shared(self.scales[panels]), self._like[0], bias)
+        tensors = [None if each is None else shared(each[panels]) for each in (self.codes, self.scales, self.offsets)]
+        part = PackedMatrix(tensors, self._like[0], bias)
         part.n = last - first
         return part
 

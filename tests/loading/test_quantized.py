@@ -28,6 +28,7 @@ IDS = torch.tensor([[1, 17, 5, 60, 33, 3], [2, 2, 2, 9, 8, 7]])
 SCHEMES: dict[str, Any] = {
     "int8": "int8",
     "int4": "int4",
+    "int4, symmetric": QuantizationConfig(symmetric=True),
     "int4, whole rows": QuantizationConfig(group_size=None, head_bits=4),
     "int8 in groups": QuantizationConfig(bits=8, group_size=32),
     "plain activations": QuantizationConfig(activations=None),
@@ -132,7 +133,7 @@ def test_it_takes_the_bytes_that_it_says(folder):
     dense, small = LlamaForCausalLM.from_pretrained(folder), quantized(folder, "int4")
     assert parameter_count(dense) == parameter_count(small)
     layers = [m for name, m in packed_modules(small).items() if ".layers." in name]
-    assert all(module.nbytes * 8 == 4.5 * module.shape[0] * module.shape[1] for module in layers)
+    assert all(module.nbytes * 8 == 5 * module.shape[0] * module.shape[1] for module in layers)
     assert weight_bytes_per_step(small) < 0.35 * weight_bytes_per_step(dense)
     assert small.model.layers[0].mlp.up_proj.codes.is_contiguous()
 
