@@ -16,7 +16,7 @@ from fastllama.quantization.quality import quality, windows
 
 from .rounds import Say
 
-HELD_OUT = 20  # one in so many files of the standard library, by its name's hash, as for the demo's training
+HELD_OUT = 20  # one of 20 files of the standard library, by the hash of its name, as for the demo's training
 
 
 def held_out_text(docstrings: bool) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 
 from fastllama import ops
 from fastllama.config import LlamaConfig, RopeParameters
 from fastllama.model.llama import Llama
 from fastllama.model.rope import inverse_frequencies
+from fastllama.quantization.linear import Packed, is_tied, packed_modules
 
 ROPE_TYPES = ("default", "linear", "llama3")
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -21,7 +24,8 @@ FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloa
 def write_gguf(model: Llama, path: str | os.PathLike[str]) -> None:
     """Write the weights and constants that llama.cpp needs to run the network on token ids.
 
-    Matrices keep the model's dtype; norms and biases become float32, the only type llama.cpp takes them in. A tied head
+    Matrices keep the model's dtype; quantized ones become blocks of as many bits, Q8_0 and Q4_0, with scales of their
+    own; norms and biases become float32, the only type llama.cpp takes them in. A tied head
     is left out. There is no tokenizer: the file says so, and has the number of tokens. Besides the model, one tensor
     at a time is in memory.
 
@@ -38,15 +42,23 @@ def write_gguf(model: Llama, path: str | os.PathLike[str]) -> None:
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[model.dtype]])
     tensors = _tensors(model)
     for name, tensor in tensors.items():
-        array, ggml_type = _to_numpy(tensor[:0]), gguf.GGMLQuantizationType[TYPES[_stored_dtype(tensor)]]
-        nbytes = tensor.numel() * array.itemsize
-        writer.add_tensor_info(name, tuple(tensor.shape), array.dtype, nbytes, raw_dtype=ggml_type)
+        kind = _kind(tensor)
+        size, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        row_bytes = tensor.shape[-1] // size * nbytes
+        is_packed = isinstance(tensor, Packed)
+        shape = (tensor.shape[0], row_bytes) if is_packed else tuple(tensor.shape)  # of blocks it wants bytes
+        array = np.empty(0, np.uint8) if is_packed else _to_numpy(tensor[:0])
+        writer.add_tensor_info(name, shape, array.dtype, math.prod(tensor.shape[:-1]) * row_bytes, raw_dtype=kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, tensor in tensors.items():
-            writer.write_tensor_data(_to_numpy(_reordered(name, tensor, model.config)))
+            if isinstance(tensor, Packed):
+                array = _to_numpy(_reordered(name, tensor.weight, model.config))
+                writer.write_tensor_data(gguf.quants.quantize(array, _kind(tensor)))
+            else:
+                writer.write_tensor_data(_to_numpy(_reordered(name, tensor, model.config)))
     finally:
         writer.close()
 
@@ -79,17 +91,28 @@ def _add_constants(writer: Any, config: LlamaConfig) -> None:
     writer.add_tokenizer_model("no_vocab")
 
 
-def _tensors(model: Llama) -> dict[str, torch.Tensor]:
-    """The tensors of the file by GGUF name: the parameters, and the rope's factors."""
+def _kind(tensor: torch.Tensor | Packed) -> gguf.GGMLQuantizationType:
+    """The type that a tensor is written in; of quantized weights blocks of as many bits."""
+    if isinstance(tensor, Packed):
+        return gguf.GGMLQuantizationType.Q8_0 if tensor.bits == 8 else gguf.GGMLQuantizationType.Q4_0
+    return gguf.GGMLQuantizationType[TYPES[_stored_dtype(tensor)]]
+
+
+def _tensors(model: Llama) -> dict[str, torch.Tensor | Packed]:
+    """The tensors of the file by GGUF name: parameters, quantized modules, and the rope's factors."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor | Packed] = {}
     factors = _rope_factors(model.config)
     if factors is not None:
         tensors["rope_freqs.weight"] = factors
-    for key, parameter in model.named_parameters():
+    modules = packed_modules(model)
+    if is_tied(model):
+        modules.pop("lm_head", None)
+    quantized = {f"{name}.weight": module for name, module in modules.items()}
+    for key, tensor in (*model.named_parameters(), *quantized.items()):
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         assert name is not None, f"GGUF has no name for {key}"
-        tensors[name] = parameter.detach()
+        tensors[name] = tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
     return tensors
 
 

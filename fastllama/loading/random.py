@@ -38,7 +38,7 @@ class RandomTensor:
             yield slice(start, start + rows), numbers.view(rows, *self.shape[1:])
 
     def _numbers(self, first: int, count: int) -> torch.Tensor:
-        """So many numbers of the pool, cyclically."""
+        """That number of numbers of the pool, cyclically."""
         repeats = -(-(first + count) // len(self.pool))
         pool = self.pool if repeats == 1 else self.pool.repeat(repeats)
         return pool[first : first + count]

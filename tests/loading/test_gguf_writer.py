@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.config import RopeParameters
 from fastllama.loading.gguf_writer import write_gguf
+from fastllama.quantization.linear import packed_modules
 
 SHAPE = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -130,3 +131,23 @@ def test_what_llama_cpp_cannot_compute_is_refused_by_name(
     with pytest.raises(NotImplementedError, match=named):
         write_gguf(random_llama(dtype, **overrides), tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("scheme", "worst"), [("int8", 0.01), ("int4", 0.15)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantized_weights_become_blocks_of_as_many_bits(scheme, worst, tied, tmp_path) -> None:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "folder")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "folder", quantize=scheme)
+    write_gguf(model, tmp_path / "model.gguf")
+    read = LlamaForCausalLM.from_pretrained(tmp_path / "model.gguf", dtype="float32")
+    assert read.config.tie_word_embeddings == tied
+    for name, module in packed_modules(model).items():
+        wanted = module.weight
+        error = (read.get_submodule(name).weight - wanted).abs().max() / wanted.abs().max()
+        assert error < (worst if module.bits == 4 or scheme == "int8" else 0.01), name
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert kinds["blk.0.attn_q.weight"] == {"int8": "Q8_0", "int4": "Q4_0"}[scheme]
+    assert kinds["token_embd.weight"] == "Q8_0"
