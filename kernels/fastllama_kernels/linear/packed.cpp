@@ -253,12 +253,8 @@ Tensor run_call(const Tensor& codes, const Tensor& scales, const std::optional<T
       run<decltype(b)::value, decltype(z)::value, decltype(input)>(w, call, out);
     });
   };
-  if (scales.scalar_type() == ScalarType::Half) {
-    with_scales(Half{});
-  } else {
-    STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float, "fastllama: expected scales of float16 or float32");
-    with_scales(float{});
-  }
+  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Half, "fastllama: expected scales of float16");
+  with_scales(Half{});
   return out;
 }
 
@@ -306,7 +302,8 @@ Tensor embed_packed(Tensor like, Tensor ids, Tensor codes, Tensor scales, std::o
       }
     });
   };
-  scales.scalar_type() == ScalarType::Half ? with_scales(Half{}) : with_scales(float{});
+  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Half, "fastllama: expected scales of float16");
+  with_scales(Half{});
   return out;
 }
 

@@ -6,7 +6,7 @@ and each column of x serves 16 rows at once.
 
     codes[p, l, 4 r + i]   8 bits: the code of row 16 p + r, column 4 l + i
                            4 bits: that of column 8 l + i in the low half, that of column 8 l + 4 + i in the high half
-    scales[p, g, r]        of row 16 p + r and of the columns g · group to (g + 1) · group - 1; float16 or float32
+    scales[p, g, r]        of row 16 p + r and of the columns g · group to (g + 1) · group - 1; float16
     zeros[p, g, r]         likewise, or none
 
 Codes are unsigned. What they stand for depends on ``zero``:

@@ -85,7 +85,7 @@ def test_codes_come_out_as_they_went_in(bits) -> None:
 @given(
     rows=st.integers(1, 19), groups=st.integers(1, 3), group=st.sampled_from([32, 64, 160]), panels=st.integers(1, 5),
     bits=st.sampled_from([4, 8]), zero=st.integers(0, 2), dtype=st.sampled_from(DTYPES),
-    scales_in=st.sampled_from([torch.float16, torch.float32]), codes_inputs=st.booleans(), bias=st.booleans(),
+    scales_in=st.just(torch.float16), codes_inputs=st.booleans(), bias=st.booleans(),
     norm=st.booleans(), residual=st.booleans(),
 )  # fmt: skip
 def test_linear_is_its_formula(
@@ -219,7 +219,7 @@ GOOD = {
         ({"x": torch.randn(64, 2).t()}, "strided"),
         ({"codes": torch.zeros(2, 8, 64)}, "uint8"),
         ({"codes": torch.zeros(2, 8, 32, dtype=torch.uint8)}, "in lines of 64"),
-        ({"scales": torch.ones(2, 2, 16).bfloat16()}, "float16 or float32"),
+        ({"scales": torch.ones(2, 2, 16).bfloat16()}, "expected scales of float16"),
         ({"scales": torch.ones(1, 2, 16).half()}, "dimension 0 of scales is 1, expected 2"),
         ({"scales": torch.ones(2, 3, 16).half()}, "groups of a multiple of 32"),
         ({"zeros": torch.ones(2, 2, 16).half()}, "zero is 0"),
