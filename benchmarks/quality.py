@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import math
 import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -56,4 +57,5 @@ def measure(
             model = LlamaForCausalLM.from_pretrained(name, dtype, device, scheme, progress=False)
         rows[scheme] = vars(quality(model, reference, texts)) | {"bytes_per_step": weight_bytes_per_step(model)}
     where = {"model": name, "dtype": str(reference.dtype).removeprefix("torch."), "device": str(reference.device)}
-    return where | {"schemes": rows, "parity": True}
+    are_numbers = all(math.isfinite(row["perplexity"]) for row in rows.values())
+    return where | {"schemes": rows, "parity": are_numbers}

@@ -120,7 +120,7 @@ def parameter_count(model: Llama) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) + sum(quantized.values())
 
 
-def weight_bytes_per_step(model: Llama, batch: int = 1, itemsize: int | None = None) -> int:
+def weight_bytes_per_step(model: Llama, batch: int = 1) -> int:
     """Bytes of weights that one decode step reads.
 
     All of them but the embedding, of which a step reads one row for each sequence, unless the head is tied to
@@ -129,15 +129,14 @@ def weight_bytes_per_step(model: Llama, batch: int = 1, itemsize: int | None = N
     Args:
         model: the model; its weights may be on the meta device.
         batch: sequences decoded together.
-        itemsize: bytes per weight, in place of the weights' own.
     """
     table, whole = model.get_input_embeddings(), [*model.parameters(), *model.buffers()]
     rows = 0
     if not is_tied(model):
         own = [*table.parameters(), *table.buffers()]
         whole = [tensor for tensor in whole if all(tensor is not each for each in own)]
-        rows = sum(tensor.numel() * (itemsize or tensor.itemsize) for tensor in own) // table.num_embeddings
-    return batch * rows + sum(tensor.numel() * (itemsize or tensor.itemsize) for tensor in whole)
+        rows = sum(tensor.nbytes for tensor in own) // table.num_embeddings
+    return batch * rows + sum(tensor.nbytes for tensor in whole)
 
 
 def kv_cache_bytes(config: LlamaConfig, tokens: int, batch: int = 1, itemsize: int = 2) -> int:

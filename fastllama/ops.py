@@ -35,7 +35,6 @@ Weights = layers_op.Weights
 DENSE, DENSE_BIAS, TENSORS = layers_op.DENSE, layers_op.DENSE_BIAS, layers_op.TENSORS
 packed_kind = layers_op.packed_kind
 PANEL, LINE = packed_op.PANEL, packed_op.LINE
-MIDDLE, OFFSETS = packed_op.MIDDLE, packed_op.OFFSETS
 dequantized = packed_op.dequantized
 SamplingParams = sampling_op.SamplingParams
 row_seed = sampling_op.row_seed
@@ -286,16 +285,16 @@ def gate_up_packed(
     x: torch.Tensor,
     codes: torch.Tensor,
     scales: torch.Tensor,
-    zeros: torch.Tensor | None,
+    offsets: torch.Tensor | None,
     bias: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
     eps: float,
     activation: str,
-    *args: Any,
+    codes_inputs: bool,
 ) -> torch.Tensor:
     """``gate_up`` with a matrix of codes; see :mod:`fastllama_kernels.linear.packed`."""
     number = ACTIVATIONS[activation].number
-    return _run("gate_up_packed", x, codes, scales, zeros, bias, norm_weight, eps, number, *args)
+    return _run("gate_up_packed", x, codes, scales, offsets, bias, norm_weight, eps, number, codes_inputs)
 
 
 def embed_packed(like: torch.Tensor, *args: Any) -> torch.Tensor:

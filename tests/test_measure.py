@@ -33,7 +33,7 @@ def test_a_step_reads_every_weight_but_only_one_row_of_the_embedding_for_each_se
     whole = sum(parameter.numel() for parameter in model.parameters())
     assert parameter_count(model) == whole
     assert weight_bytes_per_step(model) == 4 * (whole - 64 * 32 + 32)
-    assert weight_bytes_per_step(model, batch=3, itemsize=2) == 2 * (whole - 64 * 32 + 3 * 32)
+    assert weight_bytes_per_step(model.bfloat16(), batch=3) == 2 * (whole - 64 * 32 + 3 * 32)
 
 
 def test_a_tied_embedding_is_read_whole_and_counted_once() -> None:

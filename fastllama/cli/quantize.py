@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,8 @@ import typer
 
 from fastllama.cli import options
 from fastllama.cli.console import errors_in_one_line, progress, stdout
+
+logger = logging.getLogger(__name__)
 
 #: What a tokenizer is made of, copied next to the weights.
 TOKENIZER_FILES = (
@@ -26,6 +29,9 @@ def quantize(
         int | None,
         typer.Option(min=0, help="Columns that share a scale; 0: all.", show_default="the scheme's"),
     ] = None,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="4 bits without offsets: smaller, less exact.")
+    ] = False,
     head_bits: Annotated[int, typer.Option(help="Bits of the head and the embedding; 0 leaves them.")] = 8,
     exclude: Annotated[str, typer.Option(help="Modules to leave as they are, with commas.", show_default="none")] = "",
     dtype: options.Dtype = None,
@@ -45,23 +51,29 @@ def quantize(
             raise ValueError(f"{folder} is not empty; name a new folder")
         config = QuantizationConfig.of(scheme)
         assert config is not None
-        changes = {"head_bits": head_bits or None, "exclude": tuple(name for name in exclude.split(",") if name)}
+        changes = {
+            "head_bits": head_bits or None,
+            "symmetric": symmetric,
+            "exclude": tuple(name for name in exclude.split(",") if name),
+        }
         changes |= {} if group_size is None else {"group_size": group_size or None}
         config = dataclasses.replace(config, **changes)
         loaded = LlamaForCausalLM.from_pretrained(model, dtype, quantize=config, progress=not quiet, strict=strict)
         with progress(quiet) as say:
             say("writing")
             loaded.save_pretrained(folder)
-            if not is_random(model) and (source := resolve_path(model)).is_dir():
-                _copy_tokenizer(source, folder)
+            copied = [] if is_random(model) else _copy_tokenizer(resolve_path(model), folder)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if not copied:
+            logger.warning("%s has no tokenizer: %s has none in files of its own, load it from there", folder, model)
         if not quiet:
             stdout().print(f"{folder}: {size / 1e9:.3g} GB of weights", markup=False, highlight=False)
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
-        elif (source / name).is_file():
-            shutil.copy(source / name, folder / name)
+def _copy_tokenizer(source: Path, folder: Path) -> list[str]:
+    """The tokenizer's files in a folder, copied to another; their names."""
+    found = [name for name in TOKENIZER_FILES if (source / name).exists()]
+    for name in found:
+        copy = shutil.copytree if (source / name).is_dir() else shutil.copy
+        copy(source / name, folder / name)
+    return found

@@ -187,7 +187,8 @@ class GenerationConfig:
             return config or self
         if not hasattr(config, "to_dict"):
             raise TypeError(f"generation_config is a {type(config).__name__}; expected a GenerationConfig")
-        given = {key: value for key, value in config.to_dict().items() if value is not None}
+        set_there = getattr(config, "to_diff_dict", config.to_dict)()
+        given = {key: value for key, value in set_there.items() if value is not None}
         return GenerationConfig.from_dict(self.to_dict() | given)
 
     @classmethod

@@ -25,9 +25,8 @@ def write_gguf(model: Llama, path: str | os.PathLike[str]) -> None:
     """Write the weights and constants that llama.cpp needs to run the network on token ids.
 
     Matrices keep the model's dtype; quantized ones become blocks of as many bits, Q8_0 and Q4_0, with scales of their
-    own; norms and biases become float32, the only type llama.cpp takes them in. A tied head
-    is left out. There is no tokenizer: the file says so, and has the number of tokens. Besides the model, one tensor
-    at a time is in memory.
+    own. Norms and biases become float32, the only type llama.cpp takes them in. A tied head is left out. There is no
+    tokenizer: the file says so, and has the number of tokens. Besides the model, one tensor at a time is in memory.
 
     Args:
         model: on any device.
@@ -39,8 +38,10 @@ def write_gguf(model: Llama, path: str | os.PathLike[str]) -> None:
     check_expressible(model.config, model.dtype)
     writer = gguf.GGUFWriter(path, "llama")
     _add_constants(writer, model.config)
-    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[model.dtype]])
     tensors = _tensors(model)
+    kinds = {_kind(tensor).name for tensor in tensors.values() if isinstance(tensor, Packed)}
+    file_type = f"MOSTLY_{min(kinds)}" if kinds else FILE_TYPES[model.dtype]  # Q4_0 with a Q8_0 head is Q4_0
+    writer.add_file_type(gguf.LlamaFileType[file_type])
     for name, tensor in tensors.items():
         kind = _kind(tensor)
         size, nbytes = gguf.GGML_QUANT_SIZES[kind]

@@ -16,11 +16,11 @@ from fastllama.config import LlamaConfig
 from fastllama.config.fields import CONFIG_NAME, tolerate
 from fastllama.config.quantization import QuantizationConfig
 from fastllama.loading import adapter
-from fastllama.loading.match import EMBEDDING, HEAD, layers_in, matched, missing_hint
+from fastllama.loading.match import EMBEDDING, HEAD, layers_in, listed, matched, missing_hint
 from fastllama.loading.names import resolve
 from fastllama.loading.random import random_tensors
 from fastllama.loading.stored import CheckpointError, Stored
-from fastllama.quantization.linear import Packed, quantize_modules, together
+from fastllama.quantization.linear import Packed, left_dense, quantize_modules, together
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -68,6 +68,9 @@ def load_model(
         if config.tie_word_embeddings and _head_differs(source.path, stored, strict):
             config = config.replace(tie_word_embeddings=False)
     model = on_meta(model_cls, config.replace(quantization=wanted or config.quantization))
+    if wanted is not None and (kept := left_dense(model, wanted)):
+        why = "because of their number of rows (panels of 16), or of what they are multiplied with"
+        tolerate(f"{source.name}: not quantized, {why}: {listed(kept)}", strict)
     _materialise(model, torch.device(device))
     _fill(model, stored, source.path, progress)
     if source.adapter is not None:

@@ -62,7 +62,7 @@ def matched(
             reason = _why_it_matters(name, layers)
             (unused if reason is None else problems).append(key if reason is None else f"{key}: unexpected{reason}")
     if unused and not problems:
-        tolerate(f"{where}: tensors that a Llama does not use, left out: {_few(unused)}", strict)
+        tolerate(f"{where}: tensors that a Llama does not use, left out: {listed(unused)}", strict)
     return found, problems
 
 
@@ -122,6 +122,7 @@ def _why_it_matters(name: str, layers: int) -> str | None:
     return ": no Llama has it, and it would change the result"
 
 
-def _few(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Some of the names, and how many more there are."""
     rest = len(names) - LISTED
     return ", ".join(sorted(names)[:LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -16,6 +16,7 @@ from torch import nn
 from fastllama.config.fields import CONFIG_NAME, GENERATION_CONFIG_NAME, write_json
 from fastllama.config.llama import dtype_name
 from fastllama.loading.safetensors import INDEX_NAME, SHARD_NAME, WEIGHTS_NAME
+from fastllama.quantization.linear import packed_modules
 
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -42,7 +43,8 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str], max_shard_size:
     tied = config.tie_word_embeddings
     tensors = dict(model.named_parameters(remove_duplicate=tied)) | dict(model.named_buffers(remove_duplicate=tied))
     shards = _shards(tensors, _size(max_shard_size))
-    config = config.replace(dtype=dtype_name(next(model.parameters()).dtype))
+    quantization = config.quantization if packed_modules(model) else None
+    config = config.replace(quantization=quantization, dtype=dtype_name(next(model.parameters()).dtype))
     with _together(folder) as temporary:
         for shard, content in shards.items():
             file = temporary(shard)

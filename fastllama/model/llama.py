@@ -6,6 +6,7 @@ Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``h`` query 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -263,10 +264,19 @@ class Llama(nn.Module):
         if not self.config.tie_word_embeddings:
             return
         head, table = self.lm_head, self.model.embed_tokens
-        for name in (
-            ("weight",) if isinstance(head, nn.Linear) else ("codes", "scales", "offsets")
-        ):  # of a quantized network
+        is_dense = isinstance(head, nn.Linear)
+        if is_dense != isinstance(table, nn.Embedding):
+            raise ValueError(
+                f"the head, a {type(head).__name__}, is tied to the embedding, a {type(table).__name__}: replace both, "
+                "or load the model without quantizing them"
+            )
+        for name in ("weight",) if is_dense else ("codes", "scales", "offsets"):
             setattr(head, name, getattr(table, name))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Llama:
+        super()._apply(fn, recurse)
+        self.tie_weights()  # of a quantized network .to(device) makes two copies
+        return self
 
     prepare_inputs_for_generation = prepare_inputs_for_generation
 

@@ -63,7 +63,7 @@ class Packed(nn.Module):
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """The weights ``[n, k]`` that the codes stand for."""
-        return ops.dequantized(*self.tensors, self.zero, self.shape[1], dtype)[: self.shape[0]]
+        return ops.dequantized(*self.tensors, self.shape[1], dtype)[: self.shape[0]]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -76,14 +76,9 @@ class Packed(nn.Module):
         return self.codes, self.scales, self.offsets
 
     @property
-    def zero(self) -> int:
-        """What codes stand for, as :mod:`fastllama_kernels.linear.packed` numbers it."""
-        return ops.MIDDLE if self.offsets is None else ops.OFFSETS
-
-    @property
-    def scheme(self) -> tuple[int, int, int, str | None]:
-        """Bits, group, zero and activations: what matrices that are joined have in common."""
-        return self.bits, self.group, self.zero, self.activations
+    def scheme(self) -> tuple[int, int, bool, str | None]:
+        """Bits, group, offsets or none, and activations: what matrices that are joined have in common."""
+        return self.bits, self.group, self.offsets is not None, self.activations
 
     @property
     def nbytes(self) -> int:
@@ -94,10 +89,10 @@ class Packed(nn.Module):
         before = {"scales": self.scales, "offsets": self.offsets}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
-            if (
-                tensor is not None and getattr(self, name).dtype != tensor.dtype
-            ):  # of .to(bfloat16): they belong to codes
-                setattr(self, name, tensor.to(self.codes.device))
+            if tensor is not None and getattr(self, name).dtype != tensor.dtype:
+                setattr(
+                    self, name, tensor.to(self.codes.device)
+                )  # they belong to the codes, whatever the model's dtype
         return self
 
     def extra_repr(self) -> str:
@@ -115,10 +110,10 @@ class QuantizedLinear(Packed):
         self.out_features, self.in_features, self.bias = linear.out_features, linear.in_features, linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x @ weightᵀ + bias`` of x ``[..., in_features]``."""
+        """``x @ weightᵀ + bias`` of x ``[..., in_features]``; of one that wants a gradient as it is, not in 8 bits."""
         if x.requires_grad and torch.is_grad_enabled():
             return F.linear(x, self.dequantized(x.dtype), self.bias)
-        args = (*self.tensors, None, None, 0.0, None, self.zero, self.activations is not None)
+        args = (*self.tensors, None, None, 0.0, None, self.activations is not None)
         y = ops.linear_packed(x.contiguous(), *args)[..., : self.out_features]
         return y if self.bias is None else y + self.bias
 
@@ -143,7 +138,7 @@ class QuantizedEmbedding(Packed):
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.shape[0]:
             raise IndexError("index out of range")
         like = torch.empty(self.embedding_dim, dtype=self.dtype, device=self.codes.device)
-        return ops.embed_packed(like, ids.contiguous(), *self.tensors, self.zero)
+        return ops.embed_packed(like, ids.contiguous(), *self.tensors)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedEmbedding:
         super()._apply(fn, recurse)
@@ -177,7 +172,7 @@ def together(model: nn.Module) -> Iterator[list[torch.Tensor]]:
                 yield tensors
 
 
-def quantize_modules(model: nn.Module, config: LlamaConfig, quantization: QuantizationConfig) -> list[str]:
+def quantize_modules(model: nn.Module, config: LlamaConfig, quantization: QuantizationConfig) -> None:
     """Put quantized modules, without content, in the place of the linear maps and the embedding of a network.
 
     Matrices of layers stay as they are where they do not consist of whole panels of 16 rows. Modules that are
@@ -187,9 +182,6 @@ def quantize_modules(model: nn.Module, config: LlamaConfig, quantization: Quanti
         model: a :class:`fastllama.model.llama.Llama`, usually on the meta device.
         config: of the network.
         quantization: which, and how.
-
-    Returns:
-        Names of modules that stay as they are though the config does not exclude them.
 
     Raises:
         ValueError: a group that does not divide the columns.
@@ -213,7 +205,12 @@ def quantize_modules(model: nn.Module, config: LlamaConfig, quantization: Quanti
         setattr(model.get_submodule(owner), attribute, quantized)
     tie: Any = model
     tie.tie_weights()
-    return sorted(kept)
+
+
+def left_dense(model: nn.Module, quantization: QuantizationConfig) -> list[str]:
+    """Names of the modules that are not quantized though the config does not exclude them by name."""
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
+    return [name for name, module in modules.items() if quantization.scheme_of(name, module.weight.shape[1])]
 
 
 def is_tied(model: Any) -> bool:

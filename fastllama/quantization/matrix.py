@@ -135,7 +135,7 @@ class PackedMatrix(Matrix):
         nn.Module.__init__(self)
         self.codes, self.scales = (cast(nn.Parameter, tensor) for tensor in tensors[:2])
         self.offsets = tensors[2]
-        self.bias, self.zero = bias, like.zero
+        self.bias = bias
         self._like = [like]  # in a list, so that it is not a part of this module
         panels = len(self.codes)
         self.n = like.shape[0] if panels == len(like.codes) else panels * ops.PANEL
@@ -148,7 +148,7 @@ class PackedMatrix(Matrix):
     @property
     def kind(self) -> int:
         """What it is stored as, a number that the kernels know."""
-        return ops.packed_kind(self.bias is not None, self.zero, self.codes_inputs)
+        return ops.packed_kind(self.bias is not None, self.offsets is not None, self.codes_inputs)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -163,18 +163,18 @@ class PackedMatrix(Matrix):
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As :meth:`Matrix.forward`, with the weights that the codes stand for."""
-        args = (self.bias, norm_weight, eps, residual, self.zero, self.codes_inputs)
+        args = (self.bias, norm_weight, eps, residual, self.codes_inputs)
         y = ops.linear_packed(x, self.codes, self.scales, self.offsets, *args)
         return y if y.shape[-1] == self.n else y[..., : self.n].contiguous()
 
     def gated(self, x: torch.Tensor, norm_weight: torch.Tensor, eps: float, activation: str) -> torch.Tensor:
         """As :meth:`Matrix.gated`."""
         args = (self.codes, self.scales, self.offsets, self.bias, norm_weight, eps)
-        return ops.gate_up_packed(x, *args, activation, self.zero, self.codes_inputs)
+        return ops.gate_up_packed(x, *args, activation, self.codes_inputs)
 
     def embed(self, ids: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """As :meth:`Matrix.embed`."""
-        return ops.embed_packed(like, ids, self.codes, self.scales, self.offsets, self.zero)
+        return ops.embed_packed(like, ids, self.codes, self.scales, self.offsets)
 
     def rows(self, first: int, last: int) -> PackedMatrix:
         """Rows ``first`` to ``last - 1``, multiples of 16, over the same memory."""

@@ -10,22 +10,21 @@
 
 namespace fastllama {
 
-enum Kind : int64_t { kDense, kDenseBias, kPacked, kEnd = kPacked + 12 };
+enum Kind : int64_t { kDense, kDenseBias, kPacked, kEnd = kPacked + 8 };
 
 struct Format {
-  bool is_packed, has_bias, codes_inputs;
-  int64_t zero;
+  bool is_packed, has_bias, has_offsets, codes_inputs;
 
   explicit Format(int64_t kind)
       : is_packed(kind >= kPacked),
         has_bias((kind - kDense) % 2 == 1),
-        codes_inputs(is_packed && (kind - kPacked) / 6 == 1),
-        zero(is_packed ? (kind - kPacked) / 2 % 3 : 0) {
+        has_offsets(is_packed && (kind - kPacked) / 2 % 2 == 1),
+        codes_inputs(is_packed && (kind - kPacked) / 4 == 1) {
     STD_TORCH_CHECK(kind >= kDense && kind < kEnd, "fastllama: there is no matrix of kind ", kind);
   }
 
-  // Weight; or codes, scales and perhaps zeros; then perhaps bias.
-  size_t tensors() const { return (is_packed ? 2 + (zero != 0) : 1) + has_bias; }
+  // Weight; or codes, scales and perhaps offsets; then perhaps bias.
+  size_t tensors() const { return (is_packed ? 2 + has_offsets : 1) + has_bias; }
 };
 
 struct Matrix {
@@ -34,20 +33,22 @@ struct Matrix {
 
   Tensor multiply(Tensor x, std::optional<Tensor> norm_weight, double eps, std::optional<Tensor> residual) const {
     if (format.is_packed)
-      return linear_packed(x, tensors[0], tensors[1], zeros(), bias(), norm_weight, eps, residual, format.zero,
+      return linear_packed(x, tensors[0], tensors[1], offsets(), bias(), norm_weight, eps, residual,
                            format.codes_inputs);
     return linear(x, tensors[0], bias(), norm_weight, eps, residual);
   }
 
   Tensor multiply_gated(Tensor x, std::optional<Tensor> norm_weight, double eps, int64_t activation) const {
     if (format.is_packed)
-      return gate_up_packed(x, tensors[0], tensors[1], zeros(), bias(), norm_weight, eps, activation, format.zero,
+      return gate_up_packed(x, tensors[0], tensors[1], offsets(), bias(), norm_weight, eps, activation,
                             format.codes_inputs);
     return gate_up(x, tensors[0], bias(), norm_weight, eps, activation);
   }
 
  private:
-  std::optional<Tensor> zeros() const { return format.zero ? std::optional<Tensor>(tensors[2]) : std::nullopt; }
+  std::optional<Tensor> offsets() const {
+    return format.has_offsets ? std::optional<Tensor>(tensors[2]) : std::nullopt;
+  }
   std::optional<Tensor> bias() const {
     return format.has_bias ? std::optional<Tensor>(tensors[format.tensors() - 1]) : std::nullopt;
   }

@@ -75,7 +75,9 @@ inline FloatPart load_part(const BFloat16* p) {  // a bfloat16 is the upper half
 }
 
 inline FloatPart load_part(const Half* p) {
-#if defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  return (FloatPart)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__) && defined(__F16C__)
   return (FloatPart)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   typedef _Float16 HalfPart __attribute__((vector_size(kPartBytes / 2)));
@@ -144,6 +146,12 @@ inline float sum16(f32x16 x) {
   return (sum4[0] + sum4[1]) + (sum4[2] + sum4[3]);
 }
 
+inline float sum_part(FloatPart x) {
+  f32x16 wide = {};
+  std::memcpy(&wide, &x, sizeof(x));
+  return sum16(wide);
+}
+
 // What the activations of a product with T weights are held in: bfloat16 where the processor multiplies it directly.
 template <typename T>
 struct Activations { using type = float; };
@@ -172,8 +180,7 @@ __attribute__((noinline)) void dot_tile(const T* const (&rows)[R], const float* 
   }
   FASTLLAMA_UNROLL for (int r = 0; r < R; ++r)
     FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) {
-      float sum = 0.f;
-      for (int lane = 0; lane < kPartLanes; ++lane) sum += acc[r][m][lane];
+      float sum = sum_part(acc[r][m]);
       for (int64_t j = i; j < n; ++j) sum += static_cast<float>(w[r][j]) * x[m * n + j];
       out[r][m] = sum;
     }

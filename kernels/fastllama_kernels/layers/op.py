@@ -17,27 +17,24 @@ Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``k`` KV hea
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from fastllama_kernels.linear.packed import MIDDLE, OFFSETS, POINTS
-
-DENSE, DENSE_BIAS, PACKED = range(3)  # numbered as in common/matrix.h; PACKED is the first of twelve
+DENSE, DENSE_BIAS, PACKED = range(3)  # numbered as in common/matrix.h; PACKED is the first of eight
 
 
-def packed_kind(has_bias: bool, zero: int, codes_inputs: bool) -> int:
+def packed_kind(has_bias: bool, has_offsets: bool, codes_inputs: bool) -> int:
     """The kind of a matrix as :mod:`fastllama_kernels.linear.packed` has it."""
-    return PACKED + has_bias + 2 * zero + 6 * codes_inputs
+    return PACKED + has_bias + 2 * has_offsets + 4 * codes_inputs
 
 
 #: The tensors of a matrix of each kind, in their order.
 TENSORS: dict[int, tuple[str, ...]] = {DENSE: ("weight",), DENSE_BIAS: ("weight", "bias")} | {
-    packed_kind(has_bias, zero, codes): ("codes", "scales") + ("zeros",) * (zero != MIDDLE) + ("bias",) * has_bias
-    for has_bias in (False, True)
-    for zero in (MIDDLE, POINTS, OFFSETS)
-    for codes in (False, True)
+    packed_kind(*flags): ("codes", "scales") + ("offsets",) * flags[1] + ("bias",) * flags[0]
+    for flags in itertools.product((False, True), repeat=3)
 }
 
 

@@ -39,7 +39,7 @@ inline float encode(const float* x, int8_t* codes, int32_t& sum) {
     largest = std::max(largest, std::abs(x[i]));
     is_number = is_number && std::abs(x[i]) <= 3.4028235e38f;
   }
-  const float inverse = largest > 0.f ? 127.f / largest : 0.f;
+  const float inverse = largest > 1e-35f ? 127.f / largest : 0.f;  // of less it is too large for float32
   sum = 0;
   for (int64_t i = 0; i < kGroup; ++i) {
     codes[i] = is_number ? static_cast<int8_t>(std::nearbyint(x[i] * inverse)) : 0;

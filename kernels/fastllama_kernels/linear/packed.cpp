@@ -23,13 +23,10 @@ template <int kBits>
 constexpr int64_t kTile = kBits == 8 && kPartBytes == 32 ? 2 : 4;  // activation rows per pass over a panel
 constexpr int64_t kAhead = 2048;  // bytes between a load and the prefetch before it
 
-enum class Zero { kMiddle, kPoints, kOffsets };  // which of packed.py's three formulas
-
 // A packed matrix as the kernels read it.
-template <typename S>
 struct Panels {
-  const uint8_t* codes;  // [panels, lines, kLine]
-  const S *scales, *zeros;  // [panels, groups, kLanes]
+  const uint8_t* codes;            // [panels, lines, kLine]
+  const Half *scales, *offsets;    // [panels, groups, kLanes]; offsets may be none
   int64_t count, k, bits, group;
 
   int64_t bytes() const { return k * kLanes * bits / 8; }  // of one panel
@@ -63,23 +60,24 @@ struct Inputs {
 };
 
 // out[m] = the panel's 16 rows times row `first` + m of the activations.
-template <int kBits, Zero kZero, int M, typename X, typename S>
-void multiply(const Panels<S>& w, int64_t panel, const Inputs<X>& x, int64_t first, f32x16 (&out)[M]) {
+template <int kBits, bool kOffsets, int M, typename X>
+void multiply(const Panels& w, int64_t panel, const Inputs<X>& x, int64_t first, f32x16 (&out)[M]) {
   using Split = std::conditional_t<std::is_same_v<X, float>, FloatCodes<kBits>, Codes<kBits>>;
   constexpr int64_t kColumns = 32 / kBits, kLines = kGroup / kColumns;  // of a line, of a block
   constexpr int kTogether = kBits == 4 && !std::is_same_v<X, float> ? kParts : 1;  // parts whose sums fit the registers
   constexpr float kMiddle = 1 << (kBits - 1);
   const int64_t blocks = w.k / kGroup, blocks_a_group = w.group / kGroup;
   const uint8_t* lines = w.codes + panel * w.bytes();
-  const S *scale = w.scales + panel * w.scales_each(), *zero = w.zeros + panel * w.scales_each();
+  const Half* scale = w.scales + panel * w.scales_each();
+  const Half* offset = kOffsets ? w.offsets + panel * w.scales_each() : scale;
   const X* values = x.values.data() + first * w.k;
   const float *scales = x.scales.data() + first * blocks, *sums = x.sums.data() + first * blocks;
   FloatPart total[kParts][M] = {};
-  for (int64_t block = 0; block < blocks; scale += kLanes, zero += kLanes) {
-    FloatPart scale_p[kParts], zero_p[kParts];
+  for (int64_t block = 0; block < blocks; scale += kLanes, offset += kLanes) {
+    FloatPart scale_p[kParts], offset_p[kParts];
     for (int part = 0; part < kParts; ++part) {
       scale_p[part] = load_part(scale + part * kPartLanes);
-      if constexpr (kZero != Zero::kMiddle) zero_p[part] = load_part(zero + part * kPartLanes);
+      if constexpr (kOffsets) offset_p[part] = load_part(offset + part * kPartLanes);
     }
     for (const int64_t end = block + blocks_a_group; block < end; ++block, lines += kLines * kLine) {
       FASTLLAMA_UNROLL for (int64_t l = 0; l < kLines; ++l) __builtin_prefetch(lines + kAhead + l * kLine);
@@ -97,9 +95,10 @@ void multiply(const Panels<S>& w, int64_t panel, const Inputs<X>& x, int64_t fir
           FASTLLAMA_UNROLL for (int i = 0; i < kTogether; ++i) {
             const int part = first_part + i;
             FloatPart product = dot[i][m].value();
-            if constexpr (kZero == Zero::kMiddle) product -= kMiddle * sum;
-            if constexpr (kZero == Zero::kPoints) product -= zero_p[part] * sum;
-            if constexpr (kZero == Zero::kOffsets) total[part][m] += zero_p[part] * (sum * x_scale);
+            if constexpr (kOffsets)
+              total[part][m] += offset_p[part] * (sum * x_scale);
+            else
+              product -= kMiddle * sum;
             total[part][m] += product * (scale_p[part] * x_scale);
           }
         }
@@ -167,8 +166,8 @@ struct Call {
   }
 };
 
-template <int kBits, Zero kZero, typename X, typename S>
-void run(const Panels<S>& w, const Call& call, Tensor& out) {
+template <int kBits, bool kOffsets, typename X>
+void run(const Panels& w, const Call& call, Tensor& out) {
   const int64_t rows = call.x.numel() / w.k, parts = call.activation ? 2 : 1, count = w.count / parts;
   const bool is_shared = rows > kTile<4>;  // few rows are read by every thread, which saves a wait for the others
   Inputs<X> shared(is_shared ? rows : 0, w.k);
@@ -184,8 +183,8 @@ void run(const Panels<S>& w, const Call& call, Tensor& out) {
       for_each_tile<kTile<kBits>>(rows, [&](auto tile, int64_t first) {
         constexpr int M = decltype(tile)::value;
         f32x16 y[M], up[M];
-        multiply<kBits, kZero, M>(w, panel, inputs, first, y);
-        if (call.activation) multiply<kBits, kZero, M>(w, count + panel, inputs, first, up);
+        multiply<kBits, kOffsets, M>(w, panel, inputs, first, y);
+        if (call.activation) multiply<kBits, kOffsets, M>(w, count + panel, inputs, first, up);
         for (int m = 0; m < M; ++m) {
           f32x16 result = call.biased(y[m], panel * kLanes);
           if (call.activation) result = call.gated(result, call.biased(up[m], (count + panel) * kLanes));
@@ -195,18 +194,14 @@ void run(const Panels<S>& w, const Call& call, Tensor& out) {
   });
 }
 
-// Calls f with a constant of the type that kinds of matrices differ in.
+// Calls f with constants of what matrices and calls differ in.
 template <typename F>
-void choose(int64_t bits, Zero zero, bool codes_inputs, const F& f) {
-  const auto by_inputs = [&](auto b, auto z) {
-    codes_inputs ? f(b, z, int8_t{}) : f(b, z, float{});
+void choose(int64_t bits, bool has_offsets, bool codes_inputs, const F& f) {
+  const auto by_inputs = [&](auto b, auto offsets) { codes_inputs ? f(b, offsets, int8_t{}) : f(b, offsets, float{}); };
+  const auto by_offsets = [&](auto b) {
+    has_offsets ? by_inputs(b, std::true_type{}) : by_inputs(b, std::false_type{});
   };
-  const auto by_zero = [&](auto b) {
-    if (zero == Zero::kMiddle) return by_inputs(b, std::integral_constant<Zero, Zero::kMiddle>{});
-    if (zero == Zero::kPoints) return by_inputs(b, std::integral_constant<Zero, Zero::kPoints>{});
-    by_inputs(b, std::integral_constant<Zero, Zero::kOffsets>{});
-  };
-  bits == 4 ? by_zero(std::integral_constant<int, 4>{}) : by_zero(std::integral_constant<int, 8>{});
+  bits == 4 ? by_offsets(std::integral_constant<int, 4>{}) : by_offsets(std::integral_constant<int, 8>{});
 }
 
 // Bits of a code, from the shape of the codes.
@@ -221,89 +216,71 @@ int64_t bits_of(const Tensor& codes, int64_t k) {
   return bits;
 }
 
-template <typename S>
-Panels<S> panels(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t k) {
+Panels panels(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& offsets, int64_t k) {
   const int64_t bits = bits_of(codes, k), count = codes.size(0);
   STD_TORCH_CHECK(scales.dim() == 3 && scales.size(1) > 0 && k % (scales.size(1) * kGroup) == 0,
                   "fastllama: expected scales of groups of a multiple of ", kGroup, " columns that divides ", k);
   const int64_t groups = scales.size(1);
-  check(scales, "scales", scales.scalar_type(), {count, groups, kLanes});
-  if (zeros.has_value()) check(*zeros, "zeros", scales.scalar_type(), {count, groups, kLanes});
-  const S* scale = data<S>(scales);
-  return {data<uint8_t>(codes), scale, zeros.has_value() ? data<S>(*zeros) : scale, count, k, bits, k / groups};
+  check(scales, "scales", torch::headeronly::ScalarType::Half, {count, groups, kLanes});
+  if (offsets.has_value()) check(*offsets, "offsets", torch::headeronly::ScalarType::Half, {count, groups, kLanes});
+  return {data<uint8_t>(codes), data<Half>(scales), offsets.has_value() ? data<Half>(*offsets) : nullptr,
+          count, k, bits, k / groups};
 }
 
-Tensor run_call(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t zero,
-                bool codes_inputs, const Call& call) {
-  using torch::headeronly::ScalarType;
+Tensor run_call(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& offsets, bool codes_inputs,
+                const Call& call) {
   const Tensor& x = call.x;
   STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous(), "fastllama: x is strided, expected a contiguous tensor");
-  STD_TORCH_CHECK((zero == 0) != zeros.has_value() && zero >= 0 && zero <= 2, "fastllama: zero is ", zero,
-                  ", expected 0 without zeros, 1 or 2 with them");
   const int64_t k = x.size(x.dim() - 1);
-  const int64_t bits = bits_of(codes, k), features = codes.size(0) * kLanes;
+  const Panels w = panels(codes, scales, offsets, k);
+  const int64_t features = w.count * kLanes;
   if (call.bias.has_value()) check(*call.bias, "bias", x.scalar_type(), {features});
   if (call.norm_weight.has_value()) check(*call.norm_weight, "norm_weight", x.scalar_type(), {k});
   Tensor out = empty_with_last(x, call.activation ? features / 2 : features);
   check_residual(call.residual, out);
-  const auto with_scales = [&](auto scale) {
-    using S = decltype(scale);
-    const Panels<S> w = panels<S>(codes, scales, zeros, k);
-    choose(bits, static_cast<Zero>(zero), codes_inputs, [&](auto b, auto z, auto input) {
-      run<decltype(b)::value, decltype(z)::value, decltype(input)>(w, call, out);
-    });
-  };
-  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Half, "fastllama: expected scales of float16");
-  with_scales(Half{});
+  choose(w.bits, offsets.has_value(), codes_inputs, [&](auto bits, auto has_offsets, auto input) {
+    run<decltype(bits)::value, decltype(has_offsets)::value, decltype(input)>(w, call, out);
+  });
   return out;
 }
 
 }  // namespace
 
-Tensor linear_packed(Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias,
-                     std::optional<Tensor> norm_weight, double eps, std::optional<Tensor> residual, int64_t zero,
+Tensor linear_packed(Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> offsets, std::optional<Tensor> bias,
+                     std::optional<Tensor> norm_weight, double eps, std::optional<Tensor> residual,
                      bool codes_inputs) {
-  return run_call(codes, scales, zeros, zero, codes_inputs, {x, bias, norm_weight, residual, eps, std::nullopt});
+  return run_call(codes, scales, offsets, codes_inputs, {x, bias, norm_weight, residual, eps, std::nullopt});
 }
 
-Tensor gate_up_packed(Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias,
-                      std::optional<Tensor> norm_weight, double eps, int64_t activation, int64_t zero,
-                      bool codes_inputs) {
+Tensor gate_up_packed(Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> offsets, std::optional<Tensor> bias,
+                      std::optional<Tensor> norm_weight, double eps, int64_t activation, bool codes_inputs) {
   check_activation(activation);
   STD_TORCH_CHECK(codes.size(0) % 2 == 0, "fastllama: got ", codes.size(0), " panels, expected gate's and up's");
-  return run_call(codes, scales, zeros, zero, codes_inputs, {x, bias, norm_weight, std::nullopt, eps, activation});
+  return run_call(codes, scales, offsets, codes_inputs, {x, bias, norm_weight, std::nullopt, eps, activation});
 }
 
-Tensor embed_packed(Tensor like, Tensor ids, Tensor codes, Tensor scales, std::optional<Tensor> zeros, int64_t zero) {
-  using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long && ids.is_contiguous() && like.dim() == 1,
+Tensor embed_packed(Tensor like, Tensor ids, Tensor codes, Tensor scales, std::optional<Tensor> offsets) {
+  STD_TORCH_CHECK(ids.scalar_type() == torch::headeronly::ScalarType::Long && ids.is_contiguous() && like.dim() == 1,
                   "fastllama: expected contiguous ids of int64, and like with one dimension");
-  const int64_t k = like.size(0), bits = bits_of(codes, k), columns = 32 / bits, rows = codes.size(0) * kLanes;
+  const Panels w = panels(codes, scales, offsets, like.size(0));
+  const int64_t columns = 32 / w.bits, rows = w.count * kLanes;
   std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
-  shape.push_back(k);
+  shape.push_back(w.k);
   Tensor out = torch::stable::new_empty(like, shape);
-  const auto with_scales = [&](auto s) {
-    using S = decltype(s);
-    const Panels<S> w = panels<S>(codes, scales, zeros, k);
-    dispatch(like, [&](auto t) {
-      auto* to = static_cast<decltype(t)*>(out.mutable_data_ptr());
-      for (int64_t i = 0; i < ids.numel(); ++i) {
-        const int64_t id = data<int64_t>(ids)[i], panel = id / kLanes, r = id % kLanes;
-        STD_TORCH_CHECK(id >= 0 && id < rows, "fastllama: id ", id, " of an embedding of ", rows, " rows");
-        for (int64_t c = 0; c < k; ++c) {
-          const int64_t in_line = c % columns;
-          const uint8_t byte = w.codes[panel * w.bytes() + c / columns * kLine + 4 * r + in_line % 4];
-          const float code = bits == 8 ? byte : in_line < 4 ? byte & 15 : byte >> 4;
-          const int64_t at = panel * w.scales_each() + c / w.group * kLanes + r;
-          const float scale = static_cast<float>(w.scales[at]), other = static_cast<float>(w.zeros[at]);
-          const float middle = 1 << (bits - 1);
-          *to++ = zero == 2 ? code * scale + other : (code - (zero == 1 ? other : middle)) * scale;
-        }
+  dispatch(like, [&](auto zero) {
+    auto* to = static_cast<decltype(zero)*>(out.mutable_data_ptr());
+    for (int64_t i = 0; i < ids.numel(); ++i) {
+      const int64_t id = data<int64_t>(ids)[i], panel = id / kLanes, r = id % kLanes;
+      STD_TORCH_CHECK(id >= 0 && id < rows, "fastllama: id ", id, " of an embedding of ", rows, " rows");
+      for (int64_t c = 0; c < w.k; ++c) {
+        const int64_t in_line = c % columns, at = panel * w.scales_each() + c / w.group * kLanes + r;
+        const uint8_t byte = w.codes[panel * w.bytes() + c / columns * kLine + 4 * r + in_line % 4];
+        const float code = w.bits == 8 ? byte : in_line < 4 ? byte & 15 : byte >> 4;
+        const float scale = static_cast<float>(w.scales[at]), middle = 1 << (w.bits - 1);
+        *to++ = w.offsets ? code * scale + static_cast<float>(w.offsets[at]) : (code - middle) * scale;
       }
-    });
-  };
-  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Half, "fastllama: expected scales of float16");
-  with_scales(Half{});
+    }
+  });
   return out;
 }
 

@@ -7,19 +7,18 @@ and each column of x serves 16 rows at once.
     codes[p, l, 4 r + i]   8 bits: the code of row 16 p + r, column 4 l + i
                            4 bits: that of column 8 l + i in the low half, that of column 8 l + 4 + i in the high half
     scales[p, g, r]        of row 16 p + r and of the columns g · group to (g + 1) · group - 1; float16
-    zeros[p, g, r]         likewise, or none
+    offsets[p, g, r]       likewise, or none
 
-Codes are unsigned. What they stand for depends on ``zero``:
+Codes are unsigned. They stand for
 
-    MIDDLE   W[n, k] = scale · (code - 2^(bits - 1))        without zeros
-    POINTS   W[n, k] = scale · (code - zeros)               GPTQ, AWQ
-    OFFSETS  W[n, k] = scale · code + zeros                 MLX, GGUF's Q4_1 and Q4_K
+    W[n, k] = scale · (code - 2^(bits - 1))     without offsets
+    W[n, k] = scale · code + offset             with them
 
 The operations are those of :mod:`fastllama_kernels.linear.op`, with such a matrix. With ``codes_inputs`` every BLOCK
 columns of norm(x) become 8-bit codes with a scale of their own, max |x| / 127, and products of codes are integers;
 else x stays as it is. Sums over blocks are float32.
 
-Bytes moved per call: codes, scales and zeros once. Kernels: ``packed.cpp``, for x in float32, bfloat16 and float16.
+Bytes moved per call: codes, scales and offsets once. Kernels: ``packed.cpp``, for x in float32, bfloat16 and float16.
 
 Shape suffixes: ``p`` panels, ``l`` lines, ``g`` groups, ``n`` output features, ``k`` input features, ``f`` FFN dim.
 """
@@ -34,21 +33,21 @@ from fastllama_kernels.linear.op import rms_norm_ref
 PANEL = 16  # rows
 LINE = 64  # bytes
 BLOCK = 32  # columns of x with one scale; the least group
-MIDDLE, POINTS, OFFSETS = range(3)
+LEAST = 1e-35  # largest of a block that counts as zero: 127 over less is too large for float32
 
 torch.library.define(
     "fastllama::linear_packed",
-    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? norm_weight, float eps, "
-    "Tensor? residual, int zero, bool codes_inputs) -> Tensor",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, Tensor? bias, Tensor? norm_weight, float eps, "
+    "Tensor? residual, bool codes_inputs) -> Tensor",
 )
 torch.library.define(
     "fastllama::gate_up_packed",
-    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? norm_weight, float eps, "
-    "int activation, int zero, bool codes_inputs) -> Tensor",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, Tensor? bias, Tensor? norm_weight, float eps, "
+    "int activation, bool codes_inputs) -> Tensor",
 )
 torch.library.define(
     "fastllama::embed_packed",
-    "(Tensor like, Tensor ids, Tensor codes, Tensor scales, Tensor? zeros, int zero) -> Tensor",
+    "(Tensor like, Tensor ids, Tensor codes, Tensor scales, Tensor? offsets) -> Tensor",
 )
 
 
@@ -70,7 +69,7 @@ def unpacked(codes_pl: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def by_panel(values_ng: torch.Tensor) -> torch.Tensor:
-    """Scales or zeros ``[n, g]`` as ``[p, g, 16]``."""
+    """Scales or offsets ``[n, g]`` as ``[p, g, 16]``."""
     n, groups = values_ng.shape
     return values_ng.view(n // PANEL, PANEL, groups).transpose(1, 2).contiguous()
 
@@ -83,8 +82,7 @@ def bits_of(codes_pl: torch.Tensor, k: int) -> int:
 def dequantized(
     codes_pl: torch.Tensor,
     scales_pg: torch.Tensor,
-    zeros_pg: torch.Tensor | None,
-    zero: int,
+    offsets_pg: torch.Tensor | None,
     k: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -97,11 +95,10 @@ def dequantized(
         return values_pg.transpose(1, 2).reshape(-1, groups, 1).to(dtype32)
 
     code_ngk = unpacked(codes_pl, bits).view(-1, groups, k // groups).to(dtype32)
-    scale_ng = by_row(scales_pg)
-    if zeros_pg is not None and zero == OFFSETS:
-        weight = code_ngk.mul_(scale_ng).add_(by_row(zeros_pg))
+    if offsets_pg is None:
+        weight = code_ngk.sub_(2 ** (bits - 1)).mul_(by_row(scales_pg))
     else:
-        weight = code_ngk.sub_(2 ** (bits - 1) if zeros_pg is None else by_row(zeros_pg)).mul_(scale_ng)
+        weight = code_ngk.mul_(by_row(scales_pg)).add_(by_row(offsets_pg))
     return weight.view(-1, k).to(dtype)
 
 
@@ -110,8 +107,7 @@ def embed_packed_ref(
     ids: torch.Tensor,
     codes_pl: torch.Tensor,
     scales_pg: torch.Tensor,
-    zeros_pg: torch.Tensor | None,
-    zero: int,
+    offsets_pg: torch.Tensor | None,
 ) -> torch.Tensor:
     """Rows ``ids`` ``[...]`` of the matrix, ``[..., k]`` in the dtype of ``like_k``."""
     k = like_k.shape[0]
@@ -121,17 +117,16 @@ def embed_packed_ref(
     code = line if bits == 8 else torch.stack([line & 15, line >> 4], dim=-2)
     code = code.flatten(ids.dim()).unflatten(-1, (scales_pg.shape[1], -1)).float()  # ..., g, group
     scale = scales_pg[panel, :, row].float().unsqueeze(-1)
-    zeros = None if zeros_pg is None else zeros_pg[panel, :, row].float().unsqueeze(-1)
-    if zeros is not None and zero == OFFSETS:
-        rows = code * scale + zeros
+    if offsets_pg is None:
+        rows = (code - 2 ** (bits - 1)) * scale
     else:
-        rows = (code - (2 ** (bits - 1) if zeros is None else zeros)) * scale
+        rows = code * scale + offsets_pg[panel, :, row].float().unsqueeze(-1)
     return rows.flatten(-2).to(like_k.dtype)
 
 
 def quotient(number: float, x: torch.Tensor) -> torch.Tensor:
-    """``number / x``, rounded once, and 0 where x is 0; torch's own takes the reciprocal of x first."""
-    return torch.where(x != 0, torch.full_like(x, number) / x, 0.0)
+    """``number / x``, rounded once, and 0 where x is no more than LEAST; torch's own takes x's reciprocal first."""
+    return torch.where(x.abs() > LEAST, torch.full_like(x, number) / x, 0.0)
 
 
 def rounded_inputs(x: torch.Tensor) -> torch.Tensor:
@@ -142,33 +137,33 @@ def rounded_inputs(x: torch.Tensor) -> torch.Tensor:
     return (codes * (largest / 127)).flatten(-2)
 
 
-def linear_packed_ref(x, codes, scales, zeros, bias, norm_weight, eps, residual, zero, codes_inputs) -> torch.Tensor:
+def linear_packed_ref(x, codes, scales, offsets, bias, norm_weight, eps, residual, codes_inputs) -> torch.Tensor:
     """``linear_packed`` in torch operators: the matrix is written out, x is rounded if its codes are asked for."""
     if norm_weight is not None:
         x = rms_norm_ref(x, norm_weight, eps)
     if codes_inputs:
         x = rounded_inputs(x.float()).to(x.dtype)
-    y = torch.nn.functional.linear(x, dequantized(codes, scales, zeros, zero, x.shape[-1], x.dtype), bias)
+    y = torch.nn.functional.linear(x, dequantized(codes, scales, offsets, x.shape[-1], x.dtype), bias)
     return y if residual is None else residual + y
 
 
-def gate_up_packed_ref(x, codes, scales, zeros, bias, norm_weight, eps, activation, zero, codes_inputs) -> torch.Tensor:
+def gate_up_packed_ref(x, codes, scales, offsets, bias, norm_weight, eps, activation, codes_inputs) -> torch.Tensor:
     """``gate_up_packed`` in torch operators."""
-    both = linear_packed_ref(x, codes, scales, zeros, bias, norm_weight, eps, None, zero, codes_inputs)
+    both = linear_packed_ref(x, codes, scales, offsets, bias, norm_weight, eps, None, codes_inputs)
     gate, up = both.chunk(2, dim=-1)
     return FUNCTIONS[activation](gate) * up
 
 
 @torch.library.register_fake("fastllama::linear_packed")
-def _linear_fake(x, codes, scales, zeros, bias, norm_weight, eps, residual, zero, codes_inputs):
+def _linear_fake(x, codes, scales, offsets, bias, norm_weight, eps, residual, codes_inputs):
     return x.new_empty((*x.shape[:-1], codes.shape[0] * PANEL))
 
 
 @torch.library.register_fake("fastllama::embed_packed")
-def _embed_fake(like, ids, codes, scales, zeros, zero):
+def _embed_fake(like, ids, codes, scales, offsets):
     return like.new_empty((*ids.shape, like.shape[0]))
 
 
 @torch.library.register_fake("fastllama::gate_up_packed")
-def _gate_up_fake(x, codes, scales, zeros, bias, norm_weight, eps, activation, zero, codes_inputs):
+def _gate_up_fake(x, codes, scales, offsets, bias, norm_weight, eps, activation, codes_inputs):
     return x.new_empty((*x.shape[:-1], codes.shape[0] * PANEL // 2))

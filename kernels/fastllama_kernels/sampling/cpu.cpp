@@ -128,7 +128,8 @@ float weight_above(const Pool& pool, float logit) {
   f32x16 sums = {};
   int64_t i = 0;
   for (; i + kLanes <= pool.size(); i += kLanes)
-    sums += load16(pool.logit.data() + i) > logit ? load16(pool.weight.data() + i) : f32x16{};
+    sums += by_parts(load16(pool.logit.data() + i), load16(pool.weight.data() + i),
+                     [&](FloatPart logits, FloatPart weights) { return logits > logit ? weights : FloatPart{}; });
   float sum = sum16(sums);
   for (; i < pool.size(); ++i) sum += pool.logit[i] > logit ? pool.weight[i] : 0.f;
   return sum;

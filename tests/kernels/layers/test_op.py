@@ -34,12 +34,12 @@ def draw(b, t, dtype, form) -> tuple:
             return Weights(DENSE, (tensor(n, k),))
         if form == "bias":
             return Weights(DENSE_BIAS, (tensor(n, k), tensor(n)))
-        bits, zero, has_bias, codes_inputs = form
+        bits, has_offsets, has_bias, codes_inputs = form
         codes = packed.packed(torch.randint(0, 2**bits, (n, k), dtype=torch.uint8), bits)
         scales = (torch.rand(n // 16, k // 32, 16) / 2**bits / k**0.5).half()
-        zeros = () if zero == packed.MIDDLE else (torch.rand(scales.shape).half(),)
+        offsets = (-8 * scales,) if has_offsets else ()
         bias = (tensor(n),) if has_bias else ()
-        return Weights(packed_kind(has_bias, zero, codes_inputs), (codes, scales, *zeros, *bias))
+        return Weights(packed_kind(has_bias, has_offsets, codes_inputs), (codes, scales, *offsets, *bias))
 
     in_qkv, inner = (HEADS + 2 * KV_HEADS) * D, HEADS * D
     weights = [
@@ -62,12 +62,12 @@ def product(x, weights: Weights, norm=None, residual=None, activation=None, form
         if activation is not None:
             return gate_up(x, weight, bias, norm, EPS, activation)
         return linear(x, weight, bias, norm, EPS, residual)
-    _, zero, has_bias, codes_inputs = form
+    _, has_offsets, has_bias, codes_inputs = form
     codes, scales, *others = weights.tensors
-    args = (codes, scales, others[0] if zero else None, others[-1] if has_bias else None, norm, EPS)
+    args = (codes, scales, others[0] if has_offsets else None, others[-1] if has_bias else None, norm, EPS)
     if activation is not None:
-        return torch.ops.fastllama.gate_up_packed(x, *args, activation, zero, codes_inputs)
-    return torch.ops.fastllama.linear_packed(x, *args, residual, zero, codes_inputs)
+        return torch.ops.fastllama.gate_up_packed(x, *args, activation, codes_inputs)
+    return torch.ops.fastllama.linear_packed(x, *args, residual, codes_inputs)
 
 
 def one_by_one(x, cos, sin, position, weights, k_caches, v_caches, activation, form) -> torch.Tensor:
@@ -80,7 +80,7 @@ def one_by_one(x, cos, sin, position, weights, k_caches, v_caches, activation, f
     return x
 
 
-FORMS = ["dense", "bias", *itertools.product((4, 8), range(3), (False, True), (False, True))]
+FORMS = ["dense", "bias", *itertools.product((4, 8), *[(False, True)] * 3)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
