@@ -22,7 +22,7 @@ HEADS, KV_HEADS, SLOTS, VOCABULARY = 4, 2, 64, 40
 @pytest.fixture(autouse=True)
 def forgotten() -> None:
     """Every test asks again what a device can do."""
-    ops._without_triton.cache_clear()
+    ops.rules.without_triton.cache_clear()
     ops._log_heads.cache_clear()
 
 

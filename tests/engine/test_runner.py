@@ -388,7 +388,9 @@ def test_batches_run_in_powers_of_two() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled_prefill", [False, True])
 def test_without_kernels_torch_operators_decode_the_same_tokens(monkeypatch, compiled_prefill) -> None:
-    monkeypatch.setattr("fastllama.ops._without_kernels", lambda device_type, dtype: "as on a device without kernels")
+    monkeypatch.setattr(
+        "fastllama.ops.rules.without_kernels", lambda device_type, dtype: "as on a device without kernels"
+    )
     monkeypatch.setattr(Runner, "_compiles_prefill", compiled_prefill)
     fresh = LlamaForCausalLM(TINY).eval()
     ids = torch.randint(0, 96, (3, 20))

@@ -31,7 +31,7 @@ SLOTS, CACHE_ROWS = 52, 3
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch, triton_on_cpu) -> Iterator[None]:
-    ops._without_triton.cache_clear()
+    ops.rules.without_triton.cache_clear()
     genuine = ops._index
     choose = torch.compiler.assume_constant_result(lambda op, _, *case: genuine(op, "cuda:0", *case))
     monkeypatch.setattr(ops, "_index", choose)

@@ -16,7 +16,7 @@
 namespace fastllama {
 namespace {
 
-constexpr int64_t kBlock = 64;  // cache slots per step of the online softmax
+constexpr int64_t kSlots = 64;  // cache slots per step of the online softmax
 constexpr int kHeads = 4;       // query heads that take a key or value together, of those that share it
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
@@ -39,7 +39,7 @@ void rotate(const T* x, const float* cos, const float* sin, int64_t dim, float s
 
 // scores[g][s] = q_g · k_s for G query heads and the slots of a block.
 template <int G, typename T>
-void block_scores(const float* q, const T* keys, int64_t dim, int64_t count, float (&scores)[kHeads][kBlock]) {
+void block_scores(const float* q, const T* keys, int64_t dim, int64_t count, float (&scores)[kHeads][kSlots]) {
   constexpr int kRows = 4;
   for (int64_t s = 0; s < count; s += kRows) {
     const T* rows[kRows];
@@ -49,12 +49,12 @@ void block_scores(const float* q, const T* keys, int64_t dim, int64_t count, flo
     for (int r = 0; r < kRows; ++r)
       for (int g = 0; g < G; ++g) scores[g][s + r] = out[r][g];
   }
-  for (int g = 0; g < G; ++g) std::fill(scores[g] + count, scores[g] + kBlock, kLowest);
+  for (int g = 0; g < G; ++g) std::fill(scores[g] + count, scores[g] + kSlots, kLowest);
 }
 
 // acc[g] += Σ_s p[g][s] v_s over N vectors of dimensions, held in registers.
 template <int G, int N, typename T>
-void add_values(const float (&p)[kHeads][kBlock], const T* values, int64_t dim, int64_t count, float* acc) {
+void add_values(const float (&p)[kHeads][kSlots], const T* values, int64_t dim, int64_t count, float* acc) {
   f32x16 sums[G][N];
   FASTLLAMA_UNROLL for (int g = 0; g < G; ++g)
     FASTLLAMA_UNROLL for (int i = 0; i < N; ++i) sums[g][i] = load16(acc + g * dim + i * kLanes);
@@ -72,16 +72,16 @@ void add_values(const float (&p)[kHeads][kBlock], const T* values, int64_t dim, 
 template <int G, typename T>
 void attend(const float* q, const T* keys, const T* values, int64_t dim, int64_t length, T* out) {
   std::vector<float> acc(G * dim, 0.f);
-  float sum[G] = {}, top[G], p[kHeads][kBlock];
+  float sum[G] = {}, top[G], p[kHeads][kSlots];
   std::fill(top, top + G, kLowest);
-  for (int64_t begin = 0; begin < length; begin += kBlock) {
-    const int64_t count = std::min(kBlock, length - begin);
+  for (int64_t begin = 0; begin < length; begin += kSlots) {
+    const int64_t count = std::min(kSlots, length - begin);
     block_scores<G>(q, keys + begin * dim, dim, count, p);
     for (int g = 0; g < G; ++g) {
       const float before = top[g];
-      for (int64_t s = 0; s < kBlock; ++s) top[g] = std::max(top[g], p[g][s]);
+      for (int64_t s = 0; s < kSlots; ++s) top[g] = std::max(top[g], p[g][s]);
       f32x16 sums = {};
-      for (int64_t s = 0; s < kBlock; s += kLanes) {
+      for (int64_t s = 0; s < kSlots; s += kLanes) {
         const f32x16 p16 = exp16(load16(p[g] + s) - top[g]);  // about 1e-38 beyond the block's slots
         store16(p[g] + s, p16);
         sums += p16;

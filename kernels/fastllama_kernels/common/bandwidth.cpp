@@ -17,7 +17,7 @@ typedef uint64_t u64x8 __attribute__((vector_size(64)));
 constexpr int kStreams = 4;                      // places read side by side: enough to keep the load queues full
 constexpr int64_t kStream = 64 << 10;            // bytes that each of them covers in a block
 constexpr int64_t kBlock = kStreams * kStream;
-constexpr int64_t kAhead = 2 << 10;              // bytes between a load and the prefetch before it
+constexpr int64_t kReadAhead = 2 << 10;              // bytes between a load and the prefetch before it
 
 u64x8 load(const char* p) {
   u64x8 x;
@@ -30,8 +30,8 @@ uint64_t sum_block(const char* p) {
   for (int64_t i = 0; i < kStream; i += 2 * sizeof(u64x8)) {
     for (int s = 0; s < kStreams; ++s) {
       const char* q = p + s * kStream + i;
-      __builtin_prefetch(q + kAhead);
-      __builtin_prefetch(q + kAhead + sizeof(u64x8));
+      __builtin_prefetch(q + kReadAhead);
+      __builtin_prefetch(q + kReadAhead + sizeof(u64x8));
       sums[s][0] += load(q);
       sums[s][1] += load(q + sizeof(u64x8));
     }

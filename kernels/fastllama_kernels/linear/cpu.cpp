@@ -17,7 +17,7 @@ namespace fastllama {
 namespace {
 
 constexpr int kWeightRows = 4;  // matrix rows streamed side by side: enough to keep the load queues full
-constexpr int kTile = kPartBytes == 32 ? 2 : 4;  // activation rows per pass over a weight tile: AVX2 has 16 registers
+constexpr int kRows = kPartBytes == 32 ? 2 : 4;  // activation rows per pass over a weight tile: AVX2 has 16 registers
 
 // The activations [rows, n] as the products take them, normalised (RMS, weighted) when a norm weight is given.
 template <typename T>
@@ -47,7 +47,7 @@ void for_each_row(const T* const (&w)[kWeightRows], const X* x, int64_t rows, in
     }
   };
   int64_t first = 0;
-  for (; first + kTile <= rows; first += kTile) tile(std::integral_constant<int, kTile>{}, first);
+  for (; first + kRows <= rows; first += kRows) tile(std::integral_constant<int, kRows>{}, first);
   for (; first < rows; ++first) tile(std::integral_constant<int, 1>{}, first);
 }
 

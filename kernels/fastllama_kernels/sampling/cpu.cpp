@@ -15,7 +15,7 @@
 namespace fastllama {
 namespace {
 
-constexpr int64_t kBlock = 64;  // tokens whose maximum is kept, to pass over them when none of them matters
+constexpr int64_t kTokens = 64;  // tokens whose maximum is kept, to pass over them when none of them matters
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr uint64_t kGolden = 0x9e3779b97f4a7c15;
 
@@ -58,18 +58,18 @@ float uniform(uint64_t key, int64_t token) {
 
 template <typename T>
 std::vector<float> block_maxima(const T* logits, int64_t vocab) {
-  std::vector<float> maxima((vocab + kBlock - 1) / kBlock, -kInfinity);
-  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+  std::vector<float> maxima((vocab + kTokens - 1) / kTokens, -kInfinity);
+  for (int64_t begin = 0; begin < vocab; begin += kTokens) {
     float top = -kInfinity;
     int64_t i = begin;
-    const int64_t end = std::min(begin + kBlock, vocab);
-    if (end - begin == kBlock) {
+    const int64_t end = std::min(begin + kTokens, vocab);
+    if (end - begin == kTokens) {
       f32x16 top16 = load16(logits + i);
       for (i += kLanes; i < end; i += kLanes) top16 = max16(top16, load16(logits + i));
       for (int64_t lane = 0; lane < kLanes; ++lane) top = std::max(top, top16[lane]);
     }
     for (; i < end; ++i) top = std::max(top, static_cast<float>(logits[i]));
-    maxima[begin / kBlock] = top;
+    maxima[begin / kTokens] = top;
   }
   return maxima;
 }
@@ -83,13 +83,13 @@ float kth_largest(std::vector<float> values, int64_t k) {
 template <typename T>
 Pool gather(const T* logits, int64_t vocab, const std::vector<float>& maxima, float least) {
   const auto holds_some = [&](float maximum) { return maximum >= least; };
-  const int64_t most = kBlock * std::count_if(maxima.begin(), maxima.end(), holds_some);
+  const int64_t most = kTokens * std::count_if(maxima.begin(), maxima.end(), holds_some);
   Pool pool;
   pool.logit.resize(most), pool.token.resize(most);
   int64_t size = 0;
   for (int64_t block = 0; block < static_cast<int64_t>(maxima.size()); ++block) {
     if (!holds_some(maxima[block])) continue;
-    for (int64_t token = block * kBlock; token < std::min((block + 1) * kBlock, vocab); ++token) {
+    for (int64_t token = block * kTokens; token < std::min((block + 1) * kTokens, vocab); ++token) {
       const float logit = static_cast<float>(logits[token]);
       pool.logit[size] = logit, pool.token[size] = static_cast<int32_t>(token);  // overwritten unless it counts
       size += logit >= least;
@@ -149,9 +149,9 @@ int64_t sample_row(const T* logits, int64_t vocab, const Settings& settings) {
   const auto top_block = std::max_element(maxima.begin(), maxima.end());
   const float top = *top_block;
   if (!(settings.temperature > 0) || !(std::abs(top) < kInfinity)) {  // the first of the most likely tokens
-    const int64_t begin = (top_block - maxima.begin()) * kBlock;
+    const int64_t begin = (top_block - maxima.begin()) * kTokens;
     const auto is_top = [&](int64_t i) { return static_cast<float>(logits[i]) == top; };
-    for (int64_t i = begin; i < std::min(begin + kBlock, vocab); ++i)
+    for (int64_t i = begin; i < std::min(begin + kTokens, vocab); ++i)
       if (is_top(i)) return i;
     return begin;
   }

@@ -1,8 +1,4 @@
-"""The one door to the kernels: which implementation of an operation runs, and why.
-
-RULES says it, and nothing else does: the operations below choose by it, :func:`report` and :func:`kernels_per_step`
-read it. The choice is made while a step is traced, from device, dtype and shapes alone, so it costs nothing per token.
-"""
+"""The one door to the kernels: the operations, and what runs where; :mod:`fastllama.ops.rules` chooses."""
 
 from __future__ import annotations
 
@@ -13,19 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastllama_kernels.attention import op as attention_op
+from fastllama.ops.rules import KERNEL_DTYPES, RULES, Case, choose, first_rule, without_kernels
 from fastllama_kernels.common import activations, bandwidth, build, calls, shapes
 from fastllama_kernels.layers import op as layers_op
-from fastllama_kernels.linear import op as linear_op
 from fastllama_kernels.linear import packed as packed_op
 from fastllama_kernels.linear import quantize as quantize_op
 from fastllama_kernels.sampling import op as sampling_op
 
 logger = logging.getLogger(__name__)
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MIN_CAPABILITY = (8, 0)
-HEADS_TAKEN = f"the kernel takes multiples of 8 up to {attention_op.MAX_HEAD_DIM}"
 
 ACTIVATIONS = activations.ACTIVATIONS  # by the config's hidden_act
 Shape = shapes.Shape
@@ -40,195 +31,10 @@ SamplingParams = sampling_op.SamplingParams
 row_seed = sampling_op.row_seed
 
 
-# ---- the rules -----------------------------------------------------------------------------------------------------
-
-
-class Case(NamedTuple):
-    """What a choice depends on, besides the device and whether its kernels can run."""
-
-    rows: int = 1
-    tokens: int = 1
-    head_dim: int | None = None
-
-
-class Rule(NamedTuple):
-    """One implementation of an operation, and when it runs.
-
-    Attributes:
-        device: type of the device whose kernels it needs; None: it needs none and runs anywhere.
-        implementation: what it is, for people.
-        run: takes the operation's arguments.
-        launches: of our kernels in a call of one row.
-        max_rows, max_tokens: limits; None: none.
-        limits_heads: takes heads of some sizes only.
-        note: what else is to say, for people.
-    """
-
-    device: str | None
-    implementation: str
-    run: Callable[..., Any]
-    launches: int = 1
-    max_rows: int | None = None
-    max_tokens: int | None = None
-    limits_heads: bool = False
-    note: str = ""
-
-    def refusal(self, case: Case) -> str | None:
-        """Why it does not take a case; None if it does."""
-        if self.max_rows is not None and case.rows > self.max_rows:
-            return f"above {self.max_rows} rows"
-        if self.max_tokens is not None and case.tokens > self.max_tokens:
-            return f"above {self.max_tokens} tokens a row"
-        if self.limits_heads and case.head_dim and not attention_op.takes(case.head_dim):
-            return f"head_dim {case.head_dim}: {HEADS_TAKEN}"
-        return None
-
-    def beyond(self, case: Case) -> Case:
-        """A case like this one that is too large for it."""
-        rows = case.rows if self.max_rows is None else self.max_rows + 1
-        tokens = case.tokens if self.max_tokens is None else self.max_tokens + 1
-        return case._replace(rows=rows, tokens=tokens)
-
-    @property
-    def limits(self) -> str:
-        """Its limits, for people."""
-        rows = [] if self.max_rows is None else [f"{self.max_rows} rows"]
-        tokens = [] if self.max_tokens is None else [f"{self.max_tokens} tokens a row"]
-        return f"up to {' and '.join(rows + tokens)}" if rows + tokens else ""
-
-
-def _op(name: str) -> Callable[..., Any]:
-    """A registered operation; looked up when it is called, for Triton's are not there before they are needed."""
-    return lambda *args: getattr(torch.ops.fastllama, name)(*args)
-
-
-def _countless(run: Callable[..., Any]) -> Callable[..., Any]:
-    """An implementation of rotary_attention that leaves the counters alone."""
-    return lambda *args: run(*args[:-1])
-
-
-def _sample_ref(logits_bv: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
-    *params, position_b = args
-    return sampling_op.sample_ref(logits_bv, SamplingParams(*params), position_b)
-
-
-CPU_ROWS, CUDA_ROWS, TOKENS = linear_op.MAX_ROWS["cpu"], linear_op.MAX_ROWS["cuda"], attention_op.MAX_TOKENS
-#: The implementations of each operation; the first whose kernels can run and that takes the case does.
-RULES: dict[str, tuple[Rule, ...]] = {
-    "layers": (
-        Rule("cpu", "C++ kernel", layers_op.layers, max_rows=CPU_ROWS, max_tokens=TOKENS, note="all in one operation"),
-    ),
-    "linear": (
-        Rule("cpu", "C++ kernel", _op("linear"), max_rows=CPU_ROWS),
-        Rule("cuda", "Triton kernel", _op("linear"), max_rows=CUDA_ROWS),
-        Rule("cuda", "Triton norm, cuBLAS", linear_op.linear_wide),
-        Rule(None, "torch", linear_op.linear_ref, launches=0),
-    ),
-    "gate_up": (
-        Rule("cpu", "C++ kernel", _op("gate_up"), max_rows=CPU_ROWS),
-        Rule("cuda", "Triton kernel", _op("gate_up"), max_rows=CUDA_ROWS),
-        Rule("cuda", "Triton norm and activation, cuBLAS", linear_op.gate_up_wide, launches=2),
-        Rule(None, "torch", linear_op.gate_up_ref, launches=0),
-    ),
-    "linear_packed": (
-        Rule("cpu", "C++ kernel", _op("linear_packed")),
-        Rule(None, "dequantized, torch", packed_op.linear_packed_ref, launches=0),
-    ),
-    "gate_up_packed": (
-        Rule("cpu", "C++ kernel", _op("gate_up_packed")),
-        Rule(None, "dequantized, torch", packed_op.gate_up_packed_ref, launches=0),
-    ),
-    "embed_packed": (
-        Rule("cpu", "C++ kernel", _op("embed_packed")),
-        Rule(None, "torch", packed_op.embed_packed_ref, launches=0),
-    ),
-    "rotary_attention": (
-        Rule("cpu", "C++ kernel", _countless(_op("rotary_attention")), max_tokens=TOKENS),
-        Rule("cpu", "torch's flash attention", _countless(_op("prefill_attention")), launches=0),
-        Rule("cuda", "Triton kernel", _op("rotary_attention_split"), max_tokens=TOKENS, limits_heads=True),
-        Rule(
-            "cuda",
-            "Triton rotary and KV write, torch's masked attention",
-            _countless(attention_op.rotary_attention_wide),
-            limits_heads=True,
-        ),
-        Rule(None, "torch", _countless(attention_op.rotary_attention_ref), launches=0),
-    ),
-    "sample": (
-        Rule("cpu", "C++ kernel", _op("sample"), note="without sorting the vocabulary"),
-        Rule("cuda", "Triton kernel", _op("sample"), launches=2, note="without sorting the vocabulary"),
-        Rule(None, "torch", _sample_ref, launches=0),
-    ),
-}
-
-
-# ---- the choice ----------------------------------------------------------------------------------------------------
-
-
-def _without_kernels(device: str, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run for this device and dtype, or None if they can."""
-    if dtype not in KERNEL_DTYPES:
-        return f"the kernels take float32, bfloat16 and float16, not {dtype}"
-    device_type = torch.device(device).type
-    if device_type == "cpu":
-        return build.load()
-    if device_type == "cuda":
-        return _without_triton(device)
-    return f"there is no kernel for {device_type}"
-
-
-@functools.cache
-def _without_triton(device: str) -> str | None:
-    """Why Triton's kernels cannot run on this CUDA device, or None if they can; the reason is also logged, once."""
-    reason = None
-    if torch.version.hip:
-        reason = "the Triton kernels have not been tried on ROCm"
-    elif torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        found, wanted = torch.cuda.get_device_capability(device), MIN_CAPABILITY
-        reason = f"compute capability {found[0]}.{found[1]} is below {wanted[0]}.{wanted[1]}"
-    else:
-        try:
-            _register_triton()
-        except ImportError as error:
-            reason = f"Triton cannot be imported: {error}"
-    if reason:
-        logger.warning("%s; decoding runs on torch's own operators, which is slower", reason)
-    return reason
-
-
-def _register_triton() -> None:
-    """Import the kernels, which register themselves."""
-    from fastllama_kernels.attention import rotary  # noqa: F401
-    from fastllama_kernels.attention import triton as decode_attention  # noqa: F401
-    from fastllama_kernels.linear import rms_norm, silu_mul  # noqa: F401
-    from fastllama_kernels.linear import triton as gemv  # noqa: F401
-    from fastllama_kernels.sampling import triton as sample  # noqa: F401
-
-
-@functools.lru_cache(maxsize=1024)  # prompts of any length are asked for
-def _first_rule(op: str, device_type: str | None, case: Case) -> tuple[int | None, str | None]:
-    """Index in RULES of what runs, None if nothing does, and why not what comes before it on that device."""
-    refusal = None
-    for index, rule in enumerate(RULES[op]):
-        if rule.device in (None, device_type):
-            reason = rule.refusal(case)
-            if reason is None:
-                return index, refusal
-            refusal = reason
-    return None, refusal
-
-
-def _choose(op: str, device: str, dtype: torch.dtype, case: Case) -> tuple[int | None, str | None]:
-    """Index in RULES of what runs, and why not what comes before it."""
-    if reason := _without_kernels(device, dtype):
-        return _first_rule(op, None, case)[0], reason
-    return _first_rule(op, torch.device(device).type, case)
-
-
 @torch.compiler.assume_constant_result
 def _index(op: str, device: str, dtype: torch.dtype, rows: int, tokens: int, head_dim: int | None) -> int | None:
     """Index in RULES of what runs; heads that the kernels do not take are logged, once."""
-    index, reason = _choose(op, device, dtype, Case(rows, tokens, head_dim))
+    index, reason = choose(op, device, dtype, Case(rows, tokens, head_dim))
     if reason and reason.startswith("head_dim"):
         _log_heads(reason)
     return index
@@ -401,13 +207,13 @@ def report(
 
 def _choices(device: str, dtype: torch.dtype, case: Case) -> Iterator[Choice]:
     for op, rules in RULES.items():
-        index, refusal = _choose(op, device, dtype, case)
+        index, refusal = choose(op, device, dtype, case)
         if index is None:
             continue
         rule, reasons = rules[index], [refusal] if refusal else []
         if not refusal:
             reasons = [text for text in (rule.note, rule.limits) if text]
-            above = _first_rule(op, torch.device(device).type, rule.beyond(case))[0] if rule.limits else None
+            above = first_rule(op, torch.device(device).type, rule.beyond(case))[0] if rule.limits else None
             reasons = [", ".join(reasons), *([] if above is None else [f"{rules[above].implementation} above"])]
         yield Choice(op, rule.implementation, "; ".join(reasons))
 
@@ -417,11 +223,11 @@ def kernels_per_step(
 ) -> int | None:
     """Our kernels in a decode step of one row; Inductor adds embedding and bookkeeping. None: all are Inductor's."""
     device, case = str(torch.device(device)), Case(head_dim=head_dim)
-    if _without_kernels(device, dtype):
+    if without_kernels(device, dtype):
         return None
 
     def launches(op: str) -> int:
-        index, _ = _choose(op, device, dtype, case)
+        index, _ = choose(op, device, dtype, case)
         return 0 if index is None else RULES[op][index].launches
 
     in_layers = layers * sum(launches(call.op) for call in calls.STEP if call.in_layer)
