@@ -33,7 +33,7 @@ Peers = Annotated[
 ]
 GptFast = Annotated[Path | None, typer.Option("--gpt-fast", metavar="DIR", help="A checkout of gpt-fast.")]
 LlamaBench = Annotated[Path | None, typer.Option(metavar="PATH", help="llama.cpp's program.", show_default="from PATH")]
-Schemes = Annotated[str, typer.Option(help="Of none, int8 and int4, with commas.", metavar="LIST")]
+Schemes = Annotated[str, typer.Option(help="Of stored, none, int8 and int4, with commas.", metavar="LIST")]
 Launches = Annotated[bool, typer.Option("--launches", help="Record what a step launches and the host's time, too.")]
 Record = Annotated[Path | None, typer.Option(metavar="FILE", help="File of JSON lines to append the record to.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Plot to write: .png, .svg or .pdf.")]
@@ -70,7 +70,7 @@ def decode(
     peers: Peers = "all",
     gpt_fast: GptFast = None,
     llama_bench: LlamaBench = None,
-    quantize: Schemes = "none",
+    quantize: Schemes = "stored",
     launches: Launches = False,
     json_file: options.JsonFile = None,
     record: Record = None,
@@ -88,7 +88,7 @@ def decode(
         points = [(*each, new_tokens) for each in itertools.product(batches, prompts, slots or [None])]
         keep, failed, schemes = Keeper(options.pick_device(device), json_file, record), [], quantize.split(",")
         for scheme in schemes:
-            loaded, described = load(model, dtype, device, quiet, None if scheme == "none" else scheme)
+            loaded, described = load(model, dtype, device, quiet, None if scheme == "stored" else scheme)
             several = len(points) * len(schemes) > 1
             failed += measure_points(loaded, points, asked, described, keep, launches, quiet, several)
         keep.write_json(failed if several else None)
@@ -265,7 +265,8 @@ def load(
 
     where = options.pick_device(device)
     loaded = LlamaForCausalLM.from_pretrained(model, dtype, where, quantize, progress=not quiet)
-    weights = {"dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device), "quantize": quantize}
+    weights = {"dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device)}
+    weights |= {"quantize": None if quantize == "none" else quantize}
     return loaded, {"model": model, **weights, "config": loaded.config.to_dict()}
 
 

@@ -46,7 +46,8 @@ def measure(
 ) -> dict[str, Any]:
     """The fields of a record: for each scheme, how it predicts the text, next to the model as it is."""
     say("loading")
-    reference, tokenizer = LlamaForCausalLM.from_pretrained(name, dtype, device, progress=False), load_tokenizer(name)
+    reference = LlamaForCausalLM.from_pretrained(name, dtype, device, "none", progress=False)
+    tokenizer = load_tokenizer(name)
     ids = tokenizer.encode(text, add_special_tokens=False)[:tokens]
     texts = list(windows(ids, min(window, len(ids)), tokenizer.bos_token_id))
     rows = {}
@@ -54,7 +55,8 @@ def measure(
         say(f"reading with {scheme}")
         model = reference
         if scheme != "none":
-            model = LlamaForCausalLM.from_pretrained(name, dtype, device, scheme, progress=False)
+            quantize = None if scheme == "stored" else scheme
+            model = LlamaForCausalLM.from_pretrained(name, dtype, device, quantize, progress=False)
         rows[scheme] = vars(quality(model, reference, texts)) | {"bytes_per_step": weight_bytes_per_step(model)}
     where = {"model": name, "dtype": str(reference.dtype).removeprefix("torch."), "device": str(reference.device)}
     are_numbers = all(math.isfinite(row["perplexity"]) for row in rows.values())

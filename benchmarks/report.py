@@ -209,7 +209,7 @@ def _decode_remarks(record: Record) -> Iterator[str]:
 
 
 def _quality_remarks(record: Record) -> Iterator[str]:
-    yield f"of {record['schemes']['none']['tokens']} tokens of {record['text']}; none: the weights as they are stored"
+    yield f"of {record['schemes']['none']['tokens']} tokens of {record['text']}; none: the weights, not in codes"
 
 
 def _startup_remarks(record: Record) -> Iterator[str]:

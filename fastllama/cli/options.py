@@ -27,7 +27,10 @@ Dtype = Annotated[
     typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.", show_default="the checkpoint's"),
 ]
 Quantize = Annotated[
-    str | None, typer.Option(metavar="SCHEME", help="Quantize while loading: int8 or int4.", show_default="none")
+    str | None,
+    typer.Option(
+        metavar="SCHEME", help="Quantize while loading: int8 or int4; none: write codes out.", show_default="as stored"
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="Device: cpu or cuda.", show_default="cuda if available")]
 MaxNewTokens = Annotated[

@@ -33,6 +33,8 @@ from fastllama.config.generation import INERT_GENERATION, UNSUPPORTED_GENERATION
 from fastllama.config.keys import INERT_KEYS, change_of, check_changing, check_own_code, text_part
 from fastllama.config.quantization import METHOD, QuantizationConfig
 from fastllama.config.rope import ROPE_KEYS, RopeParameters
+from fastllama.config.stored_quantization import KEYS as QUANTIZATION_KEYS
+from fastllama.config.stored_quantization import check_method
 
 AUTO = "auto"  # the dtype of the stored weights
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -170,7 +172,8 @@ class LlamaConfig:
         inert = INERT_KEYS | INERT_GENERATION | UNSUPPORTED_GENERATION.keys() | {"auto_map"}
         inert |= {field.name for field in dataclasses.fields(GenerationConfig)}
         other = {key: value for key, value in values.items() if key not in known | inert}
-        check_changing({key: value for key, value in other.items() if not _is_ours(value)})
+        check_changing({key: value for key, value in other.items() if key not in QUANTIZATION_KEYS})
+        check_method(other)
         check_own_code(values, strict)
         quantization = values.pop("quantization_config", None)
         rope = _take_rope(values, strict)
@@ -180,7 +183,7 @@ class LlamaConfig:
             tolerate(f"unknown config keys {', '.join(unknown)}: left out", strict)
         fields: dict[str, Any] = {key: value for key, value in values.items() if key in known}
         fields |= {"rope": rope, "dtype": dtype}
-        if isinstance(quantization, Mapping) and quantization:
+        if _is_ours(quantization):
             fields["quantization"] = QuantizationConfig.from_dict(quantization)
         return cls(**fields)
 

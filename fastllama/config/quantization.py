@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastllama.config.fields import bad, check_bool, check_int
 
@@ -14,6 +15,20 @@ METHOD = "fastllama"
 HEAD = re.compile(r"(^|\.)(lm_head|embed_tokens)$")
 SCHEMES = ("int8", "int4")
 LEAST_GROUP = 32
+
+
+class Scheme(NamedTuple):
+    """As which codes a matrix is kept.
+
+    Attributes:
+        bits: of a code, 4 or 8.
+        group: columns that share a scale.
+        has_offsets: codes stand for scale · code + offset; else for scale · (code - 2^(bits - 1)).
+    """
+
+    bits: int
+    group: int
+    has_offsets: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +44,7 @@ class QuantizationConfig:
             scale a row, 4-bit ones one a group.
         exclude: names of modules that are left as they are, whole (``model.layers.0.mlp.down_proj``) or their last
             parts (``down_proj``).
+        modules: schemes of single modules, by name, before everything else: of checkpoints whose matrices differ.
         activations: ``"int8"``: products of few rows take activations in 8 bits, in blocks of 32 with a scale each, for
             speed; None: as they are.
 
@@ -41,6 +57,7 @@ class QuantizationConfig:
     symmetric: bool = False
     head_bits: int | None = 8
     exclude: tuple[str, ...] = ()
+    modules: tuple[tuple[str, Scheme], ...] = ()
     activations: str | None = "int8"
 
     def __post_init__(self) -> None:
@@ -56,6 +73,7 @@ class QuantizationConfig:
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise bad("exclude", self.exclude, "names of modules")
         object.__setattr__(self, "exclude", tuple(names))
+        object.__setattr__(self, "modules", tuple(_modules(self.modules)))
 
     @classmethod
     def of(cls, scheme: str | QuantizationConfig | None) -> QuantizationConfig | None:
@@ -70,8 +88,27 @@ class QuantizationConfig:
             raise bad("quantize", scheme, f"None, {', '.join(map(repr, SCHEMES))} or a QuantizationConfig")
         return cls(bits=8, group_size=None) if scheme == "int8" else cls()
 
-    def scheme_of(self, module: str, columns: int) -> tuple[int, int, bool] | None:
-        """Bits and group of a module's weight, and whether it has offsets; None: it is left as it is.
+    @classmethod
+    def holding(cls, schemes: Mapping[str, Scheme], columns: Mapping[str, int]) -> QuantizationConfig:
+        """The config under which modules have these schemes, and no others.
+
+        Args:
+            schemes: of the modules that are quantized, at least one.
+            columns: of all modules that could be.
+        """
+
+        def general(name: str) -> tuple[int, int | None, bool]:
+            bits, group, has_offsets = schemes[name]
+            return bits, None if group == columns[name] else group, has_offsets
+
+        (bits, group, has_offsets), _ = Counter(map(general, schemes)).most_common(1)[0]
+        symmetric = bits == 4 and not has_offsets
+        config = cls(bits, group, symmetric, None, tuple(name for name in columns if name not in schemes))
+        others = {name: scheme for name, scheme in schemes.items() if config.scheme_of(name, columns[name]) != scheme}
+        return dataclasses.replace(config, modules=tuple(others.items()))
+
+    def scheme_of(self, module: str, columns: int) -> Scheme | None:
+        """The scheme of a module's weight; None: it is left as it is.
 
         Args:
             module: its name in the model.
@@ -82,6 +119,8 @@ class QuantizationConfig:
         """
         if any(module == name or module.endswith(f".{name}") for name in self.exclude):
             return None
+        if scheme := dict(self.modules).get(module):
+            return scheme
         is_head = HEAD.search(module) is not None
         bits = self.head_bits if is_head else self.bits
         if bits is None:
@@ -92,7 +131,7 @@ class QuantizationConfig:
                 f"{module} has {columns} columns, which groups of {group} do not divide"
                 f" (groups are multiples of {LEAST_GROUP}); choose another group_size, or exclude {module!r}"
             )
-        return bits, group, bits == 4 and not self.symmetric
+        return Scheme(bits, group, bits == 4 and not self.symmetric)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantizationConfig:
@@ -113,5 +152,31 @@ class QuantizationConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The object that config.json holds as ``quantization_config``."""
-        values = dataclasses.asdict(self) | {"exclude": list(self.exclude)}
+        values: dict[str, Any] = {
+            name: getattr(self, name) for name in (field.name for field in dataclasses.fields(self))
+        }
+        values |= {"exclude": list(self.exclude), "modules": {name: each._asdict() for name, each in self.modules}}
         return values | {"quant_method": METHOD, "version": VERSION}
+
+
+def _modules(values: Any) -> list[tuple[str, Scheme]]:
+    """Schemes by module, from pairs or from the object that a config.json holds."""
+    try:
+        pairs = values.items() if isinstance(values, Mapping) else values
+        found = [(str(name), Scheme(**each) if isinstance(each, Mapping) else Scheme(*each)) for name, each in pairs]
+    except (TypeError, ValueError, AttributeError):
+        raise bad("modules", values, "an object from names of modules to bits, group and has_offsets") from None
+    for name, (bits, group, has_offsets) in found:
+        if (
+            bits not in (4, 8)
+            or not isinstance(group, int)
+            or group < 1
+            or group % LEAST_GROUP
+            or not isinstance(has_offsets, bool)
+        ):
+            raise bad(
+                f"modules[{name!r}]",
+                (bits, group, has_offsets),
+                "4 or 8 bits, a group of 32 columns or a multiple, a bool",
+            )
+    return found

@@ -60,6 +60,8 @@ def twin_of(model: Any) -> LlamaForCausalLM:
     Raises:
         ValueError: the model's config or its modules are not those of a Llama that fastllama can run.
     """
+    if getattr(model.config, "quantization_config", None):
+        raise ValueError("the transformers model is quantized; load its folder with fastllama's from_pretrained()")
     with torch.device("meta"):
         twin = LlamaForCausalLM(LlamaConfig.from_hf(model.config))
     known = dict(twin.named_parameters(remove_duplicate=False))

@@ -18,6 +18,9 @@ import numpy as np
 import torch
 
 from fastllama.config.fields import shortened
+from fastllama.config.quantization import Scheme
+from fastllama.loading import gguf_blocks
+from fastllama.loading.coded import Codes
 from fastllama.loading.stored import BLOCK_BYTES, GGUF_SHARD, CheckpointError
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
@@ -66,6 +69,20 @@ class GgufTensor:
         step = max(1, BLOCK_BYTES // (4 * self.shape[-1]))
         for first in range(0, len(self.data), step):
             yield slice(first, first + step), self._rows(first, first + step)
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """As which codes blocks are kept; None: they are not."""
+        if len(self.shape) != 2 or self.dtype not in gguf_blocks.SCHEMES:
+            return None
+        return gguf_blocks.SCHEMES[self.dtype]
+
+    def read(self) -> Codes:
+        """Its codes, in Hugging Face's order of rows."""
+        codes = gguf_blocks.codes(torch.from_numpy(np.array(self.data)), self.dtype)
+        if not self.heads:
+            return codes
+        return Codes(*(halved(each, self.heads) for each in (codes.code_nk, codes.scale_ng, codes.offset_ng)))
 
     def _rows(self, first: int, last: int) -> torch.Tensor:
         data = np.ascontiguousarray(self.data[first:last])

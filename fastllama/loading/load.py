@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -14,13 +16,19 @@ from tqdm import tqdm
 
 from fastllama.config import LlamaConfig
 from fastllama.config.fields import CONFIG_NAME, tolerate
-from fastllama.config.quantization import QuantizationConfig
-from fastllama.loading import adapter
+from fastllama.config.quantization import QuantizationConfig, Scheme
+from fastllama.loading import adapter, formats
+from fastllama.loading.coded import Coded
 from fastllama.loading.match import EMBEDDING, HEAD, layers_in, listed, matched, missing_hint
 from fastllama.loading.names import resolve
 from fastllama.loading.random import random_tensors
 from fastllama.loading.stored import CheckpointError, Stored
-from fastllama.quantization.linear import Packed, left_dense, quantize_modules, together
+from fastllama.quantization.linear import Packed, left_dense, multiplied_together, quantize_modules, together
+
+logger = logging.getLogger(__name__)
+
+NONE = "none"  # quantize: the weights that the codes of a file stand for
+WEIGHT = ".weight"
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,7 +49,8 @@ def load_model(
         name: see :func:`resolve`.
         dtype: dtype of the parameters; for None and ``"auto"`` the config's, or else that of the stored weights.
         device: where the parameters go.
-        quantize: quantize the weights as they are read: ``"int8"``, ``"int4"`` or a QuantizationConfig.
+        quantize: quantize the weights as they are read: ``"int8"``, ``"int4"`` or a QuantizationConfig; ``"none"``:
+            write those out that the file holds as codes; None: keep these as codes where that loses nothing.
         progress: show a progress bar on stderr if that is a terminal.
         strict: refuse what is otherwise named in a warning and left out: unknown keys, tensors that no Llama uses.
 
@@ -56,23 +65,28 @@ def load_model(
     """
     source = resolve(name, strict)
     config = source.config.replace(dtype=source.dtype(dtype))
-    wanted = QuantizationConfig.of(quantize)
-    if wanted is not None and (config.quantization or source.adapter):
-        what = "quantized already" if config.quantization else "an adapter: load it, save the model, and quantize that"
-        raise ValueError(f"{source.name} is {what} (quantize is {quantize!r})")
+    wanted = QuantizationConfig.of(None if quantize == NONE else quantize)
+    if wanted is not None and source.adapter:
+        raise ValueError(
+            f"{source.name} is an adapter: load it, save the model, and quantize that (quantize is {quantize!r})"
+        )
     if source.path is None:
         shapes = {key: tensor.shape for key, tensor in _tensors(on_meta(model_cls, config)).items()}
         stored: Mapping[str, Stored] = random_tensors(shapes, config.initializer_range)
     else:
         stored = _checked(source.path, source.find_tensors(), config, model_cls, strict)
+        if config.quantization is not None and quantize is not None:
+            stored, config = formats.written_out(stored, config), config.replace(quantization=None)
         if config.tie_word_embeddings and _head_differs(source.path, stored, strict):
             config = config.replace(tie_word_embeddings=False)
+        if quantize is None and source.adapter is None:
+            wanted = _as_stored(stored, config)
     model = on_meta(model_cls, config.replace(quantization=wanted or config.quantization))
     if wanted is not None and (kept := left_dense(model, wanted)):
         why = "because of their number of rows (panels of 16), or of what they are multiplied with"
         tolerate(f"{source.name}: not quantized, {why}: {listed(kept)}", strict)
     _materialise(model, torch.device(device))
-    _fill(model, stored, source.path, progress)
+    _fill(model, stored, source.path, quantize is None, progress)
     if source.adapter is not None:
         model = adapter.merged(model, source.adapter)
     model.generation_config = source.generation_config  # type: ignore[assignment]
@@ -127,6 +141,23 @@ def _checked(
     return found
 
 
+def _as_stored(stored: Mapping[str, Stored], config: LlamaConfig) -> QuantizationConfig | None:
+    """The config that keeps matrices as the codes that are stored; None: there are none, or none that we can hold."""
+    columns = {key.removesuffix(WEIGHT): tensor.shape[1] for key, tensor in stored.items() if len(tensor.shape) == 2}
+    schemes = {name: tensor.scheme for name in columns if isinstance(tensor := stored[name + WEIGHT], Coded)}
+    if config.tie_word_embeddings:
+        for name, other in itertools.permutations((EMBEDDING.removesuffix(WEIGHT), HEAD.removesuffix(WEIGHT))):
+            if name not in columns and other in schemes:
+                schemes[name], columns[name] = schemes[other], columns[other]
+    held = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    for names in multiplied_together(columns):
+        found = [held[name] for name in names if name in held]
+        if len(found) == len(names) and len({scheme.group for scheme in found}) == 1:
+            bits, has_offsets = max(scheme.bits for scheme in found), any(scheme.has_offsets for scheme in found)
+            held |= dict.fromkeys(names, Scheme(bits, found[0].group, has_offsets))
+    return QuantizationConfig.holding(held, columns) if held else None
+
+
 def _head_differs(where: Path, stored: Mapping[str, Stored], strict: bool) -> bool:
     """Whether a head that the config ties to the embedding is stored next to it and is another one.
 
@@ -166,22 +197,38 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
         setattr(model.get_submodule(owner), attribute, made[id(abstract)])
 
 
-def _fill(model: nn.Module, stored: Mapping[str, Stored], where: Path | None, progress: bool) -> None:
-    """Copy every stored tensor into its place; quantize it where its module is quantized and it is not."""
-    tensors, filled, problems = _tensors(model), set[int](), []
+def _fill(
+    model: nn.Module, stored: Mapping[str, Stored], where: Path | None, keeps_codes: bool, progress: bool
+) -> None:
+    """Copy every stored tensor into its place; quantize it where its module is quantized and it is not.
+
+    With ``keeps_codes``, matrices that are stored as codes stay the codes that they are.
+    """
+    tensors, filled, problems, rounded = _tensors(model), set[int](), [], list[str]()
     total = sum(math.prod(tensor.shape) for tensor in stored.values())
     disable = None if progress else True  # None: shown on a terminal only
     with tqdm(total=total, unit="weights", unit_scale=True, desc="loading", leave=False, disable=disable) as bar:
         for key, tensor in stored.items():
-            packed = None if key in tensors else cast(Packed, model.get_submodule(key.rpartition(".")[0]))
+            packed = None if key in tensors else cast(Packed, model.get_submodule(key.removesuffix(WEIGHT)))
             target = tensors[key] if packed is None else packed.codes
             if id(target) not in filled:
-                clean = _copy(tensor, target) if packed is None else packed.fill(block for _, block in tensor.blocks())
+                if packed is None:
+                    clean = _copy(tensor, target)
+                elif keeps_codes and isinstance(tensor, Coded) and tensor.scheme:
+                    codes = tensor.read()
+                    clean = packed.take(codes.code_nk, codes.scale_ng, codes.offset_ng, tensor.scheme.bits)
+                    rounded += [] if codes.fits_float16(packed.offsets is not None) else [key]
+                else:
+                    clean = packed.fill(block for _, block in tensor.blocks())
                 problems += [] if clean else [f"{key}: holds NaN{'' if packed is None else ' or infinity'}"]
             filled.add(id(target))
             bar.update(math.prod(tensor.shape))
     if problems:
         raise CheckpointError(f"the weights in {where} are damaged:", problems)
+    if rounded:
+        logger.warning(
+            "%s: scales of %d matrices are rounded to float16, such as those of %s", where, len(rounded), rounded[0]
+        )
 
 
 def _copy(tensor: Stored, target: torch.Tensor) -> bool:

@@ -15,7 +15,8 @@ from fastllama import ops
 from fastllama.config import GenerationConfig, LlamaConfig, RopeParameters
 from fastllama.config.fields import CONFIG_NAME, GENERATION_CONFIG_NAME, tolerate
 from fastllama.config.llama import AUTO, DTYPES, dtype_name
-from fastllama.loading import adapter, safetensors
+from fastllama.config.stored_quantization import declared_in
+from fastllama.loading import adapter, formats, safetensors
 from fastllama.loading.stored import GGUF_SHARD, CheckpointError, CheckpointNotFoundError, Stored
 
 DEMO = "demo"
@@ -122,7 +123,12 @@ def resolve(name: str | os.PathLike[str], strict: bool = False) -> Source:
     if not is_whole:
         raise CheckpointNotFoundError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}")
     config, generation = LlamaConfig.from_pretrained(path, strict), GenerationConfig.from_pretrained(path, strict)
-    return Source(str(name), path, config, generation, lambda: safetensors.find_tensors(path))
+    return Source(str(name), path, config, generation, lambda: _tensors_of(path, config))
+
+
+def _tensors_of(folder: Path, config: LlamaConfig) -> Mapping[str, Stored]:
+    stored = safetensors.find_tensors(folder)
+    return stored if config.quantization else formats.decoded(stored, declared_in(folder))
 
 
 def _adapted(name: str, folder: Path, strict: bool) -> Source:

@@ -59,6 +59,21 @@ class SafeTensor:
                 block = tensors.get_tensor(self.key)[start : start + step]
                 yield slice(start, start + step), block.float() if self.dtype.startswith("F8") else block
 
+    def whole(self) -> torch.Tensor:
+        """Its content, of whatever dtype."""
+        with safe_open(self.file, framework="pt") as tensors:
+            return tensors.get_tensor(self.key)
+
+    def rows(self, rows: slice) -> torch.Tensor:
+        """The content of some rows."""
+        with safe_open(self.file, framework="pt") as tensors:
+            return tensors.get_slice(self.key)[rows]
+
+    def metadata(self) -> dict[str, str]:
+        """What the file's header says besides its tensors."""
+        with safe_open(self.file, framework="pt") as tensors:
+            return tensors.metadata() or {}
+
 
 def find_tensors(folder: Path) -> dict[str, SafeTensor]:
     """Return every tensor of the checkpoint in ``folder``, by key; only the headers of its files are read."""

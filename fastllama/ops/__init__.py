@@ -26,7 +26,8 @@ Weights = layers_op.Weights
 DENSE, DENSE_BIAS, TENSORS = layers_op.DENSE, layers_op.DENSE_BIAS, layers_op.TENSORS
 packed_kind = layers_op.packed_kind
 PANEL, LINE = packed_op.PANEL, packed_op.LINE
-dequantized = packed_op.dequantized
+dequantized, by_panel = packed_op.dequantized, packed_op.by_panel
+packed, unpacked = packed_op.packed, packed_op.unpacked
 SamplingParams = sampling_op.SamplingParams
 row_seed = sampling_op.row_seed
 

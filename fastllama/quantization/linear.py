@@ -61,6 +61,24 @@ class Packed(nn.Module):
         assert first == len(self.codes), f"filled {first} of {len(self.codes)} panels"
         return clean
 
+    def take(self, code_nk: torch.Tensor, scale_ng: torch.Tensor, offset_ng: torch.Tensor, bits: int) -> bool:
+        """Take codes of no more bits than its own, as they are; return whether scales and offsets are numbers.
+
+        Args:
+            code_nk: uint8, unsigned.
+            scale_ng: float32.
+            offset_ng: float32; without offsets of its own, codes lie around 2^(bits - 1) instead.
+            bits: of a code.
+        """
+        values = [scale_ng, *([] if self.offsets is None else [offset_ng])]
+        if self.offsets is None and bits < self.bits:
+            code_nk = code_nk + (2 ** (self.bits - 1) - 2 ** (bits - 1))
+        missing = -len(code_nk) % ops.PANEL
+        self.codes.copy_(ops.packed(F.pad(code_nk, (0, 0, 0, missing)), self.bits))
+        for target, value in zip((self.scales, self.offsets), values, strict=False):
+            cast(torch.Tensor, target).copy_(ops.by_panel(F.pad(value, (0, 0, 0, missing)).half()))
+        return all(bool(value.half().isfinite().all()) for value in values)
+
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """The weights ``[n, k]`` that the codes stand for."""
         return ops.dequantized(*self.tensors, self.shape[1], dtype)[: self.shape[0]]
@@ -153,8 +171,8 @@ TOGETHER = (
 )
 
 
-def _groups(names: Iterable[str]) -> Iterator[list[str]]:
-    """Names of modules that are multiplied together, among these."""
+def multiplied_together(names: Iterable[str]) -> Iterator[list[str]]:
+    """The names of those that are multiplied together: of q, k and v, of gate and up."""
     for name in names:
         for group in TOGETHER:
             if name.endswith(f".{group[0]}"):
@@ -164,7 +182,7 @@ def _groups(names: Iterable[str]) -> Iterator[list[str]]:
 def together(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     """The tensors that become one when the engine joins the modules that are multiplied together."""
     modules = dict(model.named_modules())
-    for names in _groups(modules):
+    for names in multiplied_together(modules):
         parts = [dict(modules[name].named_parameters()) | dict(modules[name].named_buffers()) for name in names]
         for key, first in parts[0].items():
             tensors = [part[key] for part in parts if key in part]
@@ -190,7 +208,7 @@ def quantize_modules(model: nn.Module, config: LlamaConfig, quantization: Quanti
     schemes = {name: quantization.scheme_of(name, module.weight.shape[1]) for name, module in modules.items()}
     kept = {n for n, m in modules.items() if schemes[n] and ".layers." in n and m.weight.shape[0] % ops.PANEL}
     tied = [["model.embed_tokens", "lm_head"]] if config.tie_word_embeddings else []
-    for names in [*tied, *_groups(modules)]:
+    for names in [*tied, *multiplied_together(modules)]:
         if any(schemes[name] is None for name in names) or kept.intersection(names):
             kept.update(name for name in names if schemes[name])
     for name, module in modules.items():

@@ -70,8 +70,8 @@ def test_the_operations_read_what_a_step_reads(tie, has_bias) -> None:
     changes = {"tie_word_embeddings": tie, "attention_bias": has_bias, "mlp_bias": has_bias, "dtype": "bfloat16"}
     shapes = shapes_of(batch=2, **changes)
     with torch.device("meta"):
-        model = LlamaForCausalLM(shapes.config)
-    of_a_step = weight_bytes_per_step(model, 2, itemsize=2) + kv_cache_bytes(shapes.config, 20, 2, itemsize=2)
+        model = LlamaForCausalLM(shapes.config).to(torch.bfloat16)
+    of_a_step = weight_bytes_per_step(model, 2) + kv_cache_bytes(shapes.config, 20, 2, itemsize=2)
     embedded_rows = 0 if tie else 2 * 64 * 2
     read = sum(op.calls * op.nbytes for op in step_ops(shapes) if not op.in_cache)
     assert read == of_a_step - embedded_rows

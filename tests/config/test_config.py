@@ -191,7 +191,7 @@ def test_every_key_that_transformers_writes_is_accounted_for():
     [
         ({"model_type": "mistral"}, "model_type is 'mistral'"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 would rotate a part of each head only"),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},

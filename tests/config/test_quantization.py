@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from fastllama.config import LlamaConfig
-from fastllama.config.quantization import QuantizationConfig
+from fastllama.config.quantization import QuantizationConfig, Scheme
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,27 @@ def test_a_folder_of_a_newer_version_or_a_damaged_one_is_refused(changes, messag
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "quantization", "compression_config"])
-def test_other_methods_are_refused(key) -> None:
-    with pytest.raises(ValueError, match="would store the weights quantized"):
-        LlamaConfig.from_dict({"model_type": "llama", key: {"quant_method": "gptq", "bits": 4}})
+def test_methods_that_are_not_read_are_refused(key) -> None:
+    with pytest.raises(ValueError, match=f"{key}.quant_method is 'hqq'; expected one of gptq, awq"):
+        LlamaConfig.from_dict({"model_type": "llama", key: {"quant_method": "hqq", "bits": 4}})
+
+
+def test_how_others_store_weights_is_not_the_models_config() -> None:
+    config = LlamaConfig.from_dict({"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    assert config.quantization is None
+
+
+SCHEMES = {"a.q_proj": Scheme(4, 64, True), "a.o_proj": Scheme(4, 64, True), "a.down_proj": Scheme(8, 128, False)}
+COLUMNS = {"a.q_proj": 64, "a.o_proj": 128, "a.down_proj": 128, "lm_head": 64}
+
+
+def test_modules_can_differ() -> None:
+    config = QuantizationConfig.holding(SCHEMES, COLUMNS)
+    for each in (config, QuantizationConfig.from_dict(json.loads(json.dumps(config.to_dict())))):
+        assert {name: each.scheme_of(name, k) for name, k in COLUMNS.items()} == {**SCHEMES, "lm_head": None}
+
+
+@pytest.mark.parametrize("scheme", [(3, 32, True), (4, 48, True), (4, 32, 1), (4, 32), {"bits": 4}, None])
+def test_schemes_that_there_are_not_are_refused(scheme) -> None:
+    with pytest.raises(ValueError, match="modules"):
+        QuantizationConfig(modules=(("lm_head", scheme),))

@@ -15,9 +15,11 @@ import transformers
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.config import RopeParameters
 from fastllama.loading.gguf import READ_TYPES, read_gguf
+from fastllama.loading.gguf_blocks import SCHEMES
 from fastllama.loading.gguf_writer import write_gguf
 from fastllama.loading.names import resolve
 from fastllama.loading.stored import CheckpointError
+from fastllama.quantization.linear import exact, packed_modules
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -79,13 +81,34 @@ def agree(ours: LlamaForCausalLM, theirs: Any) -> None:
 def test_every_type_of_block_gives_the_logits_of_transformers(kind, tmp_path):
     write_gguf(model_of(), tmp_path / "plain.gguf")
     file = requantized(tmp_path / "plain.gguf", tmp_path / "model.gguf", kind)
-    ours = LlamaForCausalLM.from_pretrained(file, dtype="float32")
+    ours = LlamaForCausalLM.from_pretrained(file, dtype="float32", quantize="none")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
     agree(ours, theirs.eval())
     ours.save_pretrained(tmp_path / "folder")
     agree(LlamaForCausalLM.from_pretrained(tmp_path / "folder"), theirs)
     stored = {"F16": torch.float16, "BF16": torch.bfloat16}
     assert LlamaForCausalLM.from_pretrained(file).dtype == stored.get(kind, torch.float32)
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+def test_blocks_stay_codes_where_panels_hold_them(kind, tmp_path, caplog):
+    write_gguf(model_of(), tmp_path / "plain.gguf")
+    file = requantized(tmp_path / "plain.gguf", tmp_path / "model.gguf", kind)
+    dense = LlamaForCausalLM.from_pretrained(file, "float32", quantize="none")
+    model = LlamaForCausalLM.from_pretrained(file)
+    modules = packed_modules(model)
+    assert len(modules) == 1 + 7 * model.config.num_hidden_layers + (not model.config.tie_word_embeddings)
+    is_exact = not kind.endswith("K")  # the scales of K types are products, which float16 does not hold
+    for name, module in modules.items():
+        assert (module.bits, module.group) == SCHEMES[kind][:2]
+        weight = dense.get_submodule(name).weight
+        step = module.scales.float().abs().max()
+        assert (module.weight - weight).abs().max() <= (1e-6 if is_exact else 2.0 ** (module.bits - 11)) * step
+    assert ("rounded to float16" in caplog.text) is not is_exact
+    with torch.no_grad(), exact(model):
+        got, want = model(IDS).logits, dense(IDS).logits
+    assert (got - want).abs().max() <= (1e-5 if is_exact else 2e-3) * want.abs().max()
+    assert model.generate(IDS, max_new_tokens=2).shape[1] == IDS.shape[1] + 2
 
 
 @pytest.mark.parametrize(

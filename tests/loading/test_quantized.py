@@ -115,8 +115,19 @@ def test_a_written_folder_loads_as_it_was(folder, scheme, tmp_path):
         assert name == other_name
         assert torch.equal(one, other)
     assert torch.equal(model.generate(IDS, max_new_tokens=8), again.generate(IDS, max_new_tokens=8))
-    with pytest.raises(ValueError, match="quantized already"):
-        LlamaForCausalLM.from_pretrained(tmp_path, quantize="int8")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_written_folder_can_be_written_out_or_quantized_otherwise(folder, scheme, tmp_path):
+    model = quantized(folder, scheme)
+    model.save_pretrained(tmp_path)
+    dense = LlamaForCausalLM.from_pretrained(tmp_path, quantize="none")
+    assert not packed_modules(dense)
+    assert dense.config.quantization is None
+    for name, module in packed_modules(model).items():
+        assert torch.equal(dense.get_submodule(name).weight, module.dequantized(dense.dtype))
+    other = LlamaForCausalLM.from_pretrained(tmp_path, quantize="int8")
+    assert {module.bits for module in packed_modules(other).values()} == {8}
 
 
 def state(model: LlamaForCausalLM) -> list[tuple[str, torch.Tensor]]:

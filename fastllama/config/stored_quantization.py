@@ -1,0 +1,88 @@
+"""What the configs of a checkpoint say of its quantization by another project."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastllama.config.fields import CONFIG_NAME, bad, read_json
+from fastllama.config.keys import TEXT_CONFIGS
+from fastllama.config.quantization import METHOD
+
+#: Where it is written in config.json.
+KEYS = ("quantization_config", "compression_config", "quantization")
+#: Files of their own, of older checkpoints.
+FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+#: The method of each key or file where that does not say it.
+METHODS = {"quantization": "mlx", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+METHODS |= {"compression_config": "compressed-tensors", "hf_quant_config.json": "modelopt"}
+READ_METHODS = (
+    "gptq", "awq", "auto-round", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "bitsandbytes", "torchao",
+    "mlx",
+)  # fmt: skip
+
+
+class Declared(NamedTuple):
+    """What a checkpoint says of its quantization.
+
+    Attributes:
+        method: as transformers calls it (``quant_method``), ``"mlx"`` for MLX; None: nothing is said.
+        values: everything else.
+    """
+
+    method: str | None
+    values: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"quant_method {self.method}" if self.method else "no quantization_config"
+
+    def get(self, *names: str, default: Any = None) -> Any:
+        """The first of these values that is there and is not null."""
+        return next((self.values[name] for name in names if self.values.get(name) is not None), default)
+
+    def override(self, module: str) -> Mapping[str, Any] | None:
+        """GPTQModel's values for one module, from ``dynamic``; None: it is not quantized."""
+        for pattern, values in (self.get("dynamic") or {}).items():
+            if re.match(pattern.removeprefix("+:").removeprefix("-:"), module):
+                return None if pattern.startswith("-:") else values
+        return {}
+
+
+def declared_in(folder: Path) -> Declared:
+    """What the configs of a folder say."""
+    config = read_json(folder / CONFIG_NAME)
+    places = [(key, part.get(key)) for part in (config, *map(config.get, TEXT_CONFIGS)) if part for key in KEYS]
+    places += [(name, read_json(folder / name)) for name in FILES if (folder / name).is_file()]
+    for place, values in places:
+        if isinstance(values, Mapping) and values:
+            values = {**values, **(inner if isinstance(inner := values.get("quantization"), Mapping) else {})}
+            return Declared(_method(place, values), values)
+    return Declared(None, {})
+
+
+def check_method(config: Mapping[str, Any]) -> None:
+    """Refuse a config whose weights are quantized in a way that is not read.
+
+    Raises:
+        ValueError: naming the method.
+    """
+    for key in KEYS:
+        values = config.get(key)
+        if values is None or values in ({}, [], False, 0):
+            continue
+        if not isinstance(values, Mapping):
+            raise bad(key, values, "an object")
+        method = _method(key, values)
+        if method not in (METHOD, *READ_METHODS):
+            raise bad(f"{key}.quant_method", method, f"one of {', '.join(READ_METHODS)}: others are not read")
+
+
+def _method(place: str, values: Mapping[str, Any]) -> str | None:
+    method = values.get("quant_method") or values.get("method")
+    if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
+        return "bitsandbytes"
+    if method is None and "quant_algo" in values:
+        return "modelopt"
+    return METHODS.get(place) if method is None else str(method).lower()

@@ -1,0 +1,89 @@
+"""bitsandbytes: 4-bit codes of a table (nf4, fp4) with a maximum a block, and 8-bit integers with one a row.
+
+Layouts: ``functional.py`` (QuantState, get_4bit_type), ``backends/default/ops.py`` and ``nn/modules.py`` of its source.
+
+    4 bits   weight uint8 [n · k / 2, 1], the first of two neighbours in the high half
+             weight.quant_map [16]   weight.absmax [blocks], float32, or uint8 codes of weight.nested_quant_map [256]
+             with weight.nested_absmax a block of blocks; weight.quant_state.bitsandbytes__nf4: JSON in bytes
+    8 bits   weight int8 [n, k]   SCB [n], float32: the maximum, for which 127 stands
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from fastllama.config.quantization import Scheme
+from fastllama.loading.coded import CodedTensor, Codes, DecodedTensor
+from fastllama.loading.formats.parts import Parts
+from fastllama.loading.stored import Stored
+
+STATE = "weight.quant_state."
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def four_bits(parts: Parts) -> Stored:
+    """A matrix of nf4 or fp4 codes.
+
+    Raises:
+        CheckpointError: it is damaged or contradicts the config.
+    """
+    parts.check_method("bitsandbytes")
+    names = parts.named(STATE)
+    if len(names) != 1:
+        raise parts.error(f"{len(names)} tensors are named {STATE}…, expected one")
+    try:
+        state = json.loads(bytes(parts.whole(names[0]).tolist()))
+        (n, k), block, dtype = state["shape"], int(state["blocksize"]), DTYPES[state["dtype"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise parts.error(f"{names[0]} is damaged: {error!r}") from error
+    declared = parts.declared.get("bnb_4bit_quant_type")
+    if declared not in (None, state.get("quant_type")):
+        raise parts.error(f"it is stored as {state.get('quant_type')}, but bnb_4bit_quant_type is {declared}")
+    is_nested = "weight.nested_absmax" in parts
+    blocks = -(-n * k // block)
+    parts.check("weight.absmax", (blocks,), ("U8",) if is_nested else ("F32",))
+    parts.check("weight.quant_map", (16,), ("F32",))
+    if n * k % 2:
+        raise parts.error(f"{n} x {k} weights are an odd number")
+
+    def absmax() -> torch.Tensor:
+        stored = parts.whole("weight.absmax")
+        if not is_nested:
+            return stored
+        table, outer = parts.whole("weight.nested_quant_map"), parts.whole("weight.nested_absmax")
+        each = outer.repeat_interleave(int(state["nested_blocksize"]))[:blocks]
+        return table[stored.int()] * each + float(state["nested_offset"])
+
+    def weight(rows: slice) -> torch.Tensor:
+        stored = parts.whole("weight").view(torch.uint8).reshape(-1)
+        if stored.numel() != n * k // 2:
+            raise parts.error(f"weight has {stored.numel()} bytes, expected {n * k // 2}")
+        first, last = rows.start * k, rows.stop * k
+        pairs = stored[first // 2 : -(-last // 2)]
+        code = torch.stack([pairs >> 4, pairs & 15], 1).flatten()[first % 2 :][: last - first]
+        scale = absmax()[torch.arange(first, last) // block]
+        return (parts.whole("weight.quant_map")[code.int()] * scale).view(-1, k)
+
+    return DecodedTensor((n, k), f"bitsandbytes {state.get('quant_type')}", dtype, weight)
+
+
+def eight_bits(parts: Parts) -> Stored:
+    """A matrix of 8-bit integers.
+
+    Raises:
+        CheckpointError: it is damaged or contradicts the config.
+    """
+    parts.check_method("bitsandbytes")
+    n, k = parts.shape("weight")
+    parts.check("weight", (n, k), ("I8",))
+    parts.check("SCB", (n,), ("F32",))
+    if "weight_format" in parts and int(parts.whole("weight_format")) != 0:
+        raise parts.error("its rows lie in an order for GPUs (weight_format), which is not read")
+
+    def read() -> Codes:
+        code_nk = parts.whole("weight").view(torch.uint8) ^ 128
+        return Codes.around(code_nk, (parts.whole("SCB") / 127).unsqueeze(1), 128.0, None)
+
+    return CodedTensor((n, k), "bitsandbytes int8", torch.float16, Scheme(8, k, False), read)

@@ -1,0 +1,114 @@
+"""compressed-tensors: 4- and 8-bit integers in words or bytes, and 8-bit floating point.
+
+Layouts: ``compressors/pack_quantized`` and ``compressors/naive_quantized`` of its source.
+
+    pack-quantized    weight_packed [n, k · bits / 32], along k   weight_scale [n, g]   weight_shape [2]
+                      weight_zero_point [n · bits / 32, g], along n, or none            weight_g_idx [k] or none
+    int-quantized     weight int8 [n, k]   weight_scale [n, g] or [1]   weight_zero_point int8 likewise or none
+    float-quantized   weight float8 [n, k]; see :mod:`fastllama.loading.formats.fp8`
+
+All stand for scale · (code - zero); packed codes and zero points are stored plus 2^(bits - 1).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastllama.config.quantization import Scheme
+from fastllama.loading.coded import CodedTensor, Codes, unpacked_words
+from fastllama.loading.formats import fp8
+from fastllama.loading.formats.parts import FLOATS, Parts
+from fastllama.loading.stored import Stored
+
+BITS = (2, 4, 8)
+
+
+def packed(parts: Parts) -> Stored:
+    """A matrix of ``pack-quantized``.
+
+    Raises:
+        CheckpointError: it is damaged, contradicts the config, or is not of integers.
+    """
+    parts.check_method("compressed-tensors")
+    _check_transforms(parts)
+    if "weight_global_scale" in parts or parts.dtype("weight_packed") != "I32":
+        raise parts.error("4-bit floating point (nvfp4, mxfp4) is not read; quantize its original with fastllama")
+    n, k = map(int, parts.whole("weight_shape"))
+    bits = parts.shape("weight_packed")[-1] * 32 // max(1, k)
+    if bits not in BITS:
+        raise parts.error(f"codes of {bits} bits are not read; expected {' or '.join(map(str, BITS))}")
+    parts.check("weight_packed", (n, k * bits // 32), ("I32",))
+    groups = parts.shape("weight_scale")[-1]
+    parts.check("weight_scale", (n, groups), FLOATS)
+    _check_bits(parts, bits)
+    has_zeros = "weight_zero_point" in parts
+    if has_zeros:
+        parts.check("weight_zero_point", (-(-n * bits // 32), groups), ("I32",))
+    if k % groups:
+        raise parts.error(f"scales of {groups} groups do not fit {k} columns")
+    group_k = None
+    if "weight_g_idx" in parts:
+        parts.check("weight_g_idx", (k,), ("I32", "I64"))
+        group_k = parts.whole("weight_g_idx").long()
+        if group_k.min() < 0 or group_k.max() >= groups:
+            raise parts.error(f"weight_g_idx names groups up to {group_k.max()}, there are {groups}")
+        group_k = None if torch.equal(group_k, torch.arange(k) // (k // groups)) else group_k
+
+    def read() -> Codes:
+        zero_ng: torch.Tensor | float = 2.0 ** (bits - 1)
+        if has_zeros:
+            zero_ng = unpacked_words(parts.whole("weight_zero_point"), bits, 0)[:n].float()
+        code_nk = unpacked_words(parts.whole("weight_packed"), bits, 1)
+        return Codes.around(code_nk, parts.whole("weight_scale"), zero_ng, group_k)
+
+    scheme = Scheme(max(4, bits), k // groups, has_zeros or bits == 2) if group_k is None else None
+    return CodedTensor((n, k), f"pack-quantized with {bits} bits", parts.natural_dtype("weight_scale"), scheme, read)
+
+
+def plain(parts: Parts) -> Stored:
+    """A matrix whose ``weight`` is of bytes with a ``weight_scale``: int8, or 8-bit floating point.
+
+    Raises:
+        CheckpointError: it is damaged or contradicts the config.
+    """
+    if parts.dtype("weight") != "I8":
+        return fp8.tensor(parts)
+    parts.check_method("compressed-tensors")
+    _check_transforms(parts)
+    n, k = parts.shape("weight")
+    groups = parts.shape("weight_scale")[1] if len(parts.shape("weight_scale")) == 2 else 1
+    is_one = parts.shape("weight_scale") in ((), (1,), (1, 1))
+    if not is_one:
+        parts.check("weight_scale", (n, groups), FLOATS)
+    _check_bits(parts, 8)
+    if k % groups:
+        raise parts.error(f"scales of {groups} groups do not fit {k} columns")
+    has_zeros = "weight_zero_point" in parts
+
+    def read() -> Codes:
+        code_nk = parts.whole("weight").view(torch.uint8) ^ 128
+        scale_ng = parts.whole("weight_scale").float().reshape(-1, groups).expand(n, groups)
+        zero_ng: torch.Tensor | float = 128.0
+        if has_zeros:
+            zero_ng = 128 + parts.whole("weight_zero_point").float().reshape(-1, groups).expand(n, groups)
+        return Codes.around(code_nk, scale_ng, zero_ng, None)
+
+    scheme = Scheme(8, k // groups, has_zeros)
+    return CodedTensor((n, k), "int-quantized", parts.natural_dtype("weight_scale"), scheme, read)
+
+
+def _check_transforms(parts: Parts) -> None:
+    """Refuse what would change the result besides the codes."""
+    if parts.declared.get("transform_config"):
+        raise parts.error("its weights are rotated (transform_config), which is not read")
+    sparsity = parts.declared.get("sparsity_config") or {}
+    if sparsity.get("format", "dense") != "dense":
+        raise parts.error(f"its weights are stored sparsely ({sparsity['format']}), which is not read")
+
+
+def _check_bits(parts: Parts, bits: int) -> None:
+    """Refuse bits that no group of the config has."""
+    groups = [group for group in (parts.declared.get("config_groups") or {}).values() if isinstance(group, dict)]
+    known = {(group.get("weights") or {}).get("num_bits") for group in groups} - {None}
+    if known and bits not in known:
+        raise parts.error(f"its codes have {bits} bits, but config_groups has {' and '.join(map(str, known))}")
