@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastllama_kernels.attention
 from fastllama import ops
+from fastllama_kernels.linear import op as linear_op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 HEADS, KV_HEADS, SLOTS, VOCABULARY = 4, 2, 64, 40
@@ -62,11 +63,11 @@ def test_limits_and_what_runs_beyond_them_are_reported(monkeypatch) -> None:
         "up to 8 tokens a row; Triton rotary and KV write, torch's masked attention above"
     )
     assert reasons["sample"] == "without sorting the vocabulary"
-    reasons = {choice.op: choice.reason for choice in ops.report("cpu", torch.bfloat16)}
-    assert reasons["linear"] == "up to 4 rows; torch above"
+    reasons = {choice.op: choice.reason for choice in ops.report("cpu", torch.float32)}
+    assert reasons["linear"] == "up to 32 rows; torch's GEMM above"
     assert reasons["rotary_attention"] == "up to 8 tokens a row; torch's flash attention above"
-    reasons = {choice.op: choice.reason for choice in ops.report("cpu", torch.bfloat16, rows=9, tokens=9)}
-    assert reasons["linear"] == "above 4 rows"
+    reasons = {choice.op: choice.reason for choice in ops.report("cpu", torch.float32, rows=36, tokens=9)}
+    assert reasons["linear"] == "above 32 rows"
     assert reasons["rotary_attention"] == "above 8 tokens a row"
 
 
@@ -80,10 +81,20 @@ def test_heads_that_the_kernels_do_not_take_are_reported(monkeypatch) -> None:
 
 
 def test_on_a_cpu_all_layers_are_one_operation() -> None:
-    expected = ("layers", "C++ kernel", "all in one operation, up to 4 rows and 8 tokens a row")
+    expected = ("layers", "C++ kernel", "all in one operation, up to 32 rows and 8 tokens a row")
     assert ops.report("cpu", torch.float32, head_dim=20)[0] == expected
     assert ops.kernels_per_step("cpu", torch.float32, layers=16, head_dim=20) == 3
-    assert "layers" not in implementations("cpu", torch.float32, rows=5)
+    assert "layers" in implementations("cpu", torch.float32, rows=32)
+    assert "layers" not in implementations("cpu", torch.float32, rows=33)
+
+
+@pytest.mark.parametrize(("multiplies", "rows"), [(True, 4), (False, 64)])
+def test_kernels_take_more_rows_where_torch_has_no_gemm_for_16_bits(monkeypatch, multiplies, rows) -> None:
+    monkeypatch.setattr(linear_op, "multiplies", lambda dtype: multiplies)
+    ops.rules.first_rule.cache_clear()
+    for count, implementation in ((rows, "C++ kernel"), (rows + 1, "torch's GEMM")):
+        assert implementations("cpu", torch.bfloat16, rows=count)["gate_up"] == implementation
+    ops.rules.first_rule.cache_clear()
 
 
 def test_an_older_gpu_runs_torch_and_says_so_once(monkeypatch, caplog) -> None:
@@ -120,9 +131,11 @@ def test_other_devices_have_no_kernels() -> None:
 CALLED = {
     ("layers", "C++ kernel"): {"layers"},
     ("linear", "C++ kernel"): {"linear"},
+    ("linear", "torch's GEMM"): set(),
     ("linear", "Triton kernel"): {"linear"},
     ("linear", "Triton norm, cuBLAS"): {"rms_norm"},
     ("gate_up", "C++ kernel"): {"gate_up"},
+    ("gate_up", "torch's GEMM"): set(),
     ("gate_up", "Triton kernel"): {"gate_up"},
     ("gate_up", "Triton norm and activation, cuBLAS"): {"rms_norm", "silu_mul"},
     ("rotary_attention", "C++ kernel"): {"rotary_attention"},

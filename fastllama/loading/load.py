@@ -73,6 +73,8 @@ def load_model(
     if source.path is None:
         shapes = {key: tensor.shape for key, tensor in _tensors(on_meta(model_cls, config)).items()}
         stored: Mapping[str, Stored] = random_tensors(shapes, config.initializer_range)
+        if config.tie_word_embeddings:  # one matrix under two names: the head's numbers, as ever
+            stored = {key: tensor for key, tensor in stored.items() if key != EMBEDDING}
     else:
         stored = _checked(source.path, source.find_tensors(), config, model_cls, strict)
         if config.quantization is not None and quantize is not None:

@@ -35,7 +35,7 @@ row_seed = sampling_op.row_seed
 @torch.compiler.assume_constant_result
 def _index(op: str, device: str, dtype: torch.dtype, rows: int, tokens: int, head_dim: int | None) -> int | None:
     """Index in RULES of what runs; heads that the kernels do not take are logged, once."""
-    index, reason = choose(op, device, dtype, Case(rows, tokens, head_dim))
+    index, reason = choose(op, device, dtype, Case(rows, tokens, head_dim, dtype))
     if reason and reason.startswith("head_dim"):
         _log_heads(reason)
     return index
@@ -201,7 +201,7 @@ def report(
         tokens: of each row of the batch.
         quantized: whether matrices are; then those that are not run as without.
     """
-    choices = _choices(str(torch.device(device)), dtype, Case(rows, tokens, head_dim))
+    choices = _choices(str(torch.device(device)), dtype, Case(rows, tokens, head_dim, dtype))
     choices = (choice for choice in choices if quantized or not choice.op.endswith(PACKED))
     return [*choices, Choice("embedding, bookkeeping", "Inductor", "fused by torch.compile")]
 
@@ -213,8 +213,9 @@ def _choices(device: str, dtype: torch.dtype, case: Case) -> Iterator[Choice]:
             continue
         rule, reasons = rules[index], [refusal] if refusal else []
         if not refusal:
-            reasons = [text for text in (rule.note, rule.limits) if text]
-            above = first_rule(op, torch.device(device).type, rule.beyond(case))[0] if rule.limits else None
+            limits = rule.limits(case)
+            reasons = [text for text in (rule.note, limits) if text]
+            above = first_rule(op, torch.device(device).type, rule.beyond(case))[0] if limits else None
             reasons = [", ".join(reasons), *([] if above is None else [f"{rules[above].implementation} above"])]
         yield Choice(op, rule.implementation, "; ".join(reasons))
 
@@ -223,7 +224,7 @@ def kernels_per_step(
     device: torch.device | str, dtype: torch.dtype, layers: int, head_dim: int | None = None
 ) -> int | None:
     """Our kernels in a decode step of one row; Inductor adds embedding and bookkeeping. None: all are Inductor's."""
-    device, case = str(torch.device(device)), Case(head_dim=head_dim)
+    device, case = str(torch.device(device)), Case(head_dim=head_dim, dtype=dtype)
     if without_kernels(device, dtype):
         return None
 

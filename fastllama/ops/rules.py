@@ -32,6 +32,7 @@ class Case(NamedTuple):
     rows: int = 1
     tokens: int = 1
     head_dim: int | None = None
+    dtype: torch.dtype = torch.float32
 
 
 class Rule(NamedTuple):
@@ -42,7 +43,8 @@ class Rule(NamedTuple):
         implementation: what it is, for people.
         run: takes the operation's arguments.
         launches: of our kernels in a call of one row.
-        max_rows, max_tokens: limits; None: none.
+        max_rows: limit, or what gives it for a dtype; None: none.
+        max_tokens: limit; None: none.
         limits_heads: takes heads of some sizes only.
         note: what else is to say, for people.
     """
@@ -51,15 +53,16 @@ class Rule(NamedTuple):
     implementation: str
     run: Callable[..., Any]
     launches: int = 1
-    max_rows: int | None = None
+    max_rows: int | Callable[[torch.dtype], int] | None = None
     max_tokens: int | None = None
     limits_heads: bool = False
     note: str = ""
 
     def refusal(self, case: Case) -> str | None:
         """Why it does not take a case; None if it does."""
-        if self.max_rows is not None and case.rows > self.max_rows:
-            return f"above {self.max_rows} rows"
+        rows = self._most_rows(case.dtype)
+        if rows is not None and case.rows > rows:
+            return f"above {rows} rows"
         if self.max_tokens is not None and case.tokens > self.max_tokens:
             return f"above {self.max_tokens} tokens a row"
         if self.limits_heads and case.head_dim and not attention_op.takes(case.head_dim):
@@ -68,16 +71,19 @@ class Rule(NamedTuple):
 
     def beyond(self, case: Case) -> Case:
         """A case like this one that is too large for it."""
-        rows = case.rows if self.max_rows is None else self.max_rows + 1
+        rows = case.rows if (most := self._most_rows(case.dtype)) is None else most + 1
         tokens = case.tokens if self.max_tokens is None else self.max_tokens + 1
         return case._replace(rows=rows, tokens=tokens)
 
-    @property
-    def limits(self) -> str:
+    def limits(self, case: Case) -> str:
         """Its limits, for people."""
-        rows = [] if self.max_rows is None else [f"{self.max_rows} rows"]
+        most = self._most_rows(case.dtype)
+        rows = [] if most is None else [f"{most} rows"]
         tokens = [] if self.max_tokens is None else [f"{self.max_tokens} tokens a row"]
         return f"up to {' and '.join(rows + tokens)}" if rows + tokens else ""
+
+    def _most_rows(self, dtype: torch.dtype) -> int | None:
+        return self.max_rows(dtype) if callable(self.max_rows) else self.max_rows
 
 
 def _op(name: str) -> Callable[..., Any]:
@@ -95,7 +101,7 @@ def _sample_ref(logits_bv: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
     return sampling_op.sample_ref(logits_bv, sampling_op.SamplingParams(*params), position_b)
 
 
-CPU_ROWS, CUDA_ROWS, TOKENS = linear_op.MAX_ROWS["cpu"], linear_op.MAX_ROWS["cuda"], attention_op.MAX_TOKENS
+CPU_ROWS, CUDA_ROWS, TOKENS = linear_op.max_rows_cpu, linear_op.MAX_ROWS["cuda"], attention_op.MAX_TOKENS
 #: The implementations of each operation; the first whose kernels can run and that takes the case does.
 RULES: dict[str, tuple[Rule, ...]] = {
     "layers": (
@@ -103,22 +109,28 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "linear": (
         Rule("cpu", "C++ kernel", _op("linear"), max_rows=CPU_ROWS),
+        Rule("cpu", "torch's GEMM", linear_op.linear_slabs, launches=0),
         Rule("cuda", "Triton kernel", _op("linear"), max_rows=CUDA_ROWS),
         Rule("cuda", "Triton norm, cuBLAS", linear_op.linear_wide),
         Rule(None, "torch", linear_op.linear_ref, launches=0),
     ),
     "gate_up": (
         Rule("cpu", "C++ kernel", _op("gate_up"), max_rows=CPU_ROWS),
+        Rule("cpu", "torch's GEMM", linear_op.gate_up_slabs, launches=0),
         Rule("cuda", "Triton kernel", _op("gate_up"), max_rows=CUDA_ROWS),
         Rule("cuda", "Triton norm and activation, cuBLAS", linear_op.gate_up_wide, launches=2),
         Rule(None, "torch", linear_op.gate_up_ref, launches=0),
     ),
     "linear_packed": (
         Rule("cpu", "C++ kernel", _op("linear_packed")),
+        Rule("cuda", "Triton kernel", _op("linear_packed"), max_rows=CUDA_ROWS),
+        Rule("cuda", "written out, cuBLAS", packed_op.linear_packed_wide),
         Rule(None, "dequantized, torch", packed_op.linear_packed_ref, launches=0),
     ),
     "gate_up_packed": (
         Rule("cpu", "C++ kernel", _op("gate_up_packed")),
+        Rule("cuda", "Triton kernel", _op("gate_up_packed"), max_rows=CUDA_ROWS),
+        Rule("cuda", "written out, cuBLAS", packed_op.gate_up_packed_wide, launches=2),
         Rule(None, "dequantized, torch", packed_op.gate_up_packed_ref, launches=0),
     ),
     "embed_packed": (
@@ -183,7 +195,7 @@ def _register_triton() -> None:
     """Import the kernels, which register themselves."""
     from fastllama_kernels.attention import rotary  # noqa: F401
     from fastllama_kernels.attention import triton as decode_attention  # noqa: F401
-    from fastllama_kernels.linear import rms_norm, silu_mul  # noqa: F401
+    from fastllama_kernels.linear import packed_triton, rms_norm, silu_mul  # noqa: F401
     from fastllama_kernels.linear import triton as gemv  # noqa: F401
     from fastllama_kernels.sampling import triton as sample  # noqa: F401
 

@@ -12,6 +12,9 @@ import torch
 import transformers
 
 from fastllama import LlamaForCausalLM, load_tokenizer
+from fastllama.quantization.linear import packed_modules
+from fastllama.quantization.quality import quality, windows
+from fastllama_benchmarks.quality import held_out_text
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[2]
@@ -33,7 +36,7 @@ def file() -> Path:
 
 @pytest.fixture(scope="module")
 def model(file: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(file, dtype="float32")
+    return LlamaForCausalLM.from_pretrained(file, dtype="float32", quantize="none")
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,17 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(model, tokenizer, th
             got, want = model(ids).logits, theirs(ids).logits
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
         assert greedy(model, ids, 48, eos_token_id=None) == greedy(theirs, ids, 48, eos_token_id=None)
+
+
+@pytest.mark.parametrize(("quantize", "cost"), [(None, 0.01), ("int8", 0.01), ("int4", 0.04)])
+def test_codes_and_activations_in_8_bits_stay_within_their_gates(model, tokenizer, file, quantize, cost):
+    ids = tokenizer.encode(held_out_text(docstrings=True), add_special_tokens=False)[:2048]
+    read = list(windows(ids, 512, tokenizer.bos_token_id))
+    kept = LlamaForCausalLM.from_pretrained(file, dtype="float32", quantize=quantize)
+    assert packed_modules(kept)
+    found, plain = quality(kept, model, read), quality(model, model, read)
+    assert found.perplexity <= (1 + cost) * plain.perplexity
+    assert found.agreement > 0.9
 
 
 def test_a_converted_folder_gives_the_same_tokens(model, tokenizer, tmp_path):

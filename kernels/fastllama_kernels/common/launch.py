@@ -20,6 +20,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.bool: "*i1",
 }

@@ -9,8 +9,10 @@ Bytes moved per call: the matrix once, N·K·itemsize; all else is small at the 
 (``cpu.cpp``; :mod:`fastllama_kernels.linear.triton`, which registers itself for CUDA when imported) need contiguous
 tensors of one dtype among float32, bfloat16 and float16.
 
-For more rows than MAX_ROWS the product is torch's GEMM. On a GPU ``linear_wide`` and ``gate_up_wide`` put kernels
-around it: the norm before (:mod:`fastllama_kernels.linear.rms_norm`), the residual in it, the activation after
+For more rows than these kernels are fast for (``MAX_ROWS``, :func:`max_rows_cpu`) the product is torch's GEMM. On a CPU
+that does not multiply 16-bit numbers, ``linear_slabs`` and ``gate_up_slabs`` give it the matrix in float32, a slab of
+rows at a time. On a GPU ``linear_wide`` and ``gate_up_wide`` put kernels around it: the norm before
+(:mod:`fastllama_kernels.linear.rms_norm`), the residual in it, the activation after
 (:mod:`fastllama_kernels.linear.silu_mul`).
 
 Shape suffixes: leading dimensions ``...``, ``k`` input features, ``n`` output features, ``f`` FFN dim.
@@ -18,12 +20,20 @@ Shape suffixes: leading dimensions ``...``, ``k`` input features, ``n`` output f
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.nn import functional as F
 
 from fastllama_kernels.common.activations import FUNCTIONS
 
 MAX_ROWS = {"cpu": 4, "cuda": 16}  # by device type; above, torch's GEMM is faster
+MAX_ROWS_CPU = {
+    torch.float32: 32,
+    torch.bfloat16: 64,
+    torch.float16: 64,
+}  # where torch has no GEMM for the 16-bit dtype
+SLAB_BYTES = 2**21  # of a matrix in float32 at a time: what a core's caches hold
 
 torch.library.define(
     "fastllama::linear",
@@ -68,6 +78,58 @@ def gate_up_ref(
 ) -> torch.Tensor:
     """``gate_up`` in torch operators: any dtype and number of rows."""
     gate, up = linear_ref(x, weight, bias, norm_weight, eps, None).chunk(2, dim=-1)
+    return FUNCTIONS[activation](gate) * up
+
+
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of this dtype on this CPU without converting each number again and again."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return True
+
+
+def max_rows_cpu(dtype: torch.dtype) -> int:
+    """Rows up to which the C++ kernels are faster than torch's GEMM on this CPU."""
+    return MAX_ROWS["cpu"] if dtype != torch.float32 and multiplies(dtype) else MAX_ROWS_CPU[dtype]
+
+
+def linear_slabs(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """``linear`` of many rows on a CPU: torch's GEMM, in float32 where it has none for the dtype."""
+    if multiplies(x.dtype):
+        return linear_ref(x, weight, bias, norm_weight, eps, residual)
+    if norm_weight is not None:
+        x = rms_norm_ref(x, norm_weight, eps)
+    x32_rk, (n, k) = x.flatten(0, -2).float(), weight.shape
+    y = x.new_empty((*x.shape[:-1], n))
+    y_rn, step = y.view(-1, n), max(1, SLAB_BYTES // (4 * k))
+    for first in range(0, n, step):
+        rows = slice(first, first + step)
+        product = x32_rk @ weight[rows].float().t()
+        product = product if bias is None else product.add_(bias[rows])
+        y_rn[:, rows] = product if residual is None else product.add_(residual.view(-1, n)[:, rows])
+    return y
+
+
+def gate_up_slabs(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    activation: int,
+) -> torch.Tensor:
+    """``gate_up`` of many rows on a CPU, likewise."""
+    gate, up = linear_slabs(x, weight, bias, norm_weight, eps, None).chunk(2, dim=-1)
     return FUNCTIONS[activation](gate) * up
 
 

@@ -16,9 +16,10 @@ Codes are unsigned. They stand for
 
 The operations are those of :mod:`fastllama_kernels.linear.op`, with such a matrix. With ``codes_inputs`` every BLOCK
 columns of norm(x) become 8-bit codes with a scale of their own, max |x| / 127, and products of codes are integers;
-else x stays as it is. Sums over blocks are float32.
+else, and on GPUs, x stays as it is. Sums over blocks are float32.
 
-Bytes moved per call: codes, scales and offsets once. Kernels: ``packed.cpp``, for x in float32, bfloat16 and float16.
+Bytes moved per call: codes, scales and offsets once. Kernels: ``packed.cpp`` and :mod:`.packed_triton`, for x in
+float32, bfloat16 and float16.
 
 Shape suffixes: ``p`` panels, ``l`` lines, ``g`` groups, ``n`` output features, ``k`` input features, ``f`` FFN dim.
 """
@@ -28,7 +29,7 @@ from __future__ import annotations
 import torch
 
 from fastllama_kernels.common.activations import FUNCTIONS
-from fastllama_kernels.linear.op import rms_norm_ref
+from fastllama_kernels.linear.op import gate_up_wide, linear_wide, rms_norm_ref
 
 PANEL = 16  # rows
 LINE = 64  # bytes
@@ -152,6 +153,18 @@ def gate_up_packed_ref(x, codes, scales, offsets, bias, norm_weight, eps, activa
     both = linear_packed_ref(x, codes, scales, offsets, bias, norm_weight, eps, None, codes_inputs)
     gate, up = both.chunk(2, dim=-1)
     return FUNCTIONS[activation](gate) * up
+
+
+def linear_packed_wide(x, codes, scales, offsets, bias, norm_weight, eps, residual, codes_inputs) -> torch.Tensor:
+    """``linear_packed`` of many rows on a GPU: the matrix is written out for one GEMM, x stays as it is."""
+    weight = dequantized(codes, scales, offsets, x.shape[-1], x.dtype)
+    return linear_wide(x, weight, bias, norm_weight, eps, residual)
+
+
+def gate_up_packed_wide(x, codes, scales, offsets, bias, norm_weight, eps, activation, codes_inputs) -> torch.Tensor:
+    """``gate_up_packed`` of many rows on a GPU."""
+    weight = dequantized(codes, scales, offsets, x.shape[-1], x.dtype)
+    return gate_up_wide(x, weight, bias, norm_weight, eps, activation)
 
 
 @torch.library.register_fake("fastllama::linear_packed")

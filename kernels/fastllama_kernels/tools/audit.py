@@ -21,10 +21,12 @@ import triton
 from fastllama_kernels.attention import rotary
 from fastllama_kernels.attention import triton as decode_attention
 from fastllama_kernels.common import activations, pdl
+from fastllama_kernels.common.calls import STEP
 from fastllama_kernels.common.launch import Launch
 from fastllama_kernels.common.shapes import Shape
-from fastllama_kernels.linear import rms_norm, silu_mul
+from fastllama_kernels.linear import packed_triton, rms_norm, silu_mul
 from fastllama_kernels.linear import triton as gemv
+from fastllama_kernels.linear.packed import LINE, PANEL
 from fastllama_kernels.tools import step
 
 WIDE = 16  # bytes
@@ -136,6 +138,7 @@ def _all_launches(chip: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
                 for part in step.parts(shape, chip, dtype, batch):
                     yield f"{part.name} ({where})", part.launch
         yield from _attention_launches(name, shape, chip)
+        yield from _packed_launches(name, shape, chip)
         m, f, d = shape.hidden_size, shape.intermediate_size, shape.head_dim
         x = tensor(512, m)
         yield f"rms_norm ({name})", rms_norm.plan_launch(x, tensor(m), step.EPS, chip)[0]
@@ -143,6 +146,24 @@ def _all_launches(chip: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
         cache, position = tensor(1, shape.num_key_value_heads, 512, d), tensor(1, 512, dtype=torch.int64)
         packed, table = tensor(1, 512, shape.packed), tensor(512, d, dtype=torch.float32)
         yield f"rotary_write ({name})", rotary.plan_launch(packed, table, table, position, cache, cache, chip)[0]
+
+
+def _packed_launches(name: str, shape: Shape, chip: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
+    """Matrices of 8 bits with a scale a row, and of 4 bits with scales and offsets of 32 columns."""
+    for bits, batch in itertools.product((8, 4), BATCHES):
+        for call in STEP:
+            if call.matrix is None:
+                continue
+            n, k = shape.matrices[call.matrix]
+            x = torch.empty(batch, k, dtype=torch.bfloat16, device="meta")
+            codes = torch.empty(n // PANEL, k * bits // 32, LINE, dtype=torch.uint8, device="meta")
+            scales = torch.empty(n // PANEL, k // 32 if bits == 4 else 1, PANEL, dtype=torch.float16, device="meta")
+            launch, _ = packed_triton.plan_launch(
+                x, codes, scales, scales if bits == 4 else None, None, x[0] if call.has_norm else None, step.EPS,
+                x.new_empty(batch, n) if call.has_residual else None,
+                activations.SILU if call.op == "gate_up" else None, chip,
+            )  # fmt: skip
+            yield f"{call.name}, {bits} bits ({name}, batch {batch})", launch
 
 
 def _attention_launches(name: str, shape: Shape, chip: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
@@ -180,7 +201,8 @@ def examine(name: str, launch: Launch, arch: int) -> Finding:
     loads = re.findall(r"\bld\.global\S*", ptx)
     copies = [int(size, 0) for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global\s+[^;]*?,\s*(0x\w+|\d+)", ptx)]
     early, waits, _ = ptx.partition("griddepcontrol.wait")
-    is_gemv, is_norm = launch.kernel is gemv._gemv_kernel, launch.kernel is rms_norm._rms_norm_kernel
+    is_packed = launch.kernel is packed_triton._packed_kernel
+    is_gemv, is_norm = is_packed or launch.kernel is gemv._gemv_kernel, launch.kernel is rms_norm._rms_norm_kernel
     registers, stack = (int(re.search(rf"{field}:(\d+)", resources)[1]) for field in ("REG", "STACK"))  # type: ignore
     shared = compiled.metadata.shared
     return Finding(
@@ -208,8 +230,11 @@ def _narrowest_weight_load(launch: Launch, loads: list[str], copies: list[int]) 
     if straight := [width(load) for load in loads if "evict_first" in load]:
         return min(straight)
     # Asynchronous copies do not show what they copy, but wide ones must be as many as the weights' tiles need.
-    tile = launch.constants["BLOCK_N"] * launch.constants["BLOCK_K"] * (1 + launch.constants["GATED"])
-    needed = launch.stages * tile * launch.arguments["w_ptr"].itemsize
+    if launch.kernel is packed_triton._packed_kernel:
+        tile = PANEL * launch.constants["BLOCK_K"] * launch.constants["BITS"] // 8
+    else:
+        tile = launch.constants["BLOCK_N"] * launch.constants["BLOCK_K"] * launch.arguments["w_ptr"].itemsize
+    needed = launch.stages * tile * (1 + launch.constants["GATED"])
     wide = WIDE * 32 * launch.warps * sum(size >= WIDE for size in copies)
     return WIDE if wide >= needed else min(copies, default=0)
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fastllama_kernels.common import build
 from fastllama_kernels.common.activations import ACTIVATIONS
+from fastllama_kernels.linear import op
 from fastllama_kernels.linear.op import gate_up_ref, linear_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -112,3 +113,17 @@ def test_schema_and_fake_are_right(dtype) -> None:
     args = draw(3, 32, 8, dtype, True, True, True)
     torch.library.opcheck(torch.ops.fastllama.linear.default, args)
     torch.library.opcheck(torch.ops.fastllama.gate_up.default, (*args[:5], 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bias", "norm", "residual"), [(False, False, False), (True, True, True)])
+def test_slabs_are_as_exact_as_torch(monkeypatch, assert_as_exact, dtype, bias, norm, residual) -> None:
+    monkeypatch.setattr(op, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(op, "SLAB_BYTES", 4 * 10 * 123)  # ten rows, and a last slab of seven
+    args = draw(9, 123, 37, dtype, bias, norm, residual)
+    args = (args[0].view(3, 3, 123), *args[1:5], None if args[5] is None else args[5].view(3, 3, 37))
+    assert_as_exact(op.linear_slabs(*args), linear_ref(*args), linear_in_float64(*exact(args)))
+    args = draw(9, 123, 74, dtype, bias, norm, False)[:5]
+    gate, up = linear_in_float64(*exact(args), None).chunk(2, dim=-1)
+    number, function = ACTIVATIONS["silu"]
+    assert_as_exact(op.gate_up_slabs(*args, number), gate_up_ref(*args, number), function(gate) * up)
