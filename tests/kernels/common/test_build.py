@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from fastllama_kernels.common import build, folders
 
 LOAD = "from fastllama_kernels.common import build, folders; build.PATIENCE = 0.2; print(build.load())"
-SOURCES = len(list(build.PACKAGE.glob("*/*.cpp")))
+UNITS = len(build._units(os.cpu_count() or 1))
 # Notes each call; waits as long as there is a file `slow`, fails where there is one `broken`; links an empty library.
 COMPILER = """#!/bin/sh
 echo "$@" >> {folder}/calls
@@ -118,7 +119,7 @@ def test_of_two_processes_one_builds_and_the_other_says_what_it_waits_for(compil
         wait_until(lambda words=words: any(words in loading.said for loading in both))
     (compiler / "slow").unlink()
     assert [loading.reason for loading in both] == ["None", "None"]
-    assert len(calls(compiler)) == SOURCES + 1
+    assert len(calls(compiler)) == UNITS + 1
 
 
 @pytest.mark.slow
@@ -148,3 +149,11 @@ def test_where_nothing_can_be_written_that_is_the_reason(monkeypatch, tmp_path) 
     reason = build.load.__wrapped__()
     assert reason is not None
     assert "Not a directory" in reason
+
+
+def test_every_source_is_in_one_unit() -> None:
+    sources = sorted(file for file in build._files() if file.suffix == ".cpp")
+    for count in (1, 2, 16):
+        units = build._units(count)
+        assert len(units) == min(count, len(sources))
+        assert sorted(itertools.chain(*units)) == sources
