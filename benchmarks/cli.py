@@ -33,12 +33,14 @@ Peers = Annotated[
 ]
 GptFast = Annotated[Path | None, typer.Option("--gpt-fast", metavar="DIR", help="A checkout of gpt-fast.")]
 LlamaBench = Annotated[Path | None, typer.Option(metavar="PATH", help="llama.cpp's program.", show_default="from PATH")]
-Schemes = Annotated[str, typer.Option(help="Of stored, none, int8 and int4, with commas.", metavar="LIST")]
+Schemes = Annotated[str, typer.Option(help="Some of stored, none, int8 and int4, with commas.", metavar="LIST")]
 Launches = Annotated[bool, typer.Option("--launches", help="Record what a step launches and the host's time, too.")]
 Record = Annotated[Path | None, typer.Option(metavar="FILE", help="File of JSON lines to append the record to.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Plot to write: .png, .svg or .pdf.")]
 Files = Annotated[list[Path] | None, typer.Argument(help="Files of records.", show_default="the committed ones")]
-Kind = Annotated[str | None, typer.Option(help="decode, prefill, startup, kernels or launches.", show_default="all")]
+Kind = Annotated[
+    str | None, typer.Option(help="decode, quality, startup, kernels, launches or prefill.", show_default="all")
+]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Markdown in place of tables for a terminal.")]
 Readme = Annotated[bool, typer.Option("--readme", help="Fill README.md's figures from the committed records.")]
 Check = Annotated[bool, typer.Option("--check", help="With --readme: exit with 1 where it is out of date.")]

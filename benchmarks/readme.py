@@ -5,8 +5,9 @@ table of :data:`ROWS`, where each row was measured, and who wins; ``--check`` ex
 records say.
 """
 
+import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,23 +80,36 @@ def _sentences(label: str, record: Record, known: Sequence[Record]) -> Iterator[
         yield f"{label}fastllama is {', and '.join(parts)}, at {mbu}."
     same = {name: record[name] for name in ("model", "dtype")} | {"device": record["device"].split(":")[0]}
     prompts = [each for each in known if each["kind"] in ("decode", "prefill") and each["batch"] == 1]
-    prompt = _slower(newest(prompts, prompt_len=LONG_PROMPT, **same), "ms", lambda entry: entry["ttft_ms"])
-    start = newest(known, kind="startup", **same)
-    start = _slower(start, "s", lambda entry: entry["phases"]["empty"]["to_first_token"])
-    losses = [prompt and f"with a prompt of {LONG_PROMPT} tokens ({prompt})"]
-    losses += [start and f"at a first start with empty compile caches ({start})"]
-    if any(losses):
-        yield f"It is slower to the first token {' and '.join(filter(None, losses))}."
+    long, start = newest(prompts, prompt_len=LONG_PROMPT, **same), newest(known, kind="startup", **same)
+    losses = [
+        (f"with a prompt of {record['prompt_len']} tokens", _slower(record, "ms", _ttft)),
+        (f"with a prompt of {LONG_PROMPT} tokens", _slower(long, "ms", _ttft)),
+        ("at a first start with empty compile caches", _slower(start, "s", lambda entry: _to_first(entry, "empty"))),
+        ("at a start with warm ones", _slower(start, "s", lambda entry: _to_first(entry, "warm"))),
+    ]
+    if found := [f"{where} ({times})" for where, times in losses if times]:
+        yield f"It is slower to the first token {_listed(found)}."
+    if record.get("disturbed"):
+        yield f"The machine was not quiet: {'; '.join(record['disturbed'])}."
     if any(peer.get("parity", True) is None for peer in right.values()):
         yield r"\* llama-bench reports no tokens, so its output is not checked."
 
 
-def _slower(record: Record | None, unit: str, value: Any) -> str:
-    """Both times, where the record says that transformers takes less."""
-    peer = record["peers"].get(TRANSFORMERS, {}) if record else {}
-    if "ratio" not in peer or value(peer) >= value(record):
+def _ttft(entry: Record) -> float:
+    return entry.get("ttft_ms") or math.inf
+
+
+def _to_first(entry: Record, caches: str) -> float:
+    return entry.get("phases", {}).get(caches, {}).get("to_first_token") or math.inf
+
+
+def _slower(record: Record | None, unit: str, value: Callable[[Record], float]) -> str:
+    """Our time and those of the peers that take less; empty where none does."""
+    if record is None:
         return ""
-    return f"{number(value(record))} {unit}, transformers {number(value(peer))} {unit}"
+    ours, times = value(record), {name: value(peer) for name, peer in record["peers"].items() if name in PEERS}
+    faster = [f"{SPOKEN.get(name) or name} {number(time)} {unit}" for name, time in times.items() if time < ours]
+    return f"{number(ours)} {unit}; {', '.join(faster)}" if faster else ""
 
 
 def _listed(names: Iterable[str]) -> str:

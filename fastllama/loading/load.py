@@ -20,7 +20,7 @@ from fastllama.config.quantization import QuantizationConfig, Scheme
 from fastllama.loading import adapter, formats
 from fastllama.loading.coded import Coded
 from fastllama.loading.match import EMBEDDING, HEAD, layers_in, listed, matched, missing_hint
-from fastllama.loading.names import resolve
+from fastllama.loading.names import Source, resolve
 from fastllama.loading.random import random_tensors
 from fastllama.loading.stored import CheckpointError, Stored
 from fastllama.quantization.linear import Packed, left_dense, multiplied_together, quantize_modules, together
@@ -70,19 +70,9 @@ def load_model(
         raise ValueError(
             f"{source.name} is an adapter: load it, save the model, and quantize that (quantize is {quantize!r})"
         )
-    if source.path is None:
-        shapes = {key: tensor.shape for key, tensor in _tensors(on_meta(model_cls, config)).items()}
-        stored: Mapping[str, Stored] = random_tensors(shapes, config.initializer_range)
-        if config.tie_word_embeddings:  # one matrix under two names: the head's numbers, as ever
-            stored = {key: tensor for key, tensor in stored.items() if key != EMBEDDING}
-    else:
-        stored = _checked(source.path, source.find_tensors(), config, model_cls, strict)
-        if config.quantization is not None and quantize is not None:
-            stored, config = formats.written_out(stored, config), config.replace(quantization=None)
-        if config.tie_word_embeddings and _head_differs(source.path, stored, strict):
-            config = config.replace(tie_word_embeddings=False)
-        if quantize is None and source.adapter is None:
-            wanted = _as_stored(stored, config)
+    stored, config = _tensors_of(source, config, model_cls, quantize is not None, strict)
+    if quantize is None and source.adapter is None and source.path is not None:
+        wanted = _as_stored(stored, config)
     model = on_meta(model_cls, config.replace(quantization=wanted or config.quantization))
     if wanted is not None and (kept := left_dense(model, wanted)):
         why = "because of their number of rows (panels of 16), or of what they are multiplied with"
@@ -93,6 +83,27 @@ def load_model(
         model = adapter.merged(model, source.adapter)
     model.generation_config = source.generation_config  # type: ignore[assignment]
     return model.eval()
+
+
+def _tensors_of(
+    source: Source, config: LlamaConfig, model_cls: type[nn.Module], writes_out: bool, strict: bool
+) -> tuple[Mapping[str, Stored], LlamaConfig]:
+    """The stored tensors by parameter, and the config as they make it.
+
+    With ``writes_out``, those that fastllama has quantized are read as the weights that they stand for.
+    """
+    if source.path is None:
+        shapes = {key: tensor.shape for key, tensor in _tensors(on_meta(model_cls, config)).items()}
+        made = random_tensors(shapes, config.initializer_range)
+        if config.tie_word_embeddings:  # one matrix under two names: the head's numbers, as ever
+            del made[EMBEDDING]
+        return made, config
+    stored = _checked(source.path, source.find_tensors(), config, model_cls, strict)
+    if config.quantization is not None and writes_out:
+        stored, config = formats.written_out(stored, config), config.replace(quantization=None)
+    if config.tie_word_embeddings and _head_differs(source.path, stored, strict):
+        config = config.replace(tie_word_embeddings=False)
+    return stored, config
 
 
 def on_meta(model_cls: type[Model], config: LlamaConfig) -> Model:

@@ -264,13 +264,10 @@ class Llama(nn.Module):
         if not self.config.tie_word_embeddings:
             return
         head, table = self.lm_head, self.model.embed_tokens
-        is_dense = isinstance(head, nn.Linear)
-        if is_dense != isinstance(table, nn.Embedding):
-            raise ValueError(
-                f"the head, a {type(head).__name__}, is tied to the embedding, a {type(table).__name__}: replace both, "
-                "or load the model without quantizing them"
-            )
-        for name in ("weight",) if is_dense else ("codes", "scales", "offsets"):
+        if isinstance(head, nn.Linear) != isinstance(table, nn.Embedding):
+            kinds = f"the head, a {type(head).__name__}, is tied to the embedding, a {type(table).__name__}"
+            raise ValueError(f"{kinds}: replace both, or load the model without quantizing them")
+        for name in ("weight",) if isinstance(head, nn.Linear) else ("codes", "scales", "offsets"):
             setattr(head, name, getattr(table, name))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Llama:
@@ -317,22 +314,19 @@ class Llama(nn.Module):
             CacheOverflowError: a static cache is too small; nothing was written.
             ValueError: both or neither of ``input_ids`` and ``inputs_embeds``; a mask that does not fit.
         """
-        config = self.config
-        use_cache = config.use_cache if use_cache is None else use_cache
-        return_dict = config.return_dict if return_dict is None else return_dict
+        config, last = self.config, num_logits_to_keep if logits_to_keep is None else logits_to_keep
         decoded = self.model(
             input_ids,
             attention_mask,
             position_ids,
             past_key_values,
             inputs_embeds,
-            use_cache,
+            config.use_cache if use_cache is None else use_cache,
             config.output_attentions if output_attentions is None else output_attentions,
             config.output_hidden_states if output_hidden_states is None else output_hidden_states,
             cache_position,
         )
-        keep = num_logits_to_keep if logits_to_keep is None else logits_to_keep
-        logits_btv = self._head(decoded.last_hidden_state, keep).float()
+        logits_btv = self._head(decoded.last_hidden_state, last).float()
         output = CausalLMOutput(
             loss=None if labels is None else self._loss(logits_btv, labels),
             logits=logits_btv,
@@ -340,18 +334,17 @@ class Llama(nn.Module):
             hidden_states=decoded.hidden_states,
             attentions=decoded.attentions,
         )
-        return output if return_dict else output.to_tuple()
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _head(self, x_btm: torch.Tensor, keep: int) -> torch.Tensor:
         """Logits of the last ``keep`` positions; of all where it is 0."""
         # A clone: of a view with gaps torch's linear makes a batched product, for which it copies the whole head.
         x_btm = x_btm[:, -keep:].clone(memory_format=torch.contiguous_format)
-        slices = self.config.pretraining_tp
-        if slices <= 1:
+        if self.config.pretraining_tp <= 1:
             return self.lm_head(x_btm)
-        parts = self.lm_head.weight.split(max(1, self.config.vocab_size // slices), dim=0)
+        parts = self.lm_head.weight.split(max(1, self.config.vocab_size // self.config.pretraining_tp), dim=0)
         return torch.cat([F.linear(x_btm, part) for part in parts], dim=-1)
 
     def _loss(self, logits_btv: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        shifted = logits_btv[:, :-1].reshape(-1, logits_btv.shape[-1])
-        return F.cross_entropy(shifted, labels[:, 1:].reshape(-1).to(shifted.device), ignore_index=-100)
+        shifted = logits_btv[:, :-1].flatten(0, 1)
+        return F.cross_entropy(shifted, labels[:, 1:].flatten().to(shifted.device), ignore_index=-100)

@@ -37,6 +37,17 @@ def assert_as_exact() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], No
     return check
 
 
+@pytest.fixture(scope="session")
+def assert_same_keys() -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """Asserts that keys or values in a cache, of unit size, differ by no more than one rounding of each of the two."""
+
+    def check(ours: torch.Tensor, torchs: torch.Tensor) -> None:
+        unit = torch.finfo(ours.dtype).eps + 16 * torch.finfo(torch.float32).eps
+        assert (ours.double() - torchs.double()).abs().max() <= unit * torchs.double().abs().max().clamp(min=1)
+
+    return check
+
+
 @pytest.fixture
 def triton_on_cpu() -> Iterator[None]:
     """The operations that are there for GPUs alone run in the interpreter, on tensors of the CPU."""
