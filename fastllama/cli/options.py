@@ -29,7 +29,9 @@ Dtype = Annotated[
 Quantize = Annotated[
     str | None,
     typer.Option(
-        metavar="SCHEME", help="Quantize while loading: int8 or int4; none: write codes out.", show_default="as stored"
+        metavar="SCHEME",
+        help="Scheme to quantize to while loading: int8 or int4, or none to write codes out.",
+        show_default="as stored",
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="Device: cpu or cuda.", show_default="cuda if available")]

@@ -30,13 +30,15 @@ class Declared(NamedTuple):
     Attributes:
         method: as transformers calls it (``quant_method``), ``"mlx"`` for MLX; None: nothing is said.
         values: everything else.
+        place: the key of config.json or the file where it stands.
     """
 
     method: str | None
     values: Mapping[str, Any]
+    place: str = KEYS[0]
 
     def __str__(self) -> str:
-        return f"quant_method {self.method}" if self.method else "no quantization_config"
+        return f"quant_method {self.method} in {self.place}" if self.method else "no quantization_config"
 
     def get(self, *names: str, default: Any = None) -> Any:
         """The first of these values that is there and is not null."""
@@ -55,11 +57,14 @@ def declared_in(folder: Path) -> Declared:
     config = read_json(folder / CONFIG_NAME)
     places = [(key, part.get(key)) for part in (config, *map(config.get, TEXT_CONFIGS)) if part for key in KEYS]
     places += [(name, read_json(folder / name)) for name in FILES if (folder / name).is_file()]
-    for place, values in places:
-        if isinstance(values, Mapping) and values:
-            values = {**values, **(inner if isinstance(inner := values.get("quantization"), Mapping) else {})}
-            return Declared(_method(place, values), values)
-    return Declared(None, {})
+    found = [(place, values) for place, values in places if isinstance(values, Mapping) and values]
+    if not found:
+        return Declared(None, {})
+    place, values = found[0]
+    values = {**values, **(inner if isinstance(inner := values.get("quantization"), Mapping) else {})}
+    # mlx_lm writes the same object under two keys, and no method in either.
+    methods = (_method(place, values) for place, values in found)
+    return Declared(next((method for method in methods if method is not None), None), values, place)
 
 
 def check_method(config: Mapping[str, Any]) -> None:
@@ -75,6 +80,8 @@ def check_method(config: Mapping[str, Any]) -> None:
         if not isinstance(values, Mapping):
             raise bad(key, values, "an object")
         method = _method(key, values)
+        if method is None and values == config.get("quantization"):  # mlx_lm's, under a second key
+            continue
         if method not in (METHOD, *READ_METHODS):
             raise bad(f"{key}.quant_method", method, f"one of {', '.join(READ_METHODS)}: others are not read")
 

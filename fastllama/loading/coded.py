@@ -14,7 +14,7 @@ import torch
 from fastllama.config.quantization import Scheme
 from fastllama.loading.stored import BLOCK_BYTES, Stored
 
-EXACT = 2**-20  # of a group's scale: what rounding may change that is not mentioned
+EXACT = 2**-16  # steps by which rounding may move a weight unmentioned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +41,15 @@ class Codes:
         scale_ng = scale_ng.float()
         return cls(code_nk, scale_ng, -scale_ng * zero_ng, group_k)
 
-    def fits_float16(self, has_offsets: bool) -> bool:
-        """Whether scales, and offsets if they are kept, are the same in float16."""
-        rounded = (self.scale_ng.half().float() - self.scale_ng).abs() > EXACT * self.scale_ng.abs()
+    def change_in_float16(self, has_offsets: bool) -> float:
+        """By how many steps a weight moves at most when scales, and offsets if they are kept, become float16."""
+        steps = self.scale_ng.abs().clamp(min=torch.finfo(torch.float32).tiny)
+        furthest = int(self.code_nk.max()) if has_offsets else int(self.code_nk.max()) // 2 + 1  # from the middle
+        moved = (self.scale_ng.half().float() - self.scale_ng).abs() * furthest / steps
         if has_offsets:
-            rounded |= (self.offset_ng.half().float() - self.offset_ng).abs() > EXACT * self.scale_ng.abs()
-        return not bool(rounded.any())
+            moved += (self.offset_ng.half().float() - self.offset_ng).abs() / steps
+        change = float(moved[self.scale_ng != 0].max()) if bool((self.scale_ng != 0).any()) else 0.0
+        return 0.0 if change < EXACT else change
 
     def weight(self, rows: slice) -> torch.Tensor:
         """The weights of some rows, float32 ``[n, k]``."""

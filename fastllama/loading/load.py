@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from fastllama.config import LlamaConfig
 from fastllama.config.fields import CONFIG_NAME, tolerate
-from fastllama.config.quantization import QuantizationConfig, Scheme
+from fastllama.config.quantization import LEAST_GROUP, QuantizationConfig, Scheme
 from fastllama.loading import adapter, formats
-from fastllama.loading.coded import Coded
+from fastllama.loading.coded import Coded, CodedTensor, DecodedTensor
 from fastllama.loading.match import EMBEDDING, HEAD, layers_in, listed, matched, missing_hint
 from fastllama.loading.names import Source, resolve
 from fastllama.loading.random import random_tensors
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 NONE = "none"  # quantize: the weights that the codes of a file stand for
 WEIGHT = ".weight"
+MOST_CHANGE = 0.5  # of a step, by which rounding scales and offsets may move a weight
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,7 +51,7 @@ def load_model(
         dtype: dtype of the parameters; for None and ``"auto"`` the config's, or else that of the stored weights.
         device: where the parameters go.
         quantize: quantize the weights as they are read: ``"int8"``, ``"int4"`` or a QuantizationConfig; ``"none"``:
-            write those out that the file holds as codes; None: keep these as codes where that loses nothing.
+            write those out that the file holds as codes; None: keep these as codes, and take activations in 8 bits.
         progress: show a progress bar on stderr if that is a terminal.
         strict: refuse what is otherwise named in a warning and left out: unknown keys, tensors that no Llama uses.
 
@@ -162,12 +163,14 @@ def _as_stored(stored: Mapping[str, Stored], config: LlamaConfig) -> Quantizatio
         for name, other in itertools.permutations((EMBEDDING.removesuffix(WEIGHT), HEAD.removesuffix(WEIGHT))):
             if name not in columns and other in schemes:
                 schemes[name], columns[name] = schemes[other], columns[other]
-    held = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    held = {name: scheme for name, scheme in schemes.items() if scheme is not None and scheme.group % LEAST_GROUP == 0}
     for names in multiplied_together(columns):
         found = [held[name] for name in names if name in held]
         if len(found) == len(names) and len({scheme.group for scheme in found}) == 1:
             bits, has_offsets = max(scheme.bits for scheme in found), any(scheme.has_offsets for scheme in found)
             held |= dict.fromkeys(names, Scheme(bits, found[0].group, has_offsets))
+        else:  # one product has one scheme
+            held = {name: scheme for name, scheme in held.items() if name not in names}
     return QuantizationConfig.holding(held, columns) if held else None
 
 
@@ -217,7 +220,7 @@ def _fill(
 
     With ``keeps_codes``, matrices that are stored as codes stay the codes that they are.
     """
-    tensors, filled, problems, rounded = _tensors(model), set[int](), [], list[str]()
+    tensors, filled, problems, worst = _tensors(model), set[int](), list[str](), (0.0, "")
     total = sum(math.prod(tensor.shape) for tensor in stored.values())
     disable = None if progress else True  # None: shown on a terminal only
     with tqdm(total=total, unit="weights", unit_scale=True, desc="loading", leave=False, disable=disable) as bar:
@@ -225,23 +228,39 @@ def _fill(
             packed = None if key in tensors else cast(Packed, model.get_submodule(key.removesuffix(WEIGHT)))
             target = tensors[key] if packed is None else packed.codes
             if id(target) not in filled:
-                if packed is None:
-                    clean = _copy(tensor, target)
-                elif keeps_codes and isinstance(tensor, Coded) and tensor.scheme:
-                    codes = tensor.read()
-                    clean = packed.take(codes.code_nk, codes.scale_ng, codes.offset_ng, tensor.scheme.bits)
-                    rounded += [] if codes.fits_float16(packed.offsets is not None) else [key]
-                else:
-                    clean = packed.fill(block for _, block in tensor.blocks())
+                try:
+                    clean, change = _put(tensor, target, packed, keeps_codes)
+                except (RuntimeError, LookupError, TypeError, ValueError) as error:
+                    clean, change = True, 0.0
+                    problems.append(f"{key}: {error}")
+                worst = max(worst, (change, key))
                 problems += [] if clean else [f"{key}: holds NaN{'' if packed is None else ' or infinity'}"]
             filled.add(id(target))
             bar.update(math.prod(tensor.shape))
     if problems:
         raise CheckpointError(f"the weights in {where} are damaged:", problems)
-    if rounded:
+    if worst[0]:
         logger.warning(
-            "%s: scales of %d matrices are rounded to float16, such as those of %s", where, len(rounded), rounded[0]
-        )
+            "%s: scales and offsets of codes are kept in float16, which moves a weight by up to %.2g of a step (%s)",
+            where, *worst,
+        )  # fmt: skip
+
+
+def _put(tensor: Stored, target: torch.Tensor, packed: Packed | None, keeps_codes: bool) -> tuple[bool, float]:
+    """Put a tensor into its place; return whether it holds numbers, and by how many steps rounding moves a weight.
+
+    Raises:
+        ValueError: the codes' scales do not fit float16.
+    """
+    if packed is None:
+        return _copy(tensor, target), 0.0
+    if not (keeps_codes and isinstance(tensor, Coded) and tensor.scheme):
+        return packed.fill(block for _, block in tensor.blocks()), 0.0
+    codes = tensor.read()
+    change = codes.change_in_float16(packed.offsets is not None)
+    if change > MOST_CHANGE and bool(codes.scale_ng.isfinite().all()):
+        raise ValueError('its scales do not fit float16; load with quantize="none", or quantize to "int8"')
+    return packed.take(codes.code_nk, codes.scale_ng, codes.offset_ng, tensor.scheme.bits), change
 
 
 def _copy(tensor: Stored, target: torch.Tensor) -> bool:
@@ -249,5 +268,7 @@ def _copy(tensor: Stored, target: torch.Tensor) -> bool:
     clean = True
     for rows, block in tensor.blocks():
         target.data[rows].copy_(block)
+        if isinstance(tensor, (CodedTensor, DecodedTensor)):
+            clean = clean and bool(block.isfinite().all())  # a scale may be infinite
         clean = clean and not (block.is_floating_point() and block.max().isnan())  # max propagates NaN, and is faster
     return clean

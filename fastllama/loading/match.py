@@ -115,7 +115,7 @@ def _why_it_matters(name: str, layers: int) -> str | None:
     if "lora_" in name or ".base_layer." in name:
         return ": a LoRA adapter that is not merged; merge it with peft's merge_and_unload() and save the model"
     if QUANTIZED.search(name):
-        return ": the weights are quantized, which is not available yet"
+        return ": the weights are quantized, and the rest of this matrix or what the config says of it is missing"
     if name.endswith("_proj.bias"):
         switch = "mlp_bias" if ".mlp." in name else "attention_bias"
         return f'; a network with biases has "{switch}": true in {CONFIG_NAME}'

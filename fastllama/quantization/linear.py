@@ -186,7 +186,8 @@ def together(model: nn.Module) -> Iterator[list[torch.Tensor]]:
         parts = [dict(modules[name].named_parameters()) | dict(modules[name].named_buffers()) for name in names]
         for key, first in parts[0].items():
             tensors = [part[key] for part in parts if key in part]
-            if len(tensors) == len(parts) and all(each.dtype == first.dtype for each in tensors):
+            alike = all((each.dtype, each.shape[1:]) == (first.dtype, first.shape[1:]) for each in tensors)
+            if len(tensors) == len(parts) and alike:
                 yield tensors
 
 

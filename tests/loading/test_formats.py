@@ -377,6 +377,23 @@ BAD: list[tuple[str, dict[str, Any], Edit, str]] = [
         "stored as nf4, but bnb_4bit_quant_type is fp4",
     ),
     ("bitsandbytes int8", {}, lambda t: t[f"{Q}.weight_format"].fill_(1), "an order for GPUs"),
+    ("gptq", {"desc_act": True}, lambda t: _drop(t, "g_idx"), "g_idx is missing, and desc_act is true"),
+    ("gptq", {"dynamic": [1]}, lambda t: None, "values are damaged"),
+    ("gptq", {}, lambda t: t.pop(f"{Q}.qweight"), "the rest of this matrix"),
+    ("awq", {}, lambda t: t.pop(f"{Q}.qzeros"), "qzeros is missing"),
+    ("awq gemv", {"group_size": 0}, lambda t: None, "values are damaged"),
+    ("pack-quantized", {"config_groups": groups(4, group_size=64)}, lambda t: None, "groups have 32 columns, but"),
+    ("pack-quantized", {"config_groups": groups(4, "float")}, lambda t: None, "codes are integers, but"),
+    ("pack-quantized", {"config_groups": groups(4, symmetric=False)}, lambda t: None, "weight_zero_point is missing"),
+    ("pack-quantized", {"config_groups": groups(4, actorder="group")}, lambda t: None, "weight_g_idx is missing"),
+    ("pack-quantized", {}, lambda t: _fill(t, "weight_scale", 1e-8), "scales do not fit float16"),
+    ("pack-quantized", {}, lambda t: _fill(t, "weight_scale", 1e8), "scales do not fit float16"),
+    ("fp8", {}, lambda t: t.pop(f"{Q}.weight_scale_inv"), "q_proj.weight: 8-bit floating point without its scale"),
+    ("fp8", {}, lambda t: t.update({f"{Q}.weight_scale_inv": torch.ones(1, 1)}), r"blocks of \[32, 32\]"),
+    ("fp8", {}, lambda t: t[f"{Q}.weight_scale_inv"].fill_(float("inf")), "holds NaN"),
+    ("fp8", {"weight_block_size": 128}, lambda t: None, "values are damaged"),
+    ("torchao float8", {}, lambda t: t.update({f"{Q}._weight_qdata": torch.zeros(64, 64).char()}), "stored as I8"),
+    ("bitsandbytes fp4", {}, lambda t: t[f"{Q}.weight.absmax"].fill_(float("inf")), "holds NaN"),
     ("mlx", {"mode": "mxfp4"}, lambda t: None, "mxfp4 codes of 4 bits are not read"),
     ("torchao int4", {"quant_method": "gptq"}, lambda t: None, "those of torchao"),
 ]
@@ -391,6 +408,49 @@ def test_what_is_not_read_is_named(name, config, edit, message, tmp_path) -> Non
         LlamaForCausalLM.from_pretrained(tmp_path)
 
 
+def test_mlx_writes_its_config_under_two_keys(tmp_path) -> None:
+    weights = write("mlx", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": config["quantization"]}))
+    found = LlamaForCausalLM.from_pretrained(tmp_path, "float64", quantize="none").get_parameter(f"{Q}.weight")
+    torch.testing.assert_close(found.detach(), weights[f"{Q}.weight"], rtol=2e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["k_proj", "v_proj"])
+def test_a_product_of_matrices_with_other_groups_is_written_out(name, tmp_path) -> None:
+    write("gptq", tmp_path)
+    config = dict(GPTQ)
+    del config["group_size"]
+    _config(tmp_path, config)
+    _edit(tmp_path, lambda tensors: _one_group(tensors, f"model.layers.0.self_attn.{name}"))
+    expected = LlamaForCausalLM.from_pretrained(tmp_path, quantize="none")
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert not [module for module in packed_modules(model) if module.endswith(("q_proj", "k_proj", "v_proj"))]
+    model.save_pretrained(tmp_path / "again")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "again")
+    with torch.inference_mode(), exact(model), exact(again):
+        assert torch.equal(model(IDS).logits, again(IDS).logits)
+        assert (model(IDS).logits - expected(IDS).logits).abs().max() <= 2e-3 * expected(IDS).logits.abs().max()
+
+
+def test_groups_that_panels_do_not_have_are_written_out(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tests.loading.test_formats.GROUP", 16)
+    weights = write("gptq", tmp_path)
+    _config(tmp_path, GPTQ | {"group_size": 16})
+    model = LlamaForCausalLM.from_pretrained(tmp_path, "float64")
+    assert not packed_modules(model)
+    found = model.get_parameter(f"{Q}.weight").detach()
+    torch.testing.assert_close(found, weights[f"{Q}.weight"], rtol=2e-6, atol=1e-8)
+
+
+def test_bitsandbytes_may_store_bytes_as_another_dtype(tmp_path) -> None:
+    weights = write("bitsandbytes nf4", tmp_path)
+    key = f"{Q}.weight"
+    _edit(tmp_path, lambda tensors: tensors.update({key: tensors[key].flatten().view(torch.bfloat16).unsqueeze(1)}))
+    found = LlamaForCausalLM.from_pretrained(tmp_path, "float64").get_parameter(f"{Q}.weight").detach()
+    torch.testing.assert_close(found, weights[f"{Q}.weight"], rtol=2e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("method", ["hqq", "aqlm", "quip", None])
 def test_methods_that_are_not_read_are_named(method, tmp_path) -> None:
     write("gptq", tmp_path)
@@ -402,7 +462,9 @@ def test_methods_that_are_not_read_are_named(method, tmp_path) -> None:
 def test_a_config_without_quantized_weights_is_refused(tmp_path) -> None:
     LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path)
     _config(tmp_path, GPTQ)
-    with pytest.raises(CheckpointError, match="says quant_method gptq, but no weight is stored so"):
+    with pytest.raises(
+        CheckpointError, match="says quant_method gptq in quantization_config, but no weight is stored so"
+    ):
         LlamaForCausalLM.from_pretrained(tmp_path)
 
 
@@ -422,6 +484,18 @@ def _fill(tensors: Tensors, part: str, value: float) -> None:
     for key, tensor in tensors.items():
         if key.endswith(f".{part}"):
             tensor.fill_(value)
+
+
+def _drop(tensors: Tensors, part: str) -> None:
+    for key in [key for key in tensors if key.endswith(f".{part}")]:
+        del tensors[key]
+
+
+def _one_group(tensors: Tensors, module: str) -> None:
+    """Let all columns of a module be one group."""
+    for part in ("scales", "qzeros"):
+        tensors[f"{module}.{part}"] = tensors[f"{module}.{part}"][:1].contiguous()
+    tensors[f"{module}.g_idx"] = torch.zeros_like(tensors[f"{module}.g_idx"])
 
 
 def _edit(folder: Path, change: Edit) -> None:

@@ -53,7 +53,7 @@ def decoded(stored: Mapping[str, SafeTensor], declared: Declared) -> dict[str, S
     for module, parts in modules.items():
         if module + WEIGHT in stored:
             parts["weight"] = stored[module + WEIGHT]
-        is_plain = "weight" in parts and parts["weight"].dtype in FLOATS
+        is_plain = "weight" in parts and parts["weight"].dtype in FLOATS and "weight.absmax" not in parts
         read = None if is_plain else next((read for name, read in FORMATS if name in parts), None)
         try:
             if read is not None:
@@ -64,10 +64,17 @@ def decoded(stored: Mapping[str, SafeTensor], declared: Declared) -> dict[str, S
                 found |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
         except CheckpointError as error:
             problems += error.problems or [str(error)]
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, re.error) as error:
+            problems.append(
+                f"{module}: its tensors or the config's values are damaged ({type(error).__name__}: {error})"
+            )
+    without = [key for key, tensor in found.items() if tensor.dtype in fp8.DTYPES]
+    if declared.method is not None:
+        problems += [f"{key}: 8-bit floating point without its scale" for key in without]
     if problems:
         raise CheckpointError(f"quantized weights that are not read ({declared}):", problems)
     if declared.method is not None and found.keys() == stored.keys():
-        raise CheckpointError(f"the config says {declared}, but no weight is stored so; remove quantization_config")
+        raise CheckpointError(f"the config says {declared}, but no weight is stored so; remove it if they are plain")
     return found
 
 

@@ -12,6 +12,8 @@ All stand for scale · (code - zero); packed codes and zero points are stored pl
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fastllama.config.quantization import Scheme
@@ -42,6 +44,7 @@ def packed(parts: Parts) -> Stored:
     parts.check("weight_scale", (n, groups), FLOATS)
     _check_bits(parts, bits)
     has_zeros = "weight_zero_point" in parts
+    _check_weights(parts, k, groups, has_zeros, "weight_g_idx" in parts)
     if has_zeros:
         parts.check("weight_zero_point", (-(-n * bits // 32), groups), ("I32",))
     if k % groups:
@@ -84,6 +87,9 @@ def plain(parts: Parts) -> Stored:
     if k % groups:
         raise parts.error(f"scales of {groups} groups do not fit {k} columns")
     has_zeros = "weight_zero_point" in parts
+    _check_weights(parts, k, groups, has_zeros, False)
+    if has_zeros and parts.shape("weight_zero_point") != parts.shape("weight_scale"):
+        raise parts.error(f"weight_zero_point has the shape {list(parts.shape('weight_zero_point'))}")
 
     def read() -> Codes:
         code_nk = parts.whole("weight").view(torch.uint8) ^ 128
@@ -106,9 +112,37 @@ def _check_transforms(parts: Parts) -> None:
         raise parts.error(f"its weights are stored sparsely ({sparsity['format']}), which is not read")
 
 
+def _schemes(parts: Parts) -> list[dict[str, Any]]:
+    """What the config's groups say of weights; presets, which are lists of targets, say nothing here."""
+    groups = (parts.declared.get("config_groups") or {}).values()
+    return [group["weights"] for group in groups if isinstance(group, dict) and isinstance(group.get("weights"), dict)]
+
+
 def _check_bits(parts: Parts, bits: int) -> None:
-    """Refuse bits that no group of the config has."""
-    groups = [group for group in (parts.declared.get("config_groups") or {}).values() if isinstance(group, dict)]
-    known = {(group.get("weights") or {}).get("num_bits") for group in groups} - {None}
+    """Refuse bits, or a type, that no group of the config has."""
+    known = {scheme["num_bits"] for scheme in _schemes(parts) if "num_bits" in scheme}
     if known and bits not in known:
         raise parts.error(f"its codes have {bits} bits, but config_groups has {' and '.join(map(str, known))}")
+    kinds = {scheme["type"] for scheme in _schemes(parts) if "type" in scheme}
+    if kinds and "int" not in kinds:
+        raise parts.error(f"its codes are integers, but config_groups has {' and '.join(kinds)}")
+
+
+def _check_weights(parts: Parts, k: int, groups: int, has_zeros: bool, has_order: bool) -> None:
+    """Refuse what all groups of the config contradict: group sizes, zero points, an order of columns."""
+    schemes = _schemes(parts)
+    sizes = {
+        scheme["group_size"]
+        for scheme in schemes
+        if scheme.get("strategy") in (None, "group") and scheme.get("group_size")
+    }
+    if groups > 1 and sizes and k // groups not in sizes:
+        raise parts.error(
+            f"its groups have {k // groups} columns, but config_groups has {' and '.join(map(str, sizes))}"
+        )
+    symmetric = {scheme["symmetric"] for scheme in schemes if "symmetric" in scheme}
+    if symmetric == {has_zeros}:
+        found = "there is a weight_zero_point" if has_zeros else "weight_zero_point is missing"
+        raise parts.error(f"{found}, and config_groups says symmetric: {str(has_zeros).lower()}")
+    if not has_order and groups > 1 and schemes and all(scheme.get("actorder") == "group" for scheme in schemes):
+        raise parts.error("weight_g_idx is missing, and config_groups says actorder: group")

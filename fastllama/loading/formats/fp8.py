@@ -44,14 +44,15 @@ def tensor(parts: Parts) -> Stored:
 
 def _block(parts: Parts, name: str, n: int, k: int) -> tuple[int, int]:
     """Rows and columns that share a scale."""
-    shape = parts.shape(name)
-    if shape in ((), (1,), (1, 1)):
-        return n, k
-    if shape in ((n,), (n, 1)):
-        return 1, k
-    block = parts.declared.get("weight_block_size") or [BLOCK, BLOCK]
+    shape, block = parts.shape(name), parts.declared.get("weight_block_size")
     for group in (parts.declared.get("config_groups") or {}).values():
-        block = (group.get("weights") or {}).get("block_structure") or block
+        if isinstance(group, dict):
+            block = (group.get("weights") or {}).get("block_structure") or block
+    if shape in ((), (1,), (1, 1)) and (block is None or (n <= block[0] and k <= block[1])):
+        return n, k
+    if shape in ((n,), (n, 1)) and block is None:
+        return 1, k
+    block = block or [BLOCK, BLOCK]
     if len(block) != 2 or shape != (-(-n // block[0]), -(-k // block[1])):
         raise parts.error(f"{name} has the shape {list(shape)}, which blocks of {block} of [{n}, {k}] do not have")
     return block[0], block[1]

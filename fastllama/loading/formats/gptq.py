@@ -42,7 +42,7 @@ def tensor(parts: Parts) -> Stored:
             "load a checkpoint in the format 'gptq' or AWQ's 'gemm'"
         )
     rows, columns = parts.shape("qweight")
-    if parts.shape("scales")[0] == rows:
+    if parts.shape("scales")[0] == rows and declared.method != "gptq":
         return _awq_gemv(parts, rows)
     if parts.shape("scales")[-1] == columns:
         return _gptq(parts, columns, order)
@@ -63,7 +63,9 @@ def _group(parts: Parts, columns: int, groups: int) -> int:
     size = (override or {}).get("group_size") or parts.declared.get("group_size", "q_group_size")
     size = columns if size == -1 else size
     if columns % groups or (size is not None and size * groups != columns):
-        raise parts.error(f"scales of {groups} groups do not fit {columns} columns and the config's group_size {size}")
+        raise parts.error(
+            f"scales of {groups} groups do not fit {columns} columns and the config's group_size {size!r}"
+        )
     return columns // groups
 
 
@@ -74,7 +76,7 @@ def _gptq(parts: Parts, n: int, order: str) -> CodedTensor:
     parts.check("qweight", (k * bits // 32, n), ("I32",))
     parts.check("scales", (groups, n), FLOATS)
     is_symmetric = bool((parts.declared.override(parts.module) or {}).get("sym", parts.declared.get("sym")))
-    if not is_symmetric or "qzeros" in parts:
+    if not is_symmetric or ("qzeros" in parts and parts.shape("qzeros") != (0,)):
         parts.check("qzeros", (groups, n * bits // 32), ("I32",))
     group_k = _columns_out_of_order(parts, k, groups)
     if group_k is None:
@@ -91,6 +93,8 @@ def _gptq(parts: Parts, n: int, order: str) -> CodedTensor:
 def _columns_out_of_order(parts: Parts, k: int, groups: int) -> torch.Tensor | None:
     """The group of each column where columns of a group do not lie next to each other; else None."""
     if "g_idx" not in parts:
+        if parts.declared.get("desc_act") and groups > 1 and not parts.declared.get("static_groups"):
+            raise parts.error("g_idx is missing, and desc_act is true")
         return None
     parts.check("g_idx", (k,), ("I32", "I64"))
     group_k = parts.whole("g_idx").long()
@@ -127,7 +131,7 @@ def _awq_gemm(parts: Parts, k: int) -> CodedTensor:
     parts.check("qweight", (k, n * bits // 32), ("I32",))
     parts.check("scales", (groups, n), FLOATS)
     _group(parts, k, groups)
-    has_zeros = "qzeros" in parts and parts.declared.get("zero_point", default=True)
+    has_zeros = bool(parts.declared.get("zero_point", default="qzeros" in parts))
     if has_zeros:
         parts.check("qzeros", (groups, n * bits // 32), ("I32",))
 
@@ -149,7 +153,7 @@ def _awq_gemv(parts: Parts, n: int) -> CodedTensor:
     parts.check("scales", (n, words * 8), FLOATS)
     parts.check("qzeros", (n, words), ("I32",))
     if k % group or groups > words * 8:
-        raise parts.error(f"scales of {words * 8} groups do not fit {k} columns and the config's group_size {group}")
+        raise parts.error(f"scales of {words * 8} groups do not fit {k} columns and the config's group_size {group!r}")
 
     def read() -> Codes:
         zero_ng = unpacked_words(parts.whole("qzeros"), bits, 1)[:, :groups].float()

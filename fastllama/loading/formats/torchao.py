@@ -17,6 +17,7 @@ import torch
 
 from fastllama.config.quantization import Scheme
 from fastllama.loading.coded import CodedTensor, Codes, DecodedTensor
+from fastllama.loading.formats.fp8 import DTYPES
 from fastllama.loading.formats.parts import FLOATS, Parts
 from fastllama.loading.stored import Stored
 
@@ -86,6 +87,7 @@ def _int8(parts: Parts, kind: str) -> CodedTensor:
 
 def _float8(parts: Parts) -> DecodedTensor:
     n, k = parts.shape(QDATA)
+    parts.check(QDATA, (n, k), DTYPES)
     if parts.shape(SCALE) not in ((), (1,), (1, 1), (n,), (n, 1)):
         raise parts.error(f"scale has the shape {list(parts.shape(SCALE))}, expected one or one a row of {n}")
 
