@@ -45,7 +45,7 @@ class QuantizationConfig:
         exclude: names of modules that are left as they are, whole (``model.layers.0.mlp.down_proj``) or their last
             parts (``down_proj``).
         modules: schemes of single modules, by name, before everything else: of checkpoints whose matrices differ.
-        activations: ``"int8"``: products of few rows take activations in 8 bits, in blocks of 32 with a scale each, for
+        activations: ``"int8"``: on a CPU products take activations in 8 bits, in blocks of 32 with a scale each, for
             speed; None: as they are.
 
     Raises:

@@ -45,11 +45,19 @@ class Declared(NamedTuple):
         return next((self.values[name] for name in names if self.values.get(name) is not None), default)
 
     def override(self, module: str) -> Mapping[str, Any] | None:
-        """GPTQModel's values for one module, from ``dynamic``; None: it is not quantized."""
+        """The values for one module: GPTQModel's ``dynamic``, auto-round's ``extra_config``; None: not quantized."""
+        extra = self.get("extra_config") or {}
+        if values := extra.get(module) or next((v for pattern, v in extra.items() if _matches(pattern, module)), None):
+            return values
         for pattern, values in (self.get("dynamic") or {}).items():
             if re.match(pattern.removeprefix("+:").removeprefix("-:"), module):
                 return None if pattern.startswith("-:") else values
         return {}
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether a pattern of auto-round, a regular expression, stands for a module."""
+    return bool(re.search(r"[*^$\\+?|\[(]", pattern)) and bool(re.search(pattern, module))
 
 
 def declared_in(folder: Path) -> Declared:

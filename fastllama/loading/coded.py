@@ -121,6 +121,12 @@ class CodedTensor:
             yield rows, codes.weight(rows)
 
 
+def is_quantized(tensor: Stored) -> bool:
+    """Whether a tensor is stored in fewer bits than the weights that it stands for."""
+    is_block = isinstance(tensor, Coded) and tensor.dtype not in ("F64", "F32", "F16", "BF16")  # of a GGUF file
+    return is_block or isinstance(tensor, DecodedTensor)
+
+
 def unpacked_words(words: torch.Tensor, bits: int, dim: int, order: torch.Tensor | None = None) -> torch.Tensor:
     """Unsigned numbers of a few bits, as uint8, that lie in int32 words along a dimension, the lowest bits first.
 

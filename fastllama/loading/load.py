@@ -18,7 +18,7 @@ from fastllama.config import LlamaConfig
 from fastllama.config.fields import CONFIG_NAME, tolerate
 from fastllama.config.quantization import LEAST_GROUP, QuantizationConfig, Scheme
 from fastllama.loading import adapter, formats
-from fastllama.loading.coded import Coded, CodedTensor, DecodedTensor
+from fastllama.loading.coded import Coded, CodedTensor, DecodedTensor, is_quantized
 from fastllama.loading.match import EMBEDDING, HEAD, layers_in, listed, matched, missing_hint
 from fastllama.loading.names import Source, resolve
 from fastllama.loading.random import random_tensors
@@ -72,8 +72,9 @@ def load_model(
             f"{source.name} is an adapter: load it, save the model, and quantize that (quantize is {quantize!r})"
         )
     stored, config = _tensors_of(source, config, model_cls, quantize is not None, strict)
-    if quantize is None and source.adapter is None and source.path is not None:
-        wanted = _as_stored(stored, config)
+    if quantize is None and source.path is not None:
+        wanted = None if source.adapter else _as_stored(stored, config)
+        _say_what_is_written_out(source.name, stored, config, wanted)
     model = on_meta(model_cls, config.replace(quantization=wanted or config.quantization))
     if wanted is not None and (kept := left_dense(model, wanted)):
         why = "because of their number of rows (panels of 16), or of what they are multiplied with"
@@ -174,6 +175,16 @@ def _as_stored(stored: Mapping[str, Stored], config: LlamaConfig) -> Quantizatio
     return QuantizationConfig.holding(held, columns) if held else None
 
 
+def _say_what_is_written_out(
+    name: str, stored: Mapping[str, Stored], config: LlamaConfig, kept: QuantizationConfig | None
+) -> None:
+    """Warn about quantized matrices that take more memory than in their file, and may lose bits in the dtype."""
+    names = [key.removesuffix(WEIGHT) for key, tensor in stored.items() if is_quantized(tensor)]
+    out = [each for each in names if kept is None or kept.scheme_of(each, stored[each + WEIGHT].shape[1]) is None]
+    if out:
+        logger.warning("%s: written out in %s, as their codes cannot be kept: %s", name, config.dtype, listed(out))
+
+
 def _head_differs(where: Path, stored: Mapping[str, Stored], strict: bool) -> bool:
     """Whether a head that the config ties to the embedding is stored next to it and is another one.
 
@@ -230,7 +241,7 @@ def _fill(
             if id(target) not in filled:
                 try:
                     clean, change = _put(tensor, target, packed, keeps_codes)
-                except (RuntimeError, LookupError, TypeError, ValueError) as error:
+                except ValueError as error:  # what reading the tensor finds wrong with it
                     clean, change = True, 0.0
                     problems.append(f"{key}: {error}")
                 worst = max(worst, (change, key))
@@ -259,7 +270,7 @@ def _put(tensor: Stored, target: torch.Tensor, packed: Packed | None, keeps_code
     codes = tensor.read()
     change = codes.change_in_float16(packed.offsets is not None)
     if change > MOST_CHANGE and bool(codes.scale_ng.isfinite().all()):
-        raise ValueError('its scales do not fit float16; load with quantize="none", or quantize to "int8"')
+        raise ValueError('its scales do not fit float16; load with quantize="none"')
     return packed.take(codes.code_nk, codes.scale_ng, codes.offset_ng, tensor.scheme.bits), change
 
 

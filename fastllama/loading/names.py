@@ -128,7 +128,7 @@ def resolve(name: str | os.PathLike[str], strict: bool = False) -> Source:
 
 def _tensors_of(folder: Path, config: LlamaConfig) -> Mapping[str, Stored]:
     stored = safetensors.find_tensors(folder)
-    return stored if config.quantization else formats.decoded(stored, declared_in(folder))
+    return stored if config.quantization else formats.decoded(stored, declared_in(folder), config)
 
 
 def _adapted(name: str, folder: Path, strict: bool) -> Source:

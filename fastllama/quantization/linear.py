@@ -29,7 +29,7 @@ class Packed(nn.Module):
         bits: of a code.
         group: columns that share a scale.
         has_offsets: codes stand for scale · code + offset; else for scale · (code - 2^(bits - 1)).
-        activations: ``"int8"``: few rows of activations are taken in 8 bits by the engine; None: as they are.
+        activations: ``"int8"``: on a CPU products take activations in 8 bits; None: as they are.
     """
 
     codes: torch.Tensor

@@ -142,7 +142,7 @@ class PackedMatrix(Matrix):
 
     @property
     def codes_inputs(self) -> bool:
-        """Whether products of few rows take activations in 8 bits."""
+        """Whether products take activations in 8 bits, on a CPU."""
         return self._like[0].activations is not None
 
     @property

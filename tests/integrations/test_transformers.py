@@ -87,6 +87,12 @@ def test_what_a_passed_generation_config_leaves_unset_comes_from_the_models_own(
     assert theirs.generate(ids[:1], generation_config=exact).shape[1] <= 9
 
 
+def test_quantized_models_are_refused(theirs) -> None:
+    theirs.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ValueError, match="the transformers model is quantized"):
+        accelerate(theirs)
+
+
 def test_replaced_weights_are_followed_and_foreign_modules_fall_back(theirs, ids, caplog) -> None:
     fast = accelerate(theirs)
     fast.generate(ids, max_new_tokens=2)

@@ -388,6 +388,7 @@ BAD: list[tuple[str, dict[str, Any], Edit, str]] = [
     ("pack-quantized", {"config_groups": groups(4, actorder="group")}, lambda t: None, "weight_g_idx is missing"),
     ("pack-quantized", {}, lambda t: _fill(t, "weight_scale", 1e-8), "scales do not fit float16"),
     ("pack-quantized", {}, lambda t: _fill(t, "weight_scale", 1e8), "scales do not fit float16"),
+    ("bitsandbytes nf4", {}, lambda t: t.update({f"{Q}.weight.nested_absmax": torch.ones(9)}), "nested_absmax has the"),
     ("fp8", {}, lambda t: t.pop(f"{Q}.weight_scale_inv"), "q_proj.weight: 8-bit floating point without its scale"),
     ("fp8", {}, lambda t: t.update({f"{Q}.weight_scale_inv": torch.ones(1, 1)}), r"blocks of \[32, 32\]"),
     ("fp8", {}, lambda t: t[f"{Q}.weight_scale_inv"].fill_(float("inf")), "holds NaN"),
@@ -414,6 +415,62 @@ def test_mlx_writes_its_config_under_two_keys(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": config["quantization"]}))
     found = LlamaForCausalLM.from_pretrained(tmp_path, "float64", quantize="none").get_parameter(f"{Q}.weight")
     torch.testing.assert_close(found.detach(), weights[f"{Q}.weight"], rtol=2e-6, atol=1e-8)
+
+
+def test_what_is_written_out_is_named_with_the_dtype(tmp_path, caplog) -> None:
+    write("fp8", tmp_path)
+    LlamaForCausalLM.from_pretrained(tmp_path, "bfloat16")
+    assert "written out in bfloat16, as their codes cannot be kept: model.layers.0.mlp.down_proj" in caplog.text
+    caplog.clear()
+    LlamaForCausalLM.from_pretrained(tmp_path, "bfloat16", quantize="none")
+    assert not caplog.text
+
+
+def test_scales_may_be_powers_of_two(tmp_path) -> None:
+    write("fp8", tmp_path)
+    key = f"{Q}.weight_scale_inv"
+    _edit(tmp_path, lambda tensors: tensors.update({key: tensors[key].to(torch.float8_e8m0fnu)}))
+    stored = load_file(tmp_path / "model.safetensors")
+    spread = stored[key].float().repeat_interleave(32, 0).repeat_interleave(32, 1)
+    found = LlamaForCausalLM.from_pretrained(tmp_path, "float32").get_parameter(f"{Q}.weight").detach()
+    assert torch.equal(found, stored[f"{Q}.weight"].float() * spread)
+
+
+def test_biases_of_zeros_that_no_config_names_are_left_out(tmp_path) -> None:
+    write("gptq", tmp_path)
+    _edit(tmp_path, lambda tensors: tensors.update({f"{Q}.bias": torch.zeros(64)}))
+    assert LlamaForCausalLM.from_pretrained(tmp_path).model.layers[0].self_attn.q_proj.bias is None
+    _edit(tmp_path, lambda tensors: tensors[f"{Q}.bias"].fill_(1))
+    with pytest.raises(CheckpointError, match=r"q_proj\.bias: unexpected"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["model.layers.0.mlp.down_proj", ".*down_proj"])
+def test_auto_round_has_bits_of_single_modules(key, tmp_path) -> None:
+    weights = write("auto-round", tmp_path)
+    name = "model.layers.0.mlp.down_proj"
+    written = gptq(64, 128, 3, bits=8)
+    _edit(tmp_path, lambda tensors: tensors.update({f"{name}.{part}": each for part, each in written.parts.items()}))
+    _config(tmp_path, FORMATS["auto-round"].config | {"extra_config": {key: {"bits": 8}}})
+    model = LlamaForCausalLM.from_pretrained(tmp_path, "float64", quantize="none")
+    torch.testing.assert_close(model.get_parameter(f"{name}.weight").detach(), written.weight, rtol=2e-6, atol=1e-8)
+    found = model.get_parameter(f"{Q}.weight").detach()
+    torch.testing.assert_close(found, weights[f"{Q}.weight"], rtol=2e-6, atol=1e-8)
+    assert packed_modules(LlamaForCausalLM.from_pretrained(tmp_path))[name].bits == 8
+
+
+def test_zero_points_that_the_config_denies_are_named(tmp_path, caplog) -> None:
+    write("gptq", tmp_path)
+    _config(tmp_path, GPTQ | {"sym": True})
+    LlamaForCausalLM.from_pretrained(tmp_path)
+    assert "its zero points are not read, as the config says sym; 8 is taken" in caplog.text
+
+
+def test_a_file_that_is_left_from_other_weights_is_passed_over(tmp_path, caplog) -> None:
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path)
+    (tmp_path / "quantize_config.json").write_text(json.dumps(GPTQ))
+    assert not packed_modules(LlamaForCausalLM.from_pretrained(tmp_path))
+    assert "quantize_config.json is left from other weights" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["k_proj", "v_proj"])

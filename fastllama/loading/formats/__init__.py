@@ -6,15 +6,18 @@ says where its layout is defined.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 
 from fastllama.config import LlamaConfig
-from fastllama.config.stored_quantization import Declared
+from fastllama.config.stored_quantization import FILES, Declared
 from fastllama.loading.formats import bitsandbytes, compressed_tensors, fp8, gptq, mlx, ours, torchao
 from fastllama.loading.formats.parts import FLOATS, Parts
 from fastllama.loading.safetensors import SafeTensor
 from fastllama.loading.stored import CheckpointError, Stored
+
+logger = logging.getLogger(__name__)
 
 #: What a tensor's name ends with that holds a part of a matrix, besides its ``.weight``.
 PART = re.compile(
@@ -38,8 +41,10 @@ FORMATS: tuple[tuple[str, Callable[[Parts], Stored]], ...] = (
 )
 
 
-def decoded(stored: Mapping[str, SafeTensor], declared: Declared) -> dict[str, Stored]:
+def decoded(stored: Mapping[str, SafeTensor], declared: Declared, config: LlamaConfig) -> dict[str, Stored]:
     """The tensors by name, where those that hold a quantized matrix together have become one, named as a dense one.
+
+    Biases that the network does not have are left out where they are zeros, as AutoGPTQ wrote them.
 
     Raises:
         CheckpointError: a matrix is stored in a way that is not read, or that contradicts the config.
@@ -58,6 +63,9 @@ def decoded(stored: Mapping[str, SafeTensor], declared: Declared) -> dict[str, S
         try:
             if read is not None:
                 found[module + WEIGHT] = read(Parts(module, parts, declared))
+                bias, has_bias = f"{module}.bias", config.mlp_bias if ".mlp." in module else config.attention_bias
+                if bias in stored and not has_bias and not stored[bias].whole().any():
+                    del found[bias]
             elif "W_q" in parts:
                 problems.append(f"{module}: stored by HQQ, which is not read; quantize its original with fastllama")
             else:  # whatever they are, they are not lost
@@ -73,8 +81,14 @@ def decoded(stored: Mapping[str, SafeTensor], declared: Declared) -> dict[str, S
         problems += [f"{key}: 8-bit floating point without its scale" for key in without]
     if problems:
         raise CheckpointError(f"quantized weights that are not read ({declared}):", problems)
+    if declared.get("kv_cache_scheme", "kv_cache_quant_algo"):
+        logger.warning("keys and values are cached in the model's dtype, not in 8 bits as the config says")
     if declared.method is not None and found.keys() == stored.keys():
-        raise CheckpointError(f"the config says {declared}, but no weight is stored so; remove it if they are plain")
+        if declared.place not in FILES:
+            raise CheckpointError(
+                f"the config says {declared}, but no weight is stored so; remove it if they are plain"
+            )
+        logger.warning("%s is left from other weights: none is stored so", declared.place)
     return found
 
 

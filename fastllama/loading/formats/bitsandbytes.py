@@ -35,14 +35,19 @@ def four_bits(parts: Parts) -> Stored:
         raise parts.error(f"{len(names)} tensors are named {STATE}…, expected one")
     try:
         state = json.loads(bytes(parts.whole(names[0]).tolist()))
-        (n, k), block, dtype = state["shape"], int(state["blocksize"]), DTYPES[state["dtype"]]
-    except (ValueError, KeyError, TypeError) as error:
+        (n, k), block, dtype = map(int, state["shape"]), int(state["blocksize"]), DTYPES[state["dtype"]]
+        is_nested = "weight.nested_absmax" in parts
+        nested = (int(state["nested_blocksize"]), float(state["nested_offset"])) if is_nested else (1, 0.0)
+        blocks = -(-n * k // block)
+        outer_blocks = -(-blocks // nested[0])
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise parts.error(f"{names[0]} is damaged: {error!r}") from error
     declared = parts.declared.get("bnb_4bit_quant_type")
     if declared not in (None, state.get("quant_type")):
         raise parts.error(f"it is stored as {state.get('quant_type')}, but bnb_4bit_quant_type is {declared}")
-    is_nested = "weight.nested_absmax" in parts
-    blocks = -(-n * k // block)
+    if is_nested:
+        parts.check("weight.nested_absmax", (outer_blocks,), ("F32",))
+        parts.check("weight.nested_quant_map", (256,), ("F32",))
     parts.check("weight.absmax", (blocks,), ("U8",) if is_nested else ("F32",))
     parts.check("weight.quant_map", (16,), ("F32",))
     if n * k % 2:
@@ -53,8 +58,7 @@ def four_bits(parts: Parts) -> Stored:
         if not is_nested:
             return stored
         table, outer = parts.whole("weight.nested_quant_map"), parts.whole("weight.nested_absmax")
-        each = outer.repeat_interleave(int(state["nested_blocksize"]))[:blocks]
-        return table[stored.int()] * each + float(state["nested_offset"])
+        return table[stored.int()] * outer.repeat_interleave(nested[0])[:blocks] + nested[1]
 
     def weight(rows: slice) -> torch.Tensor:
         stored = parts.whole("weight").view(torch.uint8).reshape(-1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from fastllama.loading.coded import DecodedTensor
-from fastllama.loading.formats.parts import FLOATS, Parts
+from fastllama.loading.formats.parts import EXPONENTS, FLOATS, Parts
 from fastllama.loading.stored import Stored
 
 DTYPES = ("F8_E4M3", "F8_E5M2")
@@ -30,8 +30,8 @@ def tensor(parts: Parts) -> Stored:
     if "weight_scale_2" in parts:
         raise parts.error("4-bit floating point (nvfp4) is not read; quantize its original with fastllama")
     n, k = parts.shape("weight")
-    if parts.dtype(name) not in FLOATS:
-        raise parts.error(f"{name} is stored as {parts.dtype(name)}, expected {' or '.join(FLOATS)}")
+    if parts.dtype(name) not in (*FLOATS, EXPONENTS):
+        raise parts.error(f"{name} is stored as {parts.dtype(name)}, expected {' or '.join((*FLOATS, EXPONENTS))}")
     height, width = _block(parts, name, n, k)
 
     def weight(rows: slice) -> torch.Tensor:

@@ -76,7 +76,8 @@ def _gptq(parts: Parts, n: int, order: str) -> CodedTensor:
     parts.check("qweight", (k * bits // 32, n), ("I32",))
     parts.check("scales", (groups, n), FLOATS)
     is_symmetric = bool((parts.declared.override(parts.module) or {}).get("sym", parts.declared.get("sym")))
-    if not is_symmetric or ("qzeros" in parts and parts.shape("qzeros") != (0,)):
+    has_zeros = "qzeros" in parts and parts.shape("qzeros") != (0,)
+    if not is_symmetric or has_zeros:
         parts.check("qzeros", (groups, n * bits // 32), ("I32",))
     group_k = _columns_out_of_order(parts, k, groups)
     if group_k is None:
@@ -84,6 +85,8 @@ def _gptq(parts: Parts, n: int, order: str) -> CodedTensor:
 
     def read() -> Codes:
         code_nk = unpacked_words(parts.whole("qweight"), bits, 0).T.contiguous()
+        if is_symmetric and has_zeros:
+            _say_zeros_that_are_not_read(parts, bits)
         zero_ng = 2.0 ** (bits - 1) if is_symmetric else _gptq_zeros(parts, bits, order).T.contiguous()
         return Codes.around(code_nk, parts.whole("scales").T.contiguous(), zero_ng, group_k)
 
@@ -101,6 +104,13 @@ def _columns_out_of_order(parts: Parts, k: int, groups: int) -> torch.Tensor | N
     if group_k.min() < 0 or group_k.max() >= groups:
         raise parts.error(f"g_idx names groups from {group_k.min()} to {group_k.max()}, there are {groups}")
     return None if k % groups == 0 and torch.equal(group_k, torch.arange(k) // (k // groups)) else group_k
+
+
+def _say_zeros_that_are_not_read(parts: Parts, bits: int) -> None:
+    """Warn where ``sym`` is true and zero points are neither version's 2^(bits - 1)."""
+    stored, middle = unpacked_words(parts.whole("qzeros"), bits, 1), 2 ** (bits - 1)
+    if not bool(((stored == middle) | (stored == middle - 1)).all()):
+        logger.warning("%s: its zero points are not read, as the config says sym; %d is taken", parts.module, middle)
 
 
 def _gptq_zeros(parts: Parts, bits: int, order: str) -> torch.Tensor:

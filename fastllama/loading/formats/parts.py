@@ -85,3 +85,4 @@ class Parts:
 
 
 FLOATS = ("F16", "BF16", "F32")
+EXPONENTS = "F8_E8M0"  # powers of two, as scales

@@ -1,10 +1,11 @@
 """``linear_packed`` and ``gate_up_packed`` of :mod:`fastllama_kernels.linear.packed` in Triton, for 1 to 16 rows.
 
-The formulas and the rest of the program are those of :mod:`fastllama_kernels.linear.triton`; only a tile of the matrix
-comes from elsewhere: codes are loaded 16 bytes at a time in the order in which they lie, and become numbers in
-registers, ``(code - middle) · scale`` or ``code · scale + offset``. A program owns one panel of 16 rows, or a panel of
-gate and the one of up, and streams it from its beginning to its end. Activations stay as they are: ``codes_inputs`` is
-for processors whose integers are faster.
+The formulas and the rest of the program (:mod:`fastllama_kernels.linear.program`) are those of
+:mod:`fastllama_kernels.linear.triton`; only a tile of the matrix comes from elsewhere. Codes are loaded 16 bytes at a
+time in the order in which they lie, and become numbers in registers, ``(code - middle) · scale`` or
+``code · scale + offset``. A program owns one panel of 16 rows, or a panel of gate and the one of up, and streams it
+from its beginning to its end. Activations stay as they are: ``codes_inputs`` is for processors whose integers are
+faster.
 
 Bytes moved: codes, scales and offsets once. Needs compute capability 8.0, or the interpreter.
 
@@ -20,17 +21,17 @@ from fastllama_kernels.common import pdl
 from fastllama_kernels.common.checks import check, check_activation, check_dtype
 from fastllama_kernels.common.launch import Launch, next_power_of_2
 from fastllama_kernels.linear.packed import BLOCK, LINE, PANEL, bits_of
-from fastllama_kernels.linear.triton import (
+from fastllama_kernels.linear.program import (
     DOT_ROWS,
-    MAX_ROWS,
-    _activations,
-    _finish,
-    _multiply,
-    _scale_of_rows,
-    _store,
-    _weighted,
     activate,
+    finish,
+    multiply,
+    normed_inputs,
+    scale_after,
+    scale_before,
+    store_rows,
 )
+from fastllama_kernels.linear.triton import MAX_ROWS
 
 BLOCK_K, WARPS, STAGES = 512, 4, 3  # columns at a time of one row; fewer where registers are short
 PREFETCHED = 4096  # bytes of a panel that go to the L2 cache before the wait
@@ -117,39 +118,27 @@ def _packed_kernel(
             _prefetch_panel(codes_ptr, up_panel, k_in * BITS * PANEL_ROWS // 8, PREFETCHED, AT_ONCE)
     pdl.wait_for_previous(PDL)
 
-    if SCALE_FIRST:
-        scale_r = _scale_of_rows(x_ptr, k_in, eps, ROWS, ROWS_PADDED, BLOCK_K)
-    else:
-        scale_r = tl.full((ROWS_PADDED,), 1.0, dtype=tl.float32)
+    scale_r = scale_before(x_ptr, k_in, eps, ROWS, ROWS_PADDED, SCALE_FIRST, BLOCK_K)
     squares = tl.zeros((ROWS_PADDED, BLOCK_K), dtype=tl.float32)
     acc = tl.zeros((PANEL_ROWS, ROWS_PADDED if DOT else BLOCK_K), dtype=tl.float32)
     up_acc = tl.zeros((PANEL_ROWS, ROWS_PADDED if DOT else BLOCK_K), dtype=tl.float32)
     for k in tl.range(0, k_in, BLOCK_K, num_stages=STAGES):
         col_k = k + tl.arange(0, BLOCK_K)
         w_nk = _panel_tile(codes_ptr, scales_ptr, offsets_ptr, panel, k, k_in, group, BITS, BLOCK_K)
-        x_rk = _activations(x_ptr, col_k, k_in, ROWS, ROWS_PADDED)
-        if norm_ptr is not None:
-            x32_rk = x_rk.to(tl.float32)
-            if SCALE_FIRST:
-                x32_rk *= scale_r[:, None]
-            else:
-                squares += x32_rk * x32_rk
-            x32_rk = _weighted(x32_rk, norm_ptr, col_k, k_in)
-            x_rk = x32_rk.to(x_rk.dtype) if DOT else x32_rk
-        acc = _multiply(acc, w_nk.to(x_rk.dtype) if DOT else w_nk, x_rk, DOT)
+        x_rk, squares = normed_inputs(
+            x_ptr, norm_ptr, scale_r, squares, col_k, k_in, ROWS, ROWS_PADDED, SCALE_FIRST, DOT
+        )
+        acc = multiply(acc, w_nk.to(x_rk.dtype) if DOT else w_nk, x_rk, DOT)
         if GATED:
             up_nk = _panel_tile(codes_ptr, scales_ptr, offsets_ptr, up_panel, k, k_in, group, BITS, BLOCK_K)
-            up_acc = _multiply(up_acc, up_nk.to(x_rk.dtype) if DOT else up_nk, x_rk, DOT)
+            up_acc = multiply(up_acc, up_nk.to(x_rk.dtype) if DOT else up_nk, x_rk, DOT)
 
-    if SCALE_FIRST:
-        scale_r = tl.full((ROWS_PADDED,), 1.0, dtype=tl.float32)  # it is in x already
-    elif norm_ptr is not None:
-        scale_r = tl.rsqrt(tl.sum(squares, axis=1) / k_in + eps)
+    scale_r = scale_after(norm_ptr, squares, k_in, eps, ROWS_PADDED, SCALE_FIRST)
     row_n = tl.arange(0, PANEL_ROWS)
-    y_nr = _finish(acc, scale_r, bias_ptr, panel * PANEL_ROWS + row_n, DOT)
+    y_nr = finish(acc, scale_r, bias_ptr, panel * PANEL_ROWS + row_n, DOT)
     if GATED:
-        y_nr = activate(y_nr, ACTIVATION) * _finish(up_acc, scale_r, bias_ptr, up_panel * PANEL_ROWS + row_n, DOT)
-    _store(y_ptr, residual_ptr, y_nr, panel * PANEL_ROWS + row_n, n_out, ROWS, ROWS_PADDED)
+        y_nr = activate(y_nr, ACTIVATION) * finish(up_acc, scale_r, bias_ptr, up_panel * PANEL_ROWS + row_n, DOT)
+    store_rows(y_ptr, residual_ptr, y_nr, panel * PANEL_ROWS + row_n, n_out, ROWS, ROWS_PADDED)
 
 
 def plan_launch(

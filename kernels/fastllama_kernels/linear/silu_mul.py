@@ -16,7 +16,7 @@ from fastllama_kernels.common import pdl
 from fastllama_kernels.common.activations import FUNCTIONS
 from fastllama_kernels.common.checks import check, check_activation, check_dtype
 from fastllama_kernels.common.launch import Launch, cdiv
-from fastllama_kernels.linear.triton import activate
+from fastllama_kernels.linear.program import activate
 
 BLOCK = 1024
 

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from fastllama_kernels.common.activations import ACTIVATIONS
 from fastllama_kernels.linear import packed_triton
 from fastllama_kernels.linear.op import gate_up_ref, linear_ref
-from fastllama_kernels.linear.packed import PANEL, by_panel, dequantized, packed
+from fastllama_kernels.linear.packed import (
+    PANEL,
+    by_panel,
+    dequantized,
+    gate_up_packed_wide,
+    linear_packed_wide,
+    packed,
+)
 from tests.kernels.linear.test_triton import DTYPES, in_float64
 
 pytestmark = pytest.mark.triton
@@ -120,3 +127,19 @@ def test_a_gate_without_its_up_is_refused() -> None:
     args = draw("cpu", 1, 64, 3, 4, 32, torch.float32, True, False, False, False)
     with pytest.raises(ValueError, match="3 panels, expected an even number"):
         packed_triton.gate_up_packed(*args[:-1], 0, True)
+
+
+@pytest.mark.usefixtures("triton_on_cpu")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_many_rows_are_as_exact_as_torch(device, assert_as_exact, dtype, bits) -> None:
+    args = draw(device, 19, 96, 2, bits, 32, dtype, True, True, True, True)
+    plain, exact = written_out(args)
+    got = linear_packed_wide(*args, True)
+    assert_as_exact(got, linear_ref(*plain), in_float64(*exact))
+    args = draw(device, 19, 96, 2, bits, 32, dtype, False, False, True, False)
+    plain, exact = written_out(args)
+    gate, up = in_float64(*exact).chunk(2, dim=-1)
+    number, function = ACTIVATIONS["silu"]
+    got = gate_up_packed_wide(*args[:-1], number, True)
+    assert_as_exact(got, gate_up_ref(*plain[:-1], number), function(gate) * up)
