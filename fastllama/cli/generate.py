@@ -23,6 +23,7 @@ def generate(
     dtype: options.Dtype = None,
     device: options.Device = None,
     quantize: options.Quantize = None,
+    kv_cache_dtype: options.KVCacheDtype = None,
     max_new_tokens: options.MaxNewTokens = None,
     sample: options.Sample = None,
     temperature: options.Temperature = None,
@@ -42,7 +43,7 @@ def generate(
     with errors_in_one_line(debug):
         sampling = options.sampling_arguments(sample, temperature, top_k, top_p, min_p, seed)
         text = sys.stdin.read() if prompt == "-" else prompt
-        loaded = options.load(model, dtype, device, quiet, strict, quantize)
+        loaded = options.load(model, dtype, device, quiet, strict, quantize, kv_cache_dtype)
         prompt_ids = list(loaded.tokenizer(text).input_ids)
         budget = loaded.budget(len(prompt_ids), max_new_tokens)
         show = _discard if as_json else _echo_after(text)

@@ -41,10 +41,20 @@ class Runner:
 
     Args:
         model: shares its weights with the engine; its q/k/v and gate/up parameters become views of fused matrices.
+        cache_dtype: of keys and values; the weights' when None. See :class:`StaticCache`.
+
+    Raises:
+        NotImplementedError: a cache in 8 bits on a GPU.
     """
 
-    def __init__(self, model: Llama) -> None:
+    def __init__(self, model: Llama, cache_dtype: torch.dtype | None = None) -> None:
+        if cache_dtype == torch.int8 and model.device.type != "cpu":
+            raise NotImplementedError(
+                f"kv_cache_dtype is int8, which the CPU's kernels read, and the model is on {model.device}: "
+                "set model.kv_cache_dtype to None"
+            )
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
+        self.cache_dtype = cache_dtype
         with plain_mode():
             self._net = FusedDecoder(model)
         self._weights = weights_fingerprint(model)
@@ -144,7 +154,8 @@ class Runner:
             return
         with plain_mode(), self._launching():
             if held is None or self._buffers is None:
-                self._buffers = Buffers(self.config, rows, slots, CHUNK_SIZES, self.device, self.dtype)
+                dtypes = (self.dtype, self.cache_dtype)
+                self._buffers = Buffers(self.config, rows, slots, CHUNK_SIZES, self.device, *dtypes)
                 return
             more_rows = max(rows, held.batch_size)
             slots = held.max_cache_len if held.max_cache_len >= slots else max(slots, 2 * held.max_cache_len)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastllama.ops.rules import KERNEL_DTYPES, RULES, Case, choose, first_rule, without_kernels
+from fastllama_kernels.attention import codes as kv_codes
 from fastllama_kernels.common import activations, bandwidth, build, calls, shapes
 from fastllama_kernels.layers import op as layers_op
 from fastllama_kernels.linear import packed as packed_op
@@ -28,6 +29,7 @@ packed_kind = layers_op.packed_kind
 PANEL, LINE = packed_op.PANEL, packed_op.LINE
 dequantized, by_panel = packed_op.dequantized, packed_op.by_panel
 packed, unpacked = packed_op.packed, packed_op.unpacked
+kv_columns, kv_encoded, kv_decoded = kv_codes.columns, kv_codes.encoded, kv_codes.decoded
 SamplingParams = sampling_op.SamplingParams
 row_seed = sampling_op.row_seed
 
@@ -133,7 +135,7 @@ def rotary_attention(
     which the programs of a kernel count each other. Engines that may run at the same time need counters of their own.
     """
     args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd, arrived_p)
-    return _run("rotary_attention", *args, tokens=qkv_btn.shape[1], head_dim=k_cache_bksd.shape[3])
+    return _run("rotary_attention", *args, tokens=qkv_btn.shape[1], head_dim=cos_sd.shape[1])
 
 
 def sample(logits_bv: torch.Tensor, params: SamplingParams, position_b: torch.Tensor) -> torch.Tensor:

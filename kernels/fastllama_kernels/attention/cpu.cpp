@@ -38,7 +38,7 @@ struct Shape {
   int64_t state() const { return dim + 2; }                        // of one query: values, sum and top of its softmax
 };
 
-// The keys or values of one KV head: rows of dim numbers, or of dim codes and the float32 that they are multiples of.
+// The keys or values of one KV head: rows of dim numbers, or of dim codes and their scale (codes.py).
 template <typename C>
 struct Rows {
   static constexpr bool kCodes = std::is_same_v<C, int8_t>;
@@ -59,8 +59,11 @@ struct Rows {
     if constexpr (kCodes) {
       float largest = 0.f;
       for (int64_t i = 0; i < dim; ++i) largest = x[i] == x[i] ? std::max(largest, std::abs(x[i])) : x[i];
-      const float scale = largest / 127.f, inverse = scale > 0.f ? 127.f / largest : 0.f;
-      for (int64_t i = 0; i < dim; ++i) row[i] = static_cast<int8_t>(std::nearbyint(x[i] * inverse));
+      const float scale = largest / 127.f;
+      for (int64_t i = 0; i < dim; ++i) {
+        const float code = scale > 0.f ? std::nearbyint(x[i] / scale) : 0.f;
+        row[i] = code == code ? static_cast<int8_t>(code) : 0;
+      }
       std::memcpy(row + dim, &scale, sizeof(scale));
     } else {
       for (int64_t i = 0; i < dim; ++i) row[i] = static_cast<C>(x[i]);
