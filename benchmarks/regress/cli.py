@@ -59,7 +59,7 @@ Slowdown = Annotated[float, typer.Option(min=0, help="Percent by which the head'
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 3 when inconclusive.")]
 SkipOldBase = Annotated[bool, typer.Option("--skip-old-base", help="Exit with 0 when the base cannot be measured.")]
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 import typer
@@ -79,6 +78,8 @@ def _echo_after(prompt: str) -> Callable[[str], None]:
 
 def _table(loaded: options.Loaded, prompt_ids: list[int], budget: int, quiet: bool) -> tuple[Any, dict[str, Any]]:
     """The table of ``--table``, to print and as a record."""
+    from importlib.metadata import entry_points
+
     found = entry_points(group=TABLES, name="decode")
     if not found:
         raise ImportError(

@@ -23,7 +23,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 logger = logging.getLogger(__name__)
 
@@ -220,6 +219,8 @@ class CompiledOrPlain:
 
 def machine_fault(error: BaseException) -> str | None:
     """What the machine lacks, where that is why a step could not be compiled; None: it is another fault."""
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
     seen: BaseException | None = error
     while seen is not None:
         inner = getattr(seen, "inner_exception", None)

@@ -34,13 +34,16 @@ SamplingParams = sampling_op.SamplingParams
 row_seed = sampling_op.row_seed
 
 
-@torch.compiler.assume_constant_result
 def _index(op: str, device: str, dtype: torch.dtype, rows: int, tokens: int, head_dim: int | None) -> int | None:
     """Index in RULES of what runs; heads that the kernels do not take are logged, once."""
     index, reason = choose(op, device, dtype, Case(rows, tokens, head_dim, dtype))
     if reason and reason.startswith("head_dim"):
         _log_heads(reason)
     return index
+
+
+# What torch.compiler.assume_constant_result does; that function imports torch._dynamo, which takes seconds.
+_index._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @functools.cache
