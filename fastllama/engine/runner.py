@@ -1,7 +1,8 @@
 """The engine: rows in fixed memory, moved on by compiled steps.
 
 Decoding a token is a fixed program over fixed memory: ids, positions, settings, finished flags and output of every row
-live in buffers that never move, and one compiled step goes from token id to next token id, updating them in place.
+live in buffers that never move, and one step goes from token id to next token id, updating them in place: one operation
+on a CPU, a compiled and recorded graph on CUDA.
 The runner knows rows and no policy: which rows decode, and until when, is decided by who calls it.
 
 Shape suffixes: ``b`` batch, ``t`` query tokens, ``v`` vocabulary, ``n`` output tokens.
@@ -90,7 +91,7 @@ class Runner:
 
     @property
     def compiled_steps(self) -> tuple[StepKey, ...]:
-        """What has been compiled."""
+        """What has been compiled; on a CPU nothing is, where its kernels take a whole step."""
         return self._steps.keys
 
     def serves(self, model: Llama) -> bool:
@@ -212,15 +213,18 @@ class Runner:
         self._compiled("decode", b, 1)
 
     def _compiled(self, kind: str, b: int, t: int) -> Callable[[], None]:
-        """One run of a step; where it is new it is compiled, which changes nothing that rows have."""
+        """One run of a step. Where it is new and not one operation it is compiled, which changes nothing of rows."""
         key, buffers, net = StepKey(kind, b, t), self._ready, self._net
-        is_new = key not in self._steps.keys
+        at_once = kind != "prefill" and self._steps.is_one_operation(self.dtype, b, t)
+        is_new = not at_once and key not in self._steps.keys
         if kind == "decode":
-            call = self._steps.bound(key, steps.decode, net, buffers.rows(b), buffers.memory)
+            rows = (net, buffers.rows(b), buffers.memory)
+            call = steps.decode_at_once(*rows) if at_once else self._steps.bound(key, steps.decode, *rows)
         elif kind == "prefill":
             call = self._steps.bound(key, steps.prefill, net, buffers.chunk(b, t), buffers.memory)
         else:
-            call = self._steps.bound(key, steps.verify, net, buffers.chunk(b, t), buffers.memory, buffers.logits(b, t))
+            chunk = (net, buffers.chunk(b, t), buffers.memory, buffers.logits(b, t))
+            call = steps.verify_at_once(*chunk) if at_once else self._steps.bound(key, steps.verify, *chunk)
         if is_new:
             logger.info("compiling %s step: batch %d, tokens %d", *key)
             buffers.mark_dynamic(b)

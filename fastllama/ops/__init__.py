@@ -13,6 +13,7 @@ from fastllama.ops.rules import KERNEL_DTYPES, RULES, Case, choose, first_rule, 
 from fastllama_kernels.attention import codes as kv_codes
 from fastllama_kernels.common import activations, bandwidth, build, calls, shapes
 from fastllama_kernels.layers import op as layers_op
+from fastllama_kernels.layers import step as step_op
 from fastllama_kernels.linear import packed as packed_op
 from fastllama_kernels.linear import quantize as quantize_op
 from fastllama_kernels.sampling import op as sampling_op
@@ -24,6 +25,7 @@ Shape = shapes.Shape
 SHAPES = shapes.SHAPES  # of published models
 Layer = layers_op.Layer
 Weights = layers_op.Weights
+network = step_op.network
 DENSE, DENSE_BIAS, TENSORS = layers_op.DENSE, layers_op.DENSE_BIAS, layers_op.TENSORS
 packed_kind = layers_op.packed_kind
 PANEL, LINE = packed_op.PANEL, packed_op.LINE
@@ -174,6 +176,21 @@ def layers(
     return _run("layers", x_btm, *args, tokens=x_btm.shape[1])
 
 
+def runs_at_once(device: torch.device, dtype: torch.dtype, rows: int, tokens: int) -> bool:
+    """Whether a step is one operation, :func:`decode_step` or :func:`verify_step`, that needs no compiling."""
+    return _index("step", str(device), dtype, rows, tokens, None) is not None
+
+
+def decode_step(rows: Sequence[torch.Tensor], *network: Any) -> None:
+    """A decode step in place, where :func:`runs_at_once`; see :mod:`fastllama_kernels.layers.step`."""
+    torch.ops.fastllama.decode_step(rows, *network)
+
+
+def verify_step(ids_bt: torch.Tensor, position_bt: torch.Tensor, *network: Any) -> None:
+    """A verify step, where :func:`runs_at_once`; see :mod:`fastllama_kernels.layers.step`."""
+    torch.ops.fastllama.verify_step(ids_bt, position_bt, *network)
+
+
 # ---- what runs, for people -----------------------------------------------------------------------------------------
 
 
@@ -208,7 +225,9 @@ def report(
     """
     choices = _choices(str(torch.device(device)), dtype, Case(rows, tokens, head_dim, dtype))
     choices = (choice for choice in choices if quantized or not choice.op.endswith(PACKED))
-    return [*choices, Choice("embedding, bookkeeping", "Inductor", "fused by torch.compile")]
+    found = list(choices)
+    at_once = any(choice.op == "step" for choice in found)
+    return found if at_once else [*found, Choice("embedding, bookkeeping", "Inductor", "fused by torch.compile")]
 
 
 def _choices(device: str, dtype: torch.dtype, case: Case) -> Iterator[Choice]:
@@ -228,7 +247,10 @@ def _choices(device: str, dtype: torch.dtype, case: Case) -> Iterator[Choice]:
 def kernels_per_step(
     device: torch.device | str, dtype: torch.dtype, layers: int, head_dim: int | None = None
 ) -> int | None:
-    """Our kernels in a decode step of one row; Inductor adds embedding and bookkeeping. None: all are Inductor's."""
+    """Our kernels in a decode step of one row; on CUDA Inductor adds embedding and bookkeeping.
+
+    On a CPU the step is one operation. None: all are Inductor's.
+    """
     device, case = str(torch.device(device)), Case(head_dim=head_dim, dtype=dtype)
     if without_kernels(device, dtype):
         return None
@@ -237,8 +259,10 @@ def kernels_per_step(
         index, _ = choose(op, device, dtype, case)
         return 0 if index is None else RULES[op][index].launches
 
+    if launches("step"):
+        return launches("step")
     in_layers = layers * sum(launches(call.op) for call in calls.STEP if call.in_layer)
-    return (launches("layers") or in_layers) + sum(launches(call.op) for call in calls.STEP if not call.in_layer)
+    return in_layers + sum(launches(call.op) for call in calls.STEP if not call.in_layer)
 
 
 def memory_reader() -> Callable[[torch.Tensor], int] | None:
