@@ -177,16 +177,18 @@ def disturbances(found: Mapping[str, Any], in_cache: bool) -> list[str]:
     return lines
 
 
-def workload_of(model: LlamaForCausalLM, batch: int, prompt_len: int, new_tokens: int, slots: int | None) -> Workload:
+def workload_of(
+    model: LlamaForCausalLM, batch: int, prompt_len: int, new_tokens: int, capacity: int | None
+) -> Workload:
     """Random prompts; ValueError where the slots or, on a CPU, the free memory cannot hold the tokens.
 
     A CPU's system would not refuse such an allocation, but end the process once the memory is written to.
     """
     needed = prompt_len + new_tokens
-    if slots is not None and slots < needed:
-        raise ValueError(f"{prompt_len} + {new_tokens} tokens do not fit {slots} slots")
+    if capacity is not None and capacity < needed:
+        raise ValueError(f"{prompt_len} + {new_tokens} tokens do not fit {capacity} slots")
     bucket = 1 << (batch - 1).bit_length()  # rows run in powers of two
-    nbytes = kv_cache_bytes(model.config, slots or needed, bucket, model.dtype.itemsize)
+    nbytes = kv_cache_bytes(model.config, capacity or needed, bucket, model.dtype.itemsize)
     if model.device.type == "cpu" and nbytes > free_memory():
         raise ValueError(f"the KV cache takes {nbytes / 1e9:.3g} GB, {free_memory() / 1e9:.3g} GB are free")
-    return Workload.random(model.config.vocab_size, batch, prompt_len, new_tokens, slots)
+    return Workload.random(model.config.vocab_size, batch, prompt_len, new_tokens, capacity)

@@ -135,7 +135,9 @@ def test_the_page_is_written_and_then_found_up_to_date(tmp_path: Path) -> None:
     stale = run(*arguments, "--check")
     assert stale.exit_code == 1
     assert page.read_text() == PAGE
-    assert stale.stderr == "readme: README.md is not what the records say: run fastllama bench report --readme\n"
+    assert (
+        stale.stderr == "fastllama: error: README.md is not what the records say: run fastllama bench report --readme\n"
+    )
     assert run(*arguments).exit_code == 0
     assert "Llama-3.2-1B shape" in page.read_text()
     assert run(*arguments, "--check").exit_code == 0
