@@ -66,9 +66,7 @@ def opened(tiny: LlamaConfig, tmp_path: Path) -> Callable[[Path], LlamaCpp]:
     return opened
 
 
-def test_llama_bench_times_the_prompt_and_then_as_many_steps_as_others_take(
-    opened, tmp_path: Path, program: Path
-) -> None:
+def test_llama_bench_times_the_prompt_and_then_as_many_steps_as_others_take(opened, tmp_path, program) -> None:
     contender = opened(program)
     run = contender.run(Workload.random(64, 1, 24, 9))
     assert (run.tokens, run.ttft, run.tpot) == (None, pytest.approx(3e-3), pytest.approx((5e-4,)))

@@ -155,8 +155,6 @@ def test_equal_records_give_equal_plots(tmp_path: Path, kind: str) -> None:
     decodes = [RECORDS[1] | {"batch": batch} for batch in (1, 2, 4)]
     kernels = [record for record in RECORDS if record["kind"] == "kernels"]
     records = {"decode": decodes[:1], "grid": decodes, "kernels": kernels}[kind]
-    if not records:
-        pytest.skip("no such record")
     for name in ("a.svg", "b.svg"):
         plot(records, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
