@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import RenderableType
 from typer.core import TyperGroup
 
+from fastllama import LlamaForCausalLM
 from fastllama.cli import options
 from fastllama.cli.console import errors_in_one_line, progress, stderr, stdout, write, write_json
 
+from .contenders import EAGER, parse
 from .gpu_suite import gpu
+from .records import RECORDS, RecordError, append, new_record, read, weight_fields
 from .regress.cli import regress
-
-if TYPE_CHECKING:  # torch takes seconds to import; --help and wrong usage answer without it
-    from rich.console import RenderableType
-
-    from fastllama import LlamaForCausalLM
+from .workload import Workload, reason
 
 TABLE_TOKENS, TABLE_ROUNDS = 64, 2  # of each timed decode of generate --table
 
-Batch = Annotated[str, typer.Option(help="Sequences decoded together, with commas.", metavar="LIST")]
 PromptLen = Annotated[str, typer.Option(help="Tokens of each prompt, which is random, with commas.", metavar="LIST")]
 Capacity = Annotated[str, typer.Option(help="KV cache slots, with commas.", show_default="enough", metavar="LIST")]
-NewTokens = Annotated[int, typer.Option(min=2, help="New tokens of each decode.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Timed runs of each contender.")]
 Peers = Annotated[
     str, typer.Option(help="all, none, or some of eager,transformers,static,gpt-fast,llama.cpp.", metavar="LIST")
@@ -43,15 +43,13 @@ Kind = Annotated[
 ]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Markdown in place of tables for a terminal.")]
 Readme = Annotated[bool, typer.Option("--readme", help="Fill README.md's figures from the committed records.")]
-Check = Annotated[bool, typer.Option("--check", help="With --readme: exit with 1 where it is out of date.")]
 
 
 class _DecodeByDefault(TyperGroup):
     """``fastllama bench --model x`` is ``fastllama bench decode --model x``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        wants_help = bool(args) and args[0] in ctx.help_option_names
-        if not wants_help and (not args or args[0] not in self.commands):
+        if not args or args[0] not in {*self.commands, *ctx.help_option_names}:
             args.insert(0, "decode")
         return super().parse_args(ctx, args)
 
@@ -68,9 +66,9 @@ def decode(
     model: options.Model = "demo",
     dtype: options.Dtype = None,
     device: options.Device = None,
-    batch: Batch = "1",
+    batch: Annotated[str, typer.Option(help="Sequences decoded together, with commas.", metavar="LIST")] = "1",
     prompt_len: PromptLen = "64",
-    new_tokens: NewTokens = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="New tokens of each decode.")] = 64,
     capacity: Capacity = "",
     rounds: Rounds = 5,
     peers: Peers = "all",
@@ -87,22 +85,14 @@ def decode(
     """Tokens per second of greedy decodes: fastllama, peers and the bound interleaved, outputs checked."""
     with errors_in_one_line(debug):
         asked = peers_of(peers, gpt_fast, llama_bench) | {"rounds": rounds}
-        batches, prompts, slots = map(numbers, (batch, prompt_len, capacity))
-        from . import plots
-
-        plots.ready(plot)
-        points = [(*each, new_tokens) for each in itertools.product(batches, prompts, slots or [None])]
-        keep, failed, schemes = Keeper(options.pick_device(device), json_file, record), [], quantize.split(",")
+        sizes = {"batch": numbers(batch), "prompt_len": numbers(prompt_len), "new_tokens": [new_tokens]}
+        sizes |= {"capacity": numbers(capacity) or [None]}
+        points = [dict(zip(sizes, each, strict=True)) for each in itertools.product(*sizes.values())]
+        schemes = quantize.split(",")
+        keep = Keeper(options.pick_device(device), json_file, record, plot, quiet, len(points) * len(schemes) > 1)
         for scheme in schemes:
-            loaded, described = load(model, dtype, device, quiet, None if scheme == "stored" else scheme)
-            several = len(points) * len(schemes) > 1
-            failed += measure_points(loaded, points, asked, described, keep, launches, quiet, several)
-        keep.write_json(failed if several else None)
-        if plot and keep.records:
-            plots.plot([each for each in keep.records if each["kind"] == "decode"], plot)
-        wrong = [each["reason"] for each in failed if not keep.records or "parity gate" in each["reason"]]
-        if wrong:
-            raise ValueError(f"{len(failed)} points failed; the first with: {wrong[0]}")
+            measure_points(model, dtype, scheme, points, launches, keep, **asked)
+        keep.finish()
 
 
 @app.command()
@@ -123,15 +113,13 @@ def startup(
 ) -> None:
     """Seconds from starting a process to its first token, phase by phase, with empty and with warm caches."""
     with errors_in_one_line(debug):
-        asked = peers_of(peers, gpt_fast, llama_bench) | {"dtype": dtype, "device": options.pick_device(device)}
+        asked = peers_of(peers, gpt_fast, llama_bench)
         from .startup import measure
 
+        keep = Keeper(options.pick_device(device), json_file, record, quiet=quiet)
         sizes = {"prompt_len": prompt_len, "rounds": rounds, "cold_rounds": cold_rounds}
-        with progress(quiet) as say:
-            fields = measure(model, say=say, **sizes, **asked)
-        keep = Keeper(asked["device"], json_file, record)
-        keep.add("startup", fields)
-        keep.write_json()
+        keep.measure("startup", measure, model, dtype=dtype, device=keep.device, **sizes, **asked)
+        keep.finish()
 
 
 @app.command()
@@ -152,19 +140,13 @@ def kernels(
 ) -> None:
     """Microseconds and GB/s of each operation of a decode step, compared with torch's operators. Loads no weights."""
     with errors_in_one_line(debug):
-        from . import plots
         from .kernels.measure import measure_kernels
         from .kernels.ops import Shapes
 
-        plots.ready(plot)
-        shapes = Shapes.of(model, dtype, options.pick_device(device), batch=batch, live=live, capacity=capacity)
-        with progress(quiet) as say:
-            fields = measure_kernels(shapes, rounds, say, only.split(",") if only else None)
-        keep = Keeper(shapes.device, json_file, record)
-        keep.add("kernels", fields)
-        keep.write_json()
-        if plot:
-            plots.plot(keep.records, plot)
+        keep = Keeper(options.pick_device(device), json_file, record, plot, quiet)
+        shapes = Shapes.of(model, dtype, keep.device, batch=batch, live=live, capacity=capacity)
+        keep.measure("kernels", measure_kernels, shapes, rounds, only=only.split(",") if only else None)
+        keep.finish()
 
 
 @app.command()
@@ -183,15 +165,11 @@ def quality(
 ) -> None:
     """What quantization costs: perplexity, divergence and agreement with the weights as they are, over a text."""
     with errors_in_one_line(debug):
-        from .quality import held_out_text, measure
+        from .quality import measure
 
-        content = text.read_text(encoding="utf-8") if text else held_out_text(docstrings=model != "demo")
-        where, sizes = options.pick_device(device), (tokens, window)
-        with progress(quiet) as say:
-            fields = measure(model, dtype, where, [*filter("none".__ne__, schemes.split(","))], content, *sizes, say)
-        keep = Keeper(where, json_file, record)
-        keep.add("quality", fields | {"text": text.name if text else "the standard library"})
-        keep.write_json()
+        keep = Keeper(options.pick_device(device), json_file, record, quiet=quiet)
+        keep.measure("quality", measure, model, dtype, keep.device, schemes.split(","), text, tokens, window)
+        keep.finish()
 
 
 @app.command()
@@ -201,7 +179,7 @@ def report(
     as_markdown: Markdown = False,
     plot: Plot = None,
     readme: Readme = False,
-    check: Check = False,
+    check: Annotated[bool, typer.Option("--check", help="With --readme: exit with 1 where it is out of date.")] = False,
     debug: options.Debug = False,
 ) -> None:
     """Show, plot or publish records."""
@@ -209,7 +187,6 @@ def report(
         from . import plots
         from . import report as reports
         from .readme import main as fill_readme
-        from .records import RECORDS, read
 
         if readme:
             return fill_readme(check)
@@ -233,10 +210,8 @@ def generate_table(
     model: LlamaForCausalLM, prompt_ids: list[int], new_tokens: int, say: Callable[[str], None]
 ) -> tuple[RenderableType, dict[str, Any]]:
     """The table of ``fastllama generate --table`` and its figures: the engine compared with the eager forward."""
-    from .contenders import EAGER
     from .decode import compare
     from .report import console
-    from .workload import Workload
 
     workload = Workload((tuple(prompt_ids),), max(2, min(TABLE_TOKENS, new_tokens)))
     fields = compare(model, workload, rounds=TABLE_ROUNDS, peers=(EAGER,), say=say)
@@ -245,8 +220,6 @@ def generate_table(
 
 def peers_of(text: str, gpt_fast: Path | None, llama_bench: Path | None) -> dict[str, Any]:
     """The names that ``--peers`` gives, and where those are that are no Python packages."""
-    from .contenders import parse
-
     try:
         names = parse(text)
     except ValueError as error:
@@ -263,84 +236,90 @@ def numbers(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, parts)))
 
 
-def load(
-    model: str, dtype: str | None, device: str | None, quiet: bool, quantize: str | None = None
-) -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """The model, and the fields of a record that describe it."""
-    from fastllama import LlamaForCausalLM
+def measure_points(
+    model: str, dtype: str | None, scheme: str, points: list[dict[str, Any]], launches: bool, keep: Keeper, **asked: Any
+) -> None:
+    """Load a model and measure points, each from a released engine, for a cache that has grown stays grown."""
+    from .decode import compare, workload_of
+    from .launches import measure_launches
 
-    where = options.pick_device(device)
-    loaded = LlamaForCausalLM.from_pretrained(model, dtype, where, quantize, progress=not quiet)
-    weights = {"dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device)}
-    weights |= {"quantize": None if quantize == "none" else quantize}
-    return loaded, {"model": model, **weights, "config": loaded.config.to_dict()}
+    quantize = None if scheme == "stored" else scheme
+    loaded = LlamaForCausalLM.from_pretrained(model, dtype, keep.device, quantize, progress=not keep.quiet)
+    keep.common = weight_fields(model, loaded, quantize)
+    for point in points:
+        title = ", ".join(f"{name} {value}" for name, value in ({"quantize": quantize} | point).items() if value)
+        with keep.point(title, point):
+            workload = workload_of(loaded, **point)
+            loaded.release()
+            keep.measure("decode", compare, loaded, workload, **asked)
+            if launches:
+                keep.add("launches", {"parity": True} | measure_launches(loaded, workload))
 
 
+@dataclass
 class Keeper:
     """Shows each record as it comes and appends it to the file at once, so that an interruption loses nothing."""
 
-    def __init__(self, device: Any, json_file: str | None, record_file: Path | None) -> None:
-        self._device, self._json, self._file = device, json_file, record_file
-        self._console = stderr() if json_file == "-" else stdout()
-        self.records: list[dict[str, Any]] = []
+    device: str
+    json_file: str | None
+    record_file: Path | None
+    plot_file: Path | None = None
+    quiet: bool = False
+    is_grid: bool = False
+    common: dict[str, Any] = field(default_factory=dict)  # fields of each record
+    records: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)  # points of a grid, and why
 
-    def add(self, kind: str, fields: dict[str, Any], title: str = "") -> None:
+    def __post_init__(self) -> None:
+        from . import plots
+
+        plots.ready(self.plot_file)
+        self._console = stderr() if self.json_file == "-" else stdout()
+
+    def measure(self, kind: str, function: Callable[..., dict[str, Any]], *arguments: Any, **named: Any) -> None:
+        """Show the progress of a measurement and make a record of what it returns."""
+        with progress(self.quiet) as say:
+            fields = function(*arguments, say=say, **named)
+        self.add(kind, fields)
+
+    def add(self, kind: str, fields: dict[str, Any]) -> None:
         """Make a record, show it, keep it; RecordError if the outputs failed the parity gate."""
         from .environment import environment
-        from .records import RecordError, append, new_record
         from .report import console
 
-        record = new_record(kind, fields, environment(self._device))
-        if title:
-            self._console.print(title, markup=False)
+        record = new_record(kind, self.common | fields, environment(self.device))
         self._console.print(console(record))
         if not record["parity"]:
             raise RecordError("the outputs failed the parity gate: no figures are recorded")
-        if self._file:
-            append(record, self._file)
+        if self.record_file:
+            append(record, self.record_file)
         self.records.append(record)
 
-    def write_json(self, failed: list[dict[str, Any]] | None = None) -> None:
-        """Write the record; of a grid, all its points and those that failed."""
-        if self._json and (failed is not None or self.records):
-            write_json(self.records[0] if failed is None else {"points": self.records, "failed": failed}, self._json)
-
-
-def measure_points(
-    model: LlamaForCausalLM,
-    points: Sequence[tuple[int, int, int | None, int]],
-    asked: dict[str, Any],
-    described: dict[str, Any],
-    keep: Keeper,
-    launches: bool,
-    quiet: bool,
-    several: bool,
-) -> Iterator[dict[str, Any]]:
-    """Measure points, each from a released engine, for a cache that has grown stays grown; yields those that fail.
-
-    A failure does not end a grid, but does end a single decode.
-    """
-    from .decode import compare, workload_of
-    from .launches import measure_launches
-    from .workload import reason
-
-    for batch, prompt_len, slots, new_tokens in points:
-        title = ", ".join(filter(None, (described["quantize"], f"batch {batch}", f"prompt of {prompt_len}")))
-        title += f", {slots} slots" * bool(slots)
+    @contextmanager
+    def point(self, title: str, sizes: dict[str, Any]) -> Iterator[None]:
+        """Measure a point in it: a failure does not end a grid, but does end a single decode."""
+        if self.is_grid:
+            self._console.print(title, markup=False)
         try:
-            workload = workload_of(model, batch, prompt_len, new_tokens, slots)
-            model.release()
-            with progress(quiet) as say:
-                fields = compare(model, workload, say=say, **asked)
-            keep.add("decode", described | fields, title if several else "")
-            if launches:
-                keep.add("launches", described | {"parity": True} | measure_launches(model, workload))
+            yield
         except Exception as error:
-            if not several:
+            if not self.is_grid:
                 raise
             stderr().print(f"{title} failed: {reason(error)}", markup=False)
-            sizes = {"batch": batch, "prompt_len": prompt_len, "new_tokens": new_tokens, "capacity": slots}
-            yield sizes | {"reason": reason(error)}
+            self.failed.append(sizes | {"reason": reason(error)})
+
+    def finish(self) -> None:
+        """Write what JSON file and plot were asked for; of a grid, all its points and those that failed."""
+        from . import plots
+
+        if self.json_file and (self.is_grid or self.records):
+            grid = {"points": self.records, "failed": self.failed}
+            write_json(grid if self.is_grid else self.records[0], self.json_file)
+        if self.plot_file and self.records:
+            plots.plot([each for each in self.records if each["kind"] != "launches"], self.plot_file)
+        wrong = [each["reason"] for each in self.failed if not self.records or "parity gate" in each["reason"]]
+        if wrong:
+            raise ValueError(f"{len(self.failed)} points failed; the first with: {wrong[0]}")
 
 
 if __name__ == "__main__":

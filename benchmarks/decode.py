@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 from unittest.mock import patch
@@ -15,30 +16,26 @@ from torch._dynamo.utils import counters
 from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
 
 from fastllama import LlamaForCausalLM
-from fastllama.measure import (
-    BandwidthProbe,
-    kv_cache_bytes,
-    last_level_cache,
-    quantiles,
-    weight_bytes_per_step,
-)
+from fastllama.measure import BandwidthProbe, kv_cache_bytes, last_level_cache, quantiles, weight_bytes_per_step
 from fastllama.model.cache import free_memory
 
-from .contenders import Task, open_peers
+from .contenders import GPT_FAST, make, prepare
 from .contenders.fastllama import Engine
+from .contenders.remote import Remote
+from .environment import bandwidth
 from .parity import Parity, check_all
-from .rounds import WARMUP_RUNS, Results, Say, interleave
-from .workload import Decode, Workload
+from .rounds import Results, Say, interleave
+from .workload import Contender, Decode, Task, Workload, reason
 
 STEADY = 1.15  # largest over smallest reading of the bandwidth in a run that was not disturbed
+IN_A_PROCESS = {GPT_FAST}  # it configures torch, and its modules are called model and generate
 
 
 class CountedEngine(Engine):
     """The engine, and how many functions and CUDA graphs each of its runs has compiled and recorded."""
 
     def __init__(self) -> None:
-        self.compilations: list[int] = []
-        self.recordings: list[int] = []
+        self.counts: list[tuple[int, int]] = []
 
     def run(self, workload: Workload) -> Decode:
         """Decode once."""
@@ -50,8 +47,7 @@ class CountedEngine(Engine):
 
         with patch.object(CUDAGraphTreeManager, "record_function", record_function):
             done = super().run(workload)
-        self.compilations.append(counters["stats"]["unique_graphs"] - before)
-        self.recordings.append(len(recorded))
+        self.counts.append((counters["stats"]["unique_graphs"] - before, len(recorded)))
         return done
 
 
@@ -67,7 +63,6 @@ def compare(
     workload: Workload,
     *,
     rounds: int,
-    warmups: int = WARMUP_RUNS,
     peers: Sequence[str] = (),
     places: Mapping[str, Any] | None = None,
     say: Say = lambda message: None,
@@ -81,27 +76,34 @@ def compare(
     start = time.perf_counter()
     engine.run(workload)
     first_run_s, peak = time.perf_counter() - start, peak_memory(model.device)
-    with tempfile.TemporaryDirectory(prefix="fastllama-peers-") as workspace:
-        opened, missing = open_peers(peers, replace(task, workspace=workspace))
-        try:
-            results = interleave([engine, *opened], workload, rounds, warmups=warmups, say=say, between=probe.sample)
-            info = {peer.name: peer.info or None for peer in opened if peer.name in results.runs}
-        finally:
-            for peer in opened:
-                peer.close()
+    with tempfile.TemporaryDirectory(prefix="fastllama-peers-") as workspace, ExitStack() as stack:
+        opened, missing = open_peers(peers, replace(task, workspace=workspace), stack)
+        results = interleave([engine, *opened], workload, rounds, say=say, between=probe.sample)
+        info = {peer.name: peer.info or None for peer in opened if peer.name in results.runs}
     results.first_seconds[engine.name] = first_run_s
     say("checking the tokens")
     sizes = ("batch", "prompt_len", "new_tokens", "capacity", "live_tokens")
     found = {name: getattr(workload, name) for name in sizes} | bound_of(model, workload, probe)
-    found |= {
-        "rounds": rounds,
-        "peak_memory_bytes": peak,
-        "compiles_after_warmup": sum(engine.compilations[-rounds:]),
-        "recordings_after_warmup": sum(engine.recordings[-rounds:]),
-    }
+    compiles, recordings = map(sum, zip(*engine.counts[-rounds:], strict=True))
+    found |= {"compiles_after_warmup": compiles, "recordings_after_warmup": recordings}
+    found |= {"rounds": rounds, "peak_memory_bytes": peak}
     parities = check_all(model, workload, {name: runs[0].tokens for name, runs in results.runs.items()})
     found |= entries(workload, results, found, parities, info, missing | results.broken)
     return found | {"disturbed": disturbances(found, found["bytes_per_step"] <= last_level_cache(model.device))}
+
+
+def open_peers(keys: Sequence[str], task: Task, stack: ExitStack) -> tuple[list[Contender], dict[str, str]]:
+    """Load peers, which the stack closes, and say of those that cannot be why."""
+    opened, missing = [], {}
+    for key in keys:
+        try:
+            contender = Remote(key) if key in IN_A_PROCESS else make(key)
+            stack.callback(contender.close)
+            contender.load(prepare(key, task))
+            opened.append(contender)
+        except Exception as error:  # a peer that breaks is a line in the report and does not end the run
+            missing[key] = reason(error)
+    return opened, missing
 
 
 def bound_of(model: LlamaForCausalLM, workload: Workload, probe: BandwidthProbe) -> dict[str, Any]:
@@ -109,13 +111,8 @@ def bound_of(model: LlamaForCausalLM, workload: Workload, probe: BandwidthProbe)
     batch, itemsize = workload.batch, model.dtype.itemsize
     nbytes = weight_bytes_per_step(model, batch)
     nbytes += kv_cache_bytes(model.config, workload.live_tokens, batch, itemsize)
-    return {
-        "bytes_per_step": nbytes,
-        "floor_ms": 1e3 * nbytes / probe.best.bytes_per_second,
-        "memory_bandwidth_gb_s": probe.best.bytes_per_second / 1e9,
-        "memory_bandwidth_method": probe.best.method,
-        "memory_bandwidth_readings_gb_s": [reading / 1e9 for reading in probe.readings],
-    }
+    floor_ms = 1e3 * nbytes / probe.best.bytes_per_second
+    return {"bytes_per_step": nbytes, "floor_ms": floor_ms, **bandwidth(probe)}
 
 
 def entries(
@@ -180,16 +177,18 @@ def disturbances(found: Mapping[str, Any], in_cache: bool) -> list[str]:
     return lines
 
 
-def workload_of(model: LlamaForCausalLM, batch: int, prompt_len: int, new_tokens: int, slots: int | None) -> Workload:
+def workload_of(
+    model: LlamaForCausalLM, batch: int, prompt_len: int, new_tokens: int, capacity: int | None
+) -> Workload:
     """Random prompts; ValueError where the slots or, on a CPU, the free memory cannot hold the tokens.
 
     A CPU's system would not refuse such an allocation, but end the process once the memory is written to.
     """
     needed = prompt_len + new_tokens
-    if slots is not None and slots < needed:
-        raise ValueError(f"{prompt_len} + {new_tokens} tokens do not fit {slots} slots")
+    if capacity is not None and capacity < needed:
+        raise ValueError(f"{prompt_len} + {new_tokens} tokens do not fit {capacity} slots")
     bucket = 1 << (batch - 1).bit_length()  # rows run in powers of two
-    nbytes = kv_cache_bytes(model.config, slots or needed, bucket, model.dtype.itemsize)
+    nbytes = kv_cache_bytes(model.config, capacity or needed, bucket, model.dtype.itemsize)
     if model.device.type == "cpu" and nbytes > free_memory():
         raise ValueError(f"the KV cache takes {nbytes / 1e9:.3g} GB, {free_memory() / 1e9:.3g} GB are free")
-    return Workload.random(model.config.vocab_size, batch, prompt_len, new_tokens, slots)
+    return Workload.random(model.config.vocab_size, batch, prompt_len, new_tokens, capacity)

@@ -1,4 +1,4 @@
-"""Where a record was measured: commit, versions, processor, device, clocks, threads."""
+"""Where a record was measured: commit, versions, processor, device, clocks, threads, bandwidth."""
 
 import functools
 import os
@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from fastllama.cli.console import installed_version
+from fastllama.measure import BandwidthProbe
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "TORCH", "PYTORCH_", "CUDA_", "TRITON_", "LD_PRELOAD")
@@ -56,6 +57,15 @@ def processor() -> dict[str, Any]:
     names = {"avx512bf16": "avx512_bf16", "avx512vnni": "avx512_vnni"}  # as cpuid has them
     flags = {names.get(flag, flag) for flag in found.get("flags", ())}
     return {"cpu": brand, "cpu_instruction_sets": [name for name in INSTRUCTION_SETS.split() if name in flags]}
+
+
+def bandwidth(probe: BandwidthProbe) -> dict[str, Any]:
+    """The fields of every record that say how fast the memory was during the run, and how that was measured."""
+    return {
+        "memory_bandwidth_gb_s": probe.best.bytes_per_second / 1e9,
+        "memory_bandwidth_method": probe.best.method,
+        "memory_bandwidth_readings_gb_s": [reading / 1e9 for reading in probe.readings],
+    }
 
 
 def commit(root: Path = ROOT) -> dict[str, Any]:

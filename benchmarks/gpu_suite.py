@@ -5,7 +5,6 @@ that would not end within the budget; what failed or was skipped is a line below
 rehearses the suite; ``python -m benchmarks.gpu_suite`` runs it in a checkout that is not installed.
 """
 
-import json
 import os
 import re
 import shlex
@@ -24,8 +23,18 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":  # a checkout that is not installed
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import torch  # noqa: E402
+
+from fastllama import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from fastllama.cli.console import CTRL_C  # noqa: E402
+from fastllama.config.fields import read_json  # noqa: E402
+
+from .records import read  # noqa: E402
+
 BUDGET_SECONDS = 520.0
-INTERRUPTED = 130
 MAX_WIDTH = 160
 TESTS = "tests"
 
@@ -40,7 +49,7 @@ class Line(NamedTuple):
     command: str
 
 
-PLAN = json.loads(Path(__file__).with_suffix(".json").read_text())
+PLAN = read_json(Path(__file__).with_suffix(".json"))
 FULL, TINY = PLAN["full"], PLAN["tiny"]  # the sizes
 LINES = tuple(Line(**line) for line in PLAN["lines"])
 
@@ -65,8 +74,6 @@ def gpu(
         raise typer.BadParameter(f"no line is called {', '.join(unknown)}; see --list", param_hint="--only")
     if gpt_fast and not gpt_fast.is_dir():
         raise typer.BadParameter(f"there is no folder {gpt_fast}", param_hint="--gpt-fast")
-    import torch
-
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter(f"torch {torch.__version__} sees no CUDA device; --device cpu --tiny tries the suite")
     # What tiny shapes give is no record.
@@ -94,8 +101,6 @@ class Suite:
 
     def __post_init__(self) -> None:
         self._start = time.monotonic()
-        import torch
-
         device = f"gpu {torch.cuda.get_device_name()}" if self.device == "cuda" else self.device
         name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         stem = f"{name}-{datetime.now(timezone.utc):%Y-%m-%d}"
@@ -103,8 +108,6 @@ class Suite:
 
     def run(self, lines: Sequence[Line]) -> int:
         """All lines, then the table; 0 where everything that was started succeeded."""
-        from .records import read
-
         before = len(read(self.records)) if self.records.exists() else 0
         if self.tiny:
             write_tiny_model(self.workspace / "tiny")
@@ -114,7 +117,7 @@ class Suite:
                 code |= not self.attempt(line)
         except KeyboardInterrupt:
             self.notes.append("interrupted")
-            code = INTERRUPTED
+            code = CTRL_C
         self.notes.append(f"{time.monotonic() - self._start:.0f} s in all; records and log in {self.out}")
         typer.echo(table(read(self.records)[before:] if self.records.exists() else [], self.notes))
         return code
@@ -169,10 +172,6 @@ def run_process(command: Sequence[str], limit: float, log: Path) -> tuple[int | 
 
 def write_tiny_model(folder: Path) -> None:
     """A checkpoint of random weights that every line loads."""
-    import torch
-
-    from fastllama import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**PLAN["tiny_model"])).bfloat16().save_pretrained(folder)
 
@@ -196,5 +195,4 @@ def table(records: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # a checkout that is not installed
     typer.run(gpu)

@@ -14,7 +14,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastllama import LlamaForCausalLM
+from fastllama.measure import BandwidthProbe
 
+from .environment import bandwidth
 from .workload import Workload
 
 PROFILED_STEPS, TIMED_STEPS, REPEATS = 8, 32, 5
@@ -29,6 +31,7 @@ def measure_launches(model: LlamaForCausalLM, workload: Workload) -> dict[str, A
         "batch": workload.batch,
         "prompt_len": workload.prompt_len,
         "capacity": workload.capacity or workload.prompt_len + workload.new_tokens,
+        **bandwidth(BandwidthProbe(model.device)),
         "host_us_per_step": 1e6 * host_seconds_per_step(model, workload),
         **profile_launches(model, workload),
     }

@@ -5,14 +5,16 @@ table of :data:`ROWS`, where each row was measured, and who wins; ``--check`` ex
 records say.
 """
 
+import functools
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 import typer
+
+from fastllama.cli.console import errors_in_one_line
 
 from .contenders import FASTLLAMA, GPT_FAST, LLAMA_CPP, STATIC, TRANSFORMERS, title_of
 from .records import RECORDS, read_all
@@ -82,10 +84,10 @@ def _sentences(label: str, record: Record, known: Sequence[Record]) -> Iterator[
     prompts = [each for each in known if each["kind"] in ("decode", "prefill") and each["batch"] == 1]
     long, start = newest(prompts, prompt_len=LONG_PROMPT, **same), newest(known, kind="startup", **same)
     losses = [
-        (f"with a prompt of {record['prompt_len']} tokens", _slower(record, "ms", _ttft)),
-        (f"with a prompt of {LONG_PROMPT} tokens", _slower(long, "ms", _ttft)),
-        ("at a first start with empty compile caches", _slower(start, "s", lambda entry: _to_first(entry, "empty"))),
-        ("at a start with warm ones", _slower(start, "s", lambda entry: _to_first(entry, "warm"))),
+        (f"with a prompt of {record['prompt_len']} tokens", _slower(record, "ms", "ttft_ms")),
+        (f"with a prompt of {LONG_PROMPT} tokens", _slower(long, "ms", "ttft_ms")),
+        ("at a first start with empty compile caches", _slower(start, "s", "phases", "empty", "to_first_token")),
+        ("at a start with warm ones", _slower(start, "s", "phases", "warm", "to_first_token")),
     ]
     if found := [f"{where} ({times})" for where, times in losses if times]:
         yield f"It is slower to the first token {_listed(found)}."
@@ -95,19 +97,15 @@ def _sentences(label: str, record: Record, known: Sequence[Record]) -> Iterator[
         yield r"\* llama-bench reports no tokens, so its output is not checked."
 
 
-def _ttft(entry: Record) -> float:
-    return entry.get("ttft_ms") or math.inf
-
-
-def _to_first(entry: Record, caches: str) -> float:
-    return entry.get("phases", {}).get(caches, {}).get("to_first_token") or math.inf
-
-
-def _slower(record: Record | None, unit: str, value: Callable[[Record], float]) -> str:
-    """Our time and those of the peers that take less; empty where none does."""
+def _slower(record: Record | None, unit: str, *path: str) -> str:
+    """Our time, which lies at that path of fields, and those of the peers that take less; empty where none does."""
     if record is None:
         return ""
-    ours, times = value(record), {name: value(peer) for name, peer in record["peers"].items() if name in PEERS}
+
+    def time_of(entry: Any) -> float:
+        return functools.reduce(lambda found, name: found.get(name, {}), path, entry) or math.inf
+
+    ours, times = time_of(record), {name: time_of(peer) for name, peer in record["peers"].items() if name in PEERS}
     faster = [f"{SPOKEN.get(name) or name} {number(time)} {unit}" for name, time in times.items() if time < ours]
     return f"{number(ours)} {unit}; {', '.join(faster)}" if faster else ""
 
@@ -132,19 +130,13 @@ def main(
     folder: Annotated[Path, typer.Option("--records", metavar="DIR", help="Folder of records.")] = RECORDS,
 ) -> None:
     """Fill README.md's figures from committed records."""
-    problem = ""
-    try:
+    with errors_in_one_line(debug=False):
         present = page.read_text(encoding="utf-8")
         wanted = fill(present, figures(read_all(folder)))
         if not check:
             page.write_text(wanted, encoding="utf-8")
         elif present != wanted:
-            problem = f"{page.name} is not what the records say: run fastllama bench report --readme"
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    if problem:
-        sys.stderr.write(f"readme: {problem}\n")
-        raise typer.Exit(1)
+            raise ValueError(f"{page.name} is not what the records say: run fastllama bench report --readme")
 
 
 if __name__ == "__main__":

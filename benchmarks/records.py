@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from fastllama import LlamaForCausalLM
+
 SCHEMA = 1
 RECORDS = Path(__file__).resolve().parent / "records"
 
@@ -27,6 +29,8 @@ DECODE: Types = {
     "tpot_ms": (dict, type(None)),
     "peers": (dict,),
 }
+#: Of new records; launches and quality did not have it once.
+NEW: Types = {"memory_bandwidth_gb_s": NUMBER}
 LAUNCHES = ("host_us_per_step", "kernels_per_step", "copies_per_step", "kernel_us_per_step")
 KINDS: dict[str, Types] = {
     "decode": DECODE,
@@ -47,23 +51,30 @@ class RecordError(ValueError):
     """A record that may not be kept, or a file that holds something other than records."""
 
 
+def weight_fields(name: str, model: LlamaForCausalLM, quantize: str | None = None) -> dict[str, Any]:
+    """The fields of every record that say which weights were measured, and where they lay."""
+    kind, scheme = str(model.dtype).removeprefix("torch."), None if quantize == "none" else quantize
+    where = {"model": name, "dtype": kind, "device": str(model.device), "quantize": scheme}
+    return where | {"config": model.config.to_dict()}
+
+
 def new_record(kind: str, fields: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
     """A record of this moment."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     record = {"schema": SCHEMA, "kind": kind, "time": now} | dict(fields) | {"environment": dict(environment)}
-    validate(record)
+    validate(record, NEW)
     return record
 
 
-def validate(record: Mapping[str, Any]) -> None:
-    """Raise RecordError for a record that does not follow the schema, naming every field at fault."""
+def validate(record: Mapping[str, Any], more: Types | None = None) -> None:
+    """Raise RecordError for a record that does not follow the schema and has these fields, naming all at fault."""
     kind, schema = record.get("kind"), record.get("schema")
     if schema != SCHEMA:
         raise RecordError(f"records of schema {SCHEMA} are known, this one says {schema!r}")
     if kind not in KINDS:
         raise RecordError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
     faults = []
-    for name, types in (COMMON | KINDS[kind]).items():
+    for name, types in (COMMON | KINDS[kind] | (more or {})).items():
         value, expected = record.get(name), " or ".join(each.__name__ for each in types)
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             faults.append(f"{name} is {type(value).__name__ if name in record else 'missing'}, expected {expected}")

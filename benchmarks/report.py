@@ -20,10 +20,6 @@ Record = Mapping[str, Any]
 
 BOUND = "bound"
 SIZES = ("kind", "time", "model", "dtype", "device", "batch", "prompt_len", "new_tokens", "capacity")
-PHASES = dict(
-    zip(("import", "load", "compile", "1st token"), ("import", "load", "compile", "first_token"), strict=True)
-)
-PHASES |= {"to 1st": "to_first_token", "to last": "to_last_token"}
 REFERENCES = ("torch", "F.linear")
 OUTPUTS = {"--json", "--record", "--plot", "--out"}  # options, and their values, that do not decide what is measured
 PLACES = {"--gpt-fast": "DIR", "--llama-bench": "PATH"}
@@ -126,12 +122,18 @@ QUALITY: Columns = {
     "KL, nats": _cell("divergence", "{:.2g}".format),
     "same token": _cell("agreement", "{:.1%}".format),
 }
-STARTUP = {"": _cell("name", str), **{title: _cell(name) for title, name in PHASES.items()}}
 COLUMNS: dict[str, Columns] = {
     "decode": DECODE,
     "prefill": DECODE,
     "quality": QUALITY,
-    "startup": STARTUP | {"speed-up": _cell("ratio", times)},
+    "startup": {
+        "": _cell("name", str),
+        **{phase: _cell(phase) for phase in ("import", "load", "compile")},
+        "1st token": _cell("first_token"),
+        "to 1st": _cell("to_first_token"),
+        "to last": _cell("to_last_token"),
+        "speed-up": _cell("ratio", times),
+    },
     "kernels": {
         "": _cell("name", str),
         "calls": _cell("calls_per_step", str),
@@ -151,15 +153,20 @@ def cells(record: Record) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(columns))
 
 
-def console(record: Record) -> Group:
-    """A record's table for a terminal, then what its figures are worth."""
+def terminal(found: pd.DataFrame) -> Table:
+    """A frame of text as a table for a terminal."""
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim")
-    found = cells(record) if record["kind"] in COLUMNS else pd.DataFrame()
     for column in found.columns:
         table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     for row in found.itertuples(index=False):
         table.add_row(*row, style="dim" if row[0] == BOUND else "")
-    return Group(*([table] if table.columns else []), *(Text(line, style="dim") for line in remarks(record)))
+    return table
+
+
+def console(record: Record) -> Group:
+    """A record's table for a terminal, then what its figures are worth."""
+    table = [terminal(cells(record))] if record["kind"] in COLUMNS else []
+    return Group(*table, *(Text(line, style="dim") for line in remarks(record)))
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -1,10 +1,11 @@
-"""Runs contenders interleaved on one workload, in the order A B B A …, so that what disturbs one disturbs all."""
+"""Runs contenders interleaved, in the order A B B A …, so that what disturbs one disturbs all."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from .workload import Contender, Decode, Workload, reason
+from .workload import Contender, reason
 
 WARMUP_RUNS = 2  # the first compiles, the second sees what the first allocated
 
@@ -13,29 +14,23 @@ Say = Callable[[str], None]
 
 @dataclass
 class Results:
-    """What :func:`interleave` saw.
+    """What :func:`interleave` saw, by the names of the contenders."""
 
-    Attributes:
-        runs: timed decodes of each contender, in order.
-        first_seconds: how long the first run of each took as a whole, compilation included.
-        broken: contenders that failed on the way, and how.
-    """
-
-    runs: dict[str, list[Decode]] = field(default_factory=dict)
-    first_seconds: dict[str, float] = field(default_factory=dict)
-    broken: dict[str, str] = field(default_factory=dict)
+    runs: dict[str, list[Any]] = field(default_factory=dict)  # what each timed run returned, in order
+    first_seconds: dict[str, float] = field(default_factory=dict)  # of the first run as a whole, compilation included
+    broken: dict[str, str] = field(default_factory=dict)  # those that failed on the way, and how
 
 
 def interleave(
     contenders: Sequence[Contender],
-    workload: Workload,
+    workload: Any,
     rounds: int,
     *,
     warmups: int = WARMUP_RUNS,
     say: Say = lambda message: None,
     between: Callable[[], object] = lambda: None,
 ) -> Results:
-    """Run every contender ``rounds`` times, after ``warmups`` unmeasured runs of each."""
+    """Run every contender ``rounds`` times on a workload, after ``warmups`` unmeasured runs of each."""
     results = Results()
     for number in range(-warmups, rounds):
         for contender in contenders if number % 2 == 0 else contenders[::-1]:

@@ -1,19 +1,48 @@
-"""What a contender decodes, what a decode comes to, and the two clocks that time one; times are seconds."""
+"""What a contender loads and decodes, what a decode comes to, and the two clocks that time one; times are seconds."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-if TYPE_CHECKING:
-    from .contenders import Task
+if TYPE_CHECKING:  # a worker imports its own contender's library and no other
+    from fastllama import LlamaForCausalLM
 
 Rows = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a contender loads."""
+
+    model: str  # as ``from_pretrained`` takes it; for other programs the file or folder that their ``prepare`` wrote
+    dtype: str
+    device: str = "cpu"
+    batch: int = 1  # largest batch, and its slots of the KV cache, for contenders that allocate once
+    slots: int = 0
+    threads: int | None = None
+    gpt_fast: str | None = None  # a checkout
+    llama_bench: str | None = None  # the program; None: the one on PATH
+    workspace: str = "."  # folder for the weights that other programs read
+    slowdown: float = 0.0  # fraction by which every step is made longer, to prove that a slowdown is seen
+    lent: LlamaForCausalLM | None = field(default=None, repr=False)  # shares its weights in place of loading them
+
+    def weights(self) -> LlamaForCausalLM:
+        """The model that is lent, else loaded."""
+        if self.lent is not None:
+            return self.lent
+        from fastllama import LlamaForCausalLM
+
+        return LlamaForCausalLM.from_pretrained(self.model, dtype=self.dtype, device=self.device)
+
+    def plain(self) -> dict[str, Any]:
+        """The task for another process."""
+        return {name: value for name, value in vars(self).items() if name != "lent"}
 
 
 @dataclass(frozen=True)
@@ -61,26 +90,28 @@ class Decode:
     ttft: float  # seconds to the first token
     tpot: tuple[float, ...]  # seconds per decode step after it: one value a step, or one for all of them
 
+    @classmethod
+    def from_marks(cls, tokens_bn: torch.Tensor, marks: Sequence[float]) -> Decode:
+        """The decode of these tokens, ``marks`` being when it began and when each step was through."""
+        gaps = tuple(after - before for before, after in pairwise(marks))
+        return cls(rows_of(tokens_bn), gaps[0], gaps[1:])
 
-class Contender(Protocol):
+
+class Contender:
     """Something that decodes workloads: the engine, the eager forward, a peer, another revision in a process."""
 
     name: str
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """What it says of itself, such as its revision; complete once it has run."""
-        ...
+    info: Mapping[str, Any] = {}  # what it says of itself, such as its revision; complete once it has run
 
     def load(self, task: Task) -> None:
         """Load weights and get ready."""
 
     def run(self, workload: Workload) -> Decode:
         """Decode the workload once and time it."""
-        ...
+        raise NotImplementedError
 
     def close(self) -> None:
-        """Give back memory and processes."""
+        """Give back memory and processes; nothing for those that hold none."""
 
 
 class Unavailable(RuntimeError):
@@ -100,8 +131,7 @@ def timed(tokens: Iterable[torch.Tensor], slowdown: float = 0.0) -> Decode:
         _wait(slowdown, marks[-1])
         marks.append(time.perf_counter())
         steps.append(token_b)
-    gaps = tuple(after - before for before, after in pairwise(marks))
-    return Decode(rows_of(torch.stack(steps, dim=1)), gaps[0], gaps[1:])
+    return Decode.from_marks(torch.stack(steps, dim=1), marks)
 
 
 def timed_by_difference(call: Callable[[int], torch.Tensor], new_tokens: int, slowdown: float = 0.0) -> Decode:

@@ -7,20 +7,17 @@ capacity, which it never gives, is reserved in the engine.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import fastllama  # noqa: F401  (so that importing this is importing it)
 
-from ..workload import Decode, Workload, timed, timed_by_difference
+from ..workload import Contender, Decode, Task, Workload, timed, timed_by_difference
 from . import EAGER, FASTLLAMA, title_of
 
-if TYPE_CHECKING:
-    from . import Task
 
-
-class Engine:
+class Engine(Contender):
     """The compiled engine: ``stream()`` on a CPU, ``generate()`` on CUDA."""
 
     name = FASTLLAMA
@@ -29,7 +26,7 @@ class Engine:
         """Load the weights; the first run compiles."""
         self._device, self._slowdown = task.device, task.slowdown
         self.model = task.weights()
-        self.info: dict[str, Any] = {"vocab_size": self.model.config.vocab_size}
+        self.info = {"vocab_size": self.model.config.vocab_size}
 
     def run(self, workload: Workload) -> Decode:
         """Decode once; the mask says that a random prompt's pad ids are tokens like any other."""
@@ -56,18 +53,16 @@ class Engine:
         self.model.release()
 
 
-class Eager:
+class Eager(Contender):
     """The public forward, uncompiled, with a cache that grows."""
 
     name = title_of(EAGER)
-    info: dict[str, Any] = {}  # noqa: RUF012  (nothing to say)
 
     def load(self, task: Task) -> None:
         """Load the weights."""
         self._model, self._device = task.weights(), task.device
 
     def run(self, workload: Workload) -> Decode:
-        """Decode once."""
         ids_bt = workload.input_ids(self._device)
         if not self._device.startswith("cuda"):
             return timed(self.steps(ids_bt, workload.new_tokens))
@@ -82,6 +77,3 @@ class Eager:
             cache = output.past_key_values
             ids_bt = output.logits[:, -1:].argmax(dim=-1)
             yield ids_bt[:, 0]
-
-    def close(self) -> None:
-        """Nothing is held."""

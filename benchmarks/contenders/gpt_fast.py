@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..workload import Decode, Unavailable, Workload, rows_of, timed_by_difference
-from . import GPT_FAST, Task
+from ..workload import Contender, Decode, Task, Unavailable, Workload, timed_by_difference
+from . import GPT_FAST
 
 if TYPE_CHECKING:
     from fastllama import LlamaConfig
@@ -105,7 +104,7 @@ def converted(weights: Mapping[str, torch.Tensor], config: LlamaConfig) -> dict[
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
-class GptFast:
+class GptFast(Contender):
     """gpt-fast's own network, loop and compiled step; it decodes only what fits the task's batch and slots."""
 
     name = GPT_FAST
@@ -125,22 +124,16 @@ class GptFast:
         step = torch.compile(self._gpt_fast.decode_one_token, mode="reduce-overhead", fullgraph=True)
         vars(self._gpt_fast)["decode_one_token"] = step
         git = subprocess.run(["git", "-C", task.gpt_fast, "rev-parse", "HEAD"], capture_output=True, text=True)
-        self.info: dict[str, Any] = {"commit": git.stdout.strip() or None}
+        self.info = {"commit": git.stdout.strip() or None}
 
     @torch.no_grad()
     def run(self, workload: Workload) -> Decode:
-        """Decode once."""
         task = self._task
         if workload.batch != task.batch or workload.prompt_len + workload.new_tokens > task.slots:
             raise Unavailable(f"opened for {task.batch} rows and {task.slots} slots, got another workload")
         if task.device.startswith("cuda"):
             return timed_by_difference(lambda n: self._decode(workload, n, [])[0], workload.new_tokens)
-        tokens_bn, marks = self._decode(workload, workload.new_tokens, [time.perf_counter()])
-        gaps = [after - before for before, after in pairwise(marks)]
-        return Decode(rows_of(tokens_bn), gaps[0], tuple(gaps[1:]))
-
-    def close(self) -> None:
-        """Nothing is held that the end of the process does not give back."""
+        return Decode.from_marks(*self._decode(workload, workload.new_tokens, [time.perf_counter()]))
 
     def _decode(self, workload: Workload, new_tokens: int, marks: list[float]) -> tuple[torch.Tensor, list[float]]:
         def mark(_: Any) -> None:

@@ -8,12 +8,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..workload import Decode, Unavailable, Workload
-from . import LLAMA_CPP, Task
+from ..workload import Contender, Decode, Task, Unavailable, Workload
+from . import LLAMA_CPP
+from .remote import last_words
 
 PROGRAM = "llama-bench"
 ALL_LAYERS = 99
@@ -44,7 +44,7 @@ def find_llama_bench(program: str | None = None) -> str:
     raise Unavailable(f"--{PROGRAM} {program}: there is no program that can be run")
 
 
-class LlamaCpp:
+class LlamaCpp(Contender):
     """Runs ``llama-bench`` on a GGUF file, in new processes for each run.
 
     It measures a little less than what others do: it feeds random tokens, never picks one, and reports none. Its first
@@ -55,7 +55,6 @@ class LlamaCpp:
 
     def load(self, task: Task) -> None:
         """Build the command: the CPU with as many threads as torch uses, or one CUDA device."""
-        self.info: dict[str, Any] = {}
         device, threads = torch.device(task.device), task.threads or torch.get_num_threads()
         assert task.llama_bench is not None
         self._is_cuda, self._program = device.type == "cuda", task.llama_bench
@@ -83,9 +82,6 @@ class LlamaCpp:
         self._output(["-p", str(workload.prompt_len), "-n", "0", "--no-warmup"], env)
         return time.perf_counter() - start
 
-    def close(self) -> None:
-        """Nothing is held; the file goes with the workspace."""
-
     def _seconds(self, *test: str) -> float:
         printed = self._output(test, os.environ)
         try:
@@ -101,6 +97,5 @@ class LlamaCpp:
     def _output(self, test: Sequence[str], env: Mapping[str, str]) -> str:
         done = subprocess.run([*self._command, *test], env={**env, **self._hidden}, capture_output=True, text=True)
         if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["it wrote nothing"]
-            raise Unavailable(f"{PROGRAM} ended with code {done.returncode}: {lines[-1]}")
+            raise Unavailable(f"{PROGRAM} ended with code {done.returncode}: {last_words(done.stderr)}")
         return done.stdout

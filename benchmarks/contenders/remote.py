@@ -11,18 +11,19 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ..workload import Decode, Unavailable, Workload
-from . import Task, title_of
+from ..workload import Contender, Decode, Task, Unavailable, Workload
+from . import title_of
 
 WORKER = Path(__file__).with_name("worker.py")
 CLOSING_SECONDS = 10.0
 ERROR = re.compile(r"[\w.]*(Error|Exception)\b")
 
 
-class Remote:
+class Remote(Contender):
     """A contender whose decodes happen in a worker process."""
 
     def __init__(
@@ -38,8 +39,7 @@ class Remote:
         self.name = name or title_of(key)
         self._key, self._python, self._tree, self._warm_up = key, python, tree, warm_up
         self._env = worker_environment() if env is None else env
-        self._process: subprocess.Popen[str] | None = None
-        self._info: dict[str, Any] | None = None
+        self._process = None
 
     def load(self, task: Task) -> None:
         """Start the worker; ``info`` and the first run wait until it is ready."""
@@ -47,7 +47,7 @@ class Remote:
         command, pipe = [os.fspath(self._python), str(WORKER)], subprocess.PIPE
         nowhere = tempfile.gettempdir()  # Python looks for modules there first, and it holds none
         try:
-            self._process = subprocess.Popen(
+            self._process: Any = subprocess.Popen(
                 command, env=self._env, cwd=nowhere, stdin=pipe, stdout=pipe, stderr=self._log, text=True
             )
         except OSError as error:
@@ -57,12 +57,10 @@ class Remote:
         job = {"contender": self._key, "task": task.plain(), "tree": self._tree and str(self._tree)}
         self._send(job | {"warm_up": warm_up, "spawned": time.time()})
 
-    @property
+    @cached_property
     def info(self) -> dict[str, Any]:
         """What the worker said of itself when it was ready; waits for that."""
-        if self._info is None:
-            self._info = self._read()["ready"]
-        return self._info or {}
+        return self._read()["ready"]
 
     def run(self, workload: Workload) -> Decode:
         """Have the worker decode the workload."""
@@ -78,29 +76,24 @@ class Remote:
             return
         try:
             with suppress(BrokenPipeError):
-                self._streams[0].close()
-            self._process.wait(CLOSING_SECONDS if self._info else 0)
+                self._process.stdin.close()
+            self._process.wait(CLOSING_SECONDS if "info" in vars(self) else 0)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._streams[1].close()
+        self._process.stdout.close()
         self._log.close()
         self._process = None
 
-    @property
-    def _streams(self) -> tuple[IO[str], IO[str]]:
-        process: Any = self._process
-        return process.stdin, process.stdout
-
     def _send(self, message: Mapping[str, Any]) -> None:
         with suppress(BrokenPipeError):  # reading the answer says why
-            print(json.dumps(message), file=self._streams[0], flush=True)
+            print(json.dumps(message), file=self._process.stdin, flush=True)
 
     def _read(self) -> dict[str, Any]:
-        line = self._streams[1].readline()
+        line = self._process.stdout.readline()
         if not line:
             self._log.seek(0)
-            code, why = self._process and self._process.wait(), last_words(self._log.read())
+            code, why = self._process.wait(), last_words(self._log.read())
             raise Unavailable(f"{self.name} ended with code {code}: {why}")
         answer = json.loads(line)
         if "error" in answer:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import CompileConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from ..workload import Decode, Workload, rows_of, timed_by_difference
+from ..workload import Contender, Decode, Task, Workload, timed_by_difference
 from . import STATIC, TRANSFORMERS, title_of
 
 if TYPE_CHECKING:
     import fastllama
-
-    from . import Task
 
 
 def twin_of(model: fastllama.LlamaForCausalLM) -> Any:
@@ -29,12 +26,11 @@ def twin_of(model: fastllama.LlamaForCausalLM) -> Any:
     return twin.eval()
 
 
-class Transformers:
+class Transformers(Contender):
     """Greedy ``generate()`` with its defaults."""
 
     name = title_of(TRANSFORMERS)
     _model: Any = None
-    info: dict[str, Any] = {}  # noqa: RUF012  (nothing to say)
 
     def load(self, task: Task) -> None:
         """Share the lent weights, or load the folder."""
@@ -46,16 +42,19 @@ class Transformers:
         self._model.generation_config = GenerationConfig(pad_token_id=0)  # none that ends at an EOS token
 
     def run(self, workload: Workload) -> Decode:
-        """Decode once; on CUDA by the difference of two calls, for a streamer would wait for each token."""
+        """Decode once; on CUDA by the difference of two calls, for to see each token is to wait for it."""
         ids_bt = workload.input_ids(self._model.device)
         if ids_bt.is_cuda:
             return timed_by_difference(lambda n: self._generate(ids_bt, n, workload), workload.new_tokens)
-        clock = _Clock()
-        # A streamer sees one row; all rows advance in the same step.
-        hook = {"streamer": clock} if workload.batch == 1 else {"stopping_criteria": [clock.criterion]}
-        tokens_bn = self._generate(ids_bt, workload.new_tokens, workload, **hook)
-        gaps = [after - before for before, after in pairwise(clock.times[: workload.new_tokens + 1])]
-        return Decode(rows_of(tokens_bn), gaps[0], tuple(gaps[1:]))
+        marks = [time.perf_counter()]
+
+        def mark(ids_bt: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            """A stopping criterion that never stops and notes when each step's tokens came."""
+            marks.append(time.perf_counter())
+            return torch.zeros(len(ids_bt), dtype=torch.bool)
+
+        tokens_bn = self._generate(ids_bt, workload.new_tokens, workload, stopping_criteria=[mark])
+        return Decode.from_marks(tokens_bn, marks)
 
     def close(self) -> None:
         """Drop the model."""
@@ -89,23 +88,3 @@ class StaticTransformers(Transformers):
         compile_config: Any = CompileConfig(mode="reduce-overhead", fullgraph=True)
         compile_config._compile_all_devices = True  # by default it compiles for CUDA alone
         return {"past_key_values": self._cache, "compile_config": compile_config}
-
-
-class _Clock:
-    """Notes when it was made and when each step's token came: as a streamer, or as a stopping criterion."""
-
-    def __init__(self) -> None:
-        self.times = [time.perf_counter()]
-        self._prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._prompt_seen:
-            self.times.append(time.perf_counter())
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        pass
-
-    def criterion(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self.times.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

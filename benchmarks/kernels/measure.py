@@ -12,13 +12,15 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastllama.measure import BandwidthProbe, Quantiles, last_level_cache, quantiles
 from fastllama.model.cache import free_memory
 
 from ..contenders import FASTLLAMA
-from ..rounds import Say
+from ..environment import bandwidth
+from ..rounds import Say, interleave
+from ..workload import Contender
 from .ops import TORCH, Arguments, Function, Shapes, StepOp, nbytes, step_ops
 
 WARMUP_CYCLES = 2
@@ -68,8 +70,7 @@ def measure_kernels(
         "parity": parity,
         "rounds": rounds,
         "kernels": kernels,
-        "memory_bandwidth_gb_s": bytes_per_second / 1e9,
-        "memory_bandwidth_method": probe.best.method,
+        **bandwidth(probe),
         "step_us": sum(us) if parity else None,
         "torch_step_us": sum(each * ratio for each, ratio in zip(us, ratios, strict=True)) if parity else None,
         "floor_us": 1e6 * read / bytes_per_second,
@@ -90,8 +91,18 @@ def measure_op(op: StepOp, device: torch.device, rounds: int, probe: BandwidthPr
     if not checked.passed:
         return found
     copies = copies_of(op, device)
-    cycles = {name: Cycle(f, op, copies, device) for name, f in {FASTLLAMA: run, **op.references}.items()}
-    us = interleaved(cycles, rounds, probe, lambda message: say(f"{op.label}: {message}"))
+    cycles = [Cycle(name, f, op, copies, device) for name, f in {FASTLLAMA: run, **op.references}.items()]
+    seconds = interleave(
+        cycles,
+        None,
+        rounds,
+        warmups=WARMUP_CYCLES,
+        say=lambda message: say(f"{op.label}: {message}"),
+        between=probe.sample,
+    )
+    if seconds.broken:
+        raise RuntimeError(f"{op.label}: {seconds.broken}")
+    us = {name: quantiles([1e6 * each for found in runs for each in found]) for name, runs in seconds.runs.items()}
     return found | {"working_set_bytes": len(copies) * nbytes(op.own), "us": us}
 
 
@@ -110,21 +121,8 @@ def entry_of(found: dict[str, Any], bytes_per_second: float) -> dict[str, Any]:
 
 def implementation_of(op: StepOp) -> str:
     """What runs in a step: a kernel is called, torch operators are compiled."""
-    with _Namespaces() as called:
-        op.run(*op.shared, *op.own)
-    return KERNEL if "fastllama" in called.names else INDUCTOR
-
-
-class _Namespaces(TorchDispatchMode):
-    """Notes the namespaces of the operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.namespace)
-        return func(*args, **(kwargs or {}))
+    called = make_fx(op.run)(*op.shared, *op.own).graph.nodes
+    return KERNEL if any(getattr(node.target, "namespace", "") == "fastllama" for node in called) else INDUCTOR
 
 
 def check(op: StepOp, run: Function) -> Check:
@@ -145,32 +143,20 @@ def is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def interleaved(cycles: dict[str, "Cycle"], rounds: int, probe: BandwidthProbe, say: Say) -> dict[str, Quantiles]:
-    """Microseconds a call, from cycles in the order A B C, C B A, …, after some unmeasured ones of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in cycles}
-    for number in range(-WARMUP_CYCLES, rounds):
-        for name in list(cycles)[:: 1 if number % 2 == 0 else -1]:
-            say(f"{'warming up' if number < 0 else f'round {number + 1} of {rounds}'}, {name}")
-            found = cycles[name]()
-            if number >= 0:
-                seconds[name] += found
-        probe.sample()
-    return {name: quantiles([1e6 * each for each in found]) for name, found in seconds.items()}
+class Cycle(Contender):
+    """Calls a function on each copy of its own arguments in turn, after an unmeasured call."""
 
-
-class Cycle:
-    """Calls a function on each copy of its own arguments in turn; calling the cycle gives seconds of the calls.
-
-    A cycle begins with an unmeasured call. On CUDA each value is the mean over a replay.
-    """
-
-    def __init__(self, function: Function, op: StepOp, copies: Sequence[Arguments], device: torch.device) -> None:
+    def __init__(
+        self, name: str, function: Function, op: StepOp, copies: Sequence[Arguments], device: torch.device
+    ) -> None:
+        self.name = name
         passes = CACHED_PASSES if op.in_cache else -(-MIN_CALLS // len(copies))
         self._function, self._calls = function, [(*op.shared, *own) for own in copies] * passes
         self._device = device
         self._graph = self._record() if device.type == "cuda" else None
 
-    def __call__(self) -> list[float]:
+    def run(self, workload: Any) -> Any:
+        """Seconds of each call; on CUDA each value is the mean over a replay."""
         if self._graph is not None:
             return self._replay(self._graph)
         self._function(*self._calls[-1])

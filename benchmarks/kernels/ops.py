@@ -100,50 +100,37 @@ def step_ops(shapes: Shapes) -> Iterator[StepOp]:
     config = shapes.config
     m, f, width = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
     packed = width + 2 * config.num_key_value_heads * config.head_dim
-    layers, bias = config.num_hidden_layers, config.attention_bias
-    yield _linear(shapes, "qkv", "norm, q/k/v", layers, m, packed, True, bias, False)
+    layers, bias, act = config.num_hidden_layers, config.attention_bias, config.hidden_act
+    yield _matrix(shapes, ("qkv", "norm, q/k/v", layers), m, packed, True, bias, False)
     yield _attention(shapes)
-    yield _linear(shapes, "o", "output, residual", layers, width, m, False, bias, True)
-    yield _gate_up(shapes)
-    yield _linear(shapes, "down", "down, residual", layers, f, m, False, config.mlp_bias, True)
-    yield _linear(shapes, "lm_head", "norm, head", 1, m, config.vocab_size, True, False, False)
+    yield _matrix(shapes, ("o", "output, residual", layers), width, m, False, bias, True)
+    yield _matrix(shapes, ("gate_up", f"norm, gate/up, {act}", layers), m, 2 * f, True, config.mlp_bias, False, act)
+    yield _matrix(shapes, ("down", "down, residual", layers), f, m, False, config.mlp_bias, True)
+    yield _matrix(shapes, ("lm_head", "norm, head", 1), m, config.vocab_size, True, False, False)
     yield _sampling(shapes, "sample_greedy", "sample, greedy", 1, 0.0)
     yield _sampling(shapes, "sample_top_k", f"sample, top-k {TOP_K}", 0, TEMPERATURE)
 
 
-def _linear(
-    shapes: Shapes, name: str, label: str, calls: int, k: int, n: int, norm: bool, bias: bool, residual: bool
+def _matrix(
+    shapes: Shapes, what: tuple[str, str, int], k: int, n: int, norm: bool, bias: bool, residual: bool, act: str = ""
 ) -> StepOp:
-    eps = shapes.config.rms_norm_eps
+    (name, label, calls), eps = what, shapes.config.rms_norm_eps
     # One token a row; the head takes ``[b, m]`` and the layers ``[b, 1, m]``, which is the same to a matrix.
     shared = (shapes.normal(shapes.batch, k), shapes.normal(shapes.batch, n, seed=1) if residual else None)
-    own = _weights(shapes, k, n, norm, bias)
-    references = {
-        TORCH: lambda x, residual, w, bias, norm: linear_ref(x, w, bias, norm, eps, residual),
-        PLAIN: lambda x, residual, w, bias, norm: F.linear(x, w, bias),
-    }
-    run = lambda x, residual, w, bias, norm: ops.linear(x, w, bias, norm, eps, residual)  # noqa: E731
+    bias_n = shapes.normal(n, seed=3) if bias else None
+    norm_k = shapes.normal(k, scale=0.1, seed=4).add_(1) if norm else None
+    own = (shapes.normal(n, k, scale=k**-0.5, seed=2), bias_n, norm_k)
+
+    def formula(x: torch.Tensor, residual: Any, w: torch.Tensor, bias: Any, norm: Any) -> torch.Tensor:
+        if act:
+            return gate_up_ref(x, w, bias, norm, eps, ops.ACTIVATIONS[act].number)
+        return linear_ref(x, w, bias, norm, eps, residual)
+
+    def run(x: torch.Tensor, residual: Any, w: torch.Tensor, bias: Any, norm: Any) -> torch.Tensor:
+        return ops.gate_up(x, w, bias, norm, eps, act) if act else ops.linear(x, w, bias, norm, eps, residual)
+
+    references = {TORCH: formula, PLAIN: lambda x, residual, w, bias, norm: F.linear(x, w, bias)}
     return StepOp(name, label, f"{n} x {k}", calls, nbytes(own), shared, own, run, references)
-
-
-def _gate_up(shapes: Shapes) -> StepOp:
-    config = shapes.config
-    eps, m, f = config.rms_norm_eps, config.hidden_size, config.intermediate_size
-    number, label = ops.ACTIVATIONS[config.hidden_act].number, f"norm, gate/up, {config.hidden_act}"
-    own = _weights(shapes, m, 2 * f, True, config.mlp_bias)
-    references = {
-        TORCH: lambda x, w, bias, norm: gate_up_ref(x, w, bias, norm, eps, number),
-        PLAIN: lambda x, w, bias, norm: F.linear(x, w, bias),
-    }
-    run = lambda x, w, bias, norm: ops.gate_up(x, w, bias, norm, eps, config.hidden_act)  # noqa: E731
-    shared, layers = (shapes.normal(shapes.batch, m),), config.num_hidden_layers
-    return StepOp("gate_up", label, f"{2 * f} x {m}", layers, nbytes(own), shared, own, run, references)
-
-
-def _weights(shapes: Shapes, k: int, n: int, has_norm: bool, has_bias: bool) -> Arguments:
-    bias_n = shapes.normal(n, seed=3) if has_bias else None
-    norm_k = shapes.normal(k, scale=0.1, seed=4).add_(1) if has_norm else None
-    return shapes.normal(n, k, scale=k**-0.5, seed=2), bias_n, norm_k
 
 
 def _attention(shapes: Shapes) -> StepOp:

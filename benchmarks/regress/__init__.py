@@ -2,10 +2,3 @@
 
 MIN_ROUNDS = 3  # below, an interval says little
 ROUNDS_TO_FAIL = 5  # nobody should be stopped by less
-
-
-def main() -> None:
-    """Entry point of the ``fastllama-regress`` command."""
-    from .cli import NAME, app
-
-    app(prog_name=NAME)

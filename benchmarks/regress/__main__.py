@@ -1,6 +1,6 @@
 """``python -m benchmarks.regress``."""
 
-from . import main
+from .cli import NAME, app
 
 if __name__ == "__main__":
-    main()
+    app(prog_name=NAME)

@@ -13,50 +13,34 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastllama.cli import options
-from fastllama.cli.console import progress, stderr, stdout
+from fastllama.cli.console import CTRL_C, progress, stderr, stdout
 
+from ..workload import Unavailable
 from . import MIN_ROUNDS, ROUNDS_TO_FAIL
 
-if TYPE_CHECKING:  # torch takes seconds to import; --help and wrong usage answer without it
+if TYPE_CHECKING:  # they need what fastllama[bench] installs
     from .gate import Result
     from .rounds import Metric
 
-FAILED, UNAVAILABLE, INCONCLUSIVE, CTRL_C = 1, 2, 3, 130
+FAILED, UNAVAILABLE, INCONCLUSIVE = 1, 2, 3
 NAME = "fastllama-regress"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastllama" / "regress"
 
-Base = Annotated[str, typer.Option(help="Revision to compare with: a branch, a tag, a commit.")]
-Head = Annotated[str, typer.Option(help="Revision to judge; . is the checkout as it is.")]
-Repo = Annotated[Path, typer.Option(help="A folder in the repository.")]
-Model = Annotated[str, typer.Option("--model", "-m", help="demo, a folder, a hub id, or random:SHAPE.")]
-Dtype = Annotated[str, typer.Option(help="Dtype that is timed; outputs are compared in float32.")]
 Metrics = Annotated[str, typer.Option(help="tpot-bN or ttft-bN for a batch of N, with commas.")]
-PromptLen = Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")]
-NewTokens = Annotated[int, typer.Option(min=2, help="New tokens of each decode.")]
-Rounds = Annotated[int, typer.Option(min=MIN_ROUNDS, help="Rounds of fresh processes.")]
-MaxRounds = Annotated[int, typer.Option(min=ROUNDS_TO_FAIL, help="Maximum rounds while inconclusive.")]
-Turns = Annotated[int, typer.Option(min=2, help="Decodes of each process in a round.")]
-Minutes = Annotated[float, typer.Option(min=0, help="Time limit for more rounds than --rounds, in minutes.")]
 Threshold = Annotated[str, typer.Option(help="Slowdown in percent, or auto: 3, on a CPU more if it is noisy.")]
 Accept = Annotated[
     bool, typer.Option("--accept-different-outputs", help="Time revisions whose float32 outputs differ.")
 ]
-Python = Annotated[Path | None, typer.Option(help="Interpreter of both.", show_default="this one")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each process.", show_default="all cores")]
-CacheDir = Annotated[Path | None, typer.Option(help="Folder for worktrees and what was compiled.")]
-ReportFile = Annotated[Path | None, typer.Option("--report", help="Markdown file to write.")]
-JsonFile = Annotated[str | None, typer.Option("--json", help="File for every sample as JSON; - is stdout.")]
 Summary = Annotated[Path | None, typer.Option(envvar="GITHUB_STEP_SUMMARY", help="File to append the report to.")]
 Slowdown = Annotated[float, typer.Option(min=0, help="Percent by which the head's steps are made longer, as a proof.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Exit with 3 when inconclusive.")]
 SkipOldBase = Annotated[bool, typer.Option("--skip-old-base", help="Exit with 0 when the base cannot be measured.")]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -64,41 +48,51 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def regress(
-    base: Base,
-    head: Head = ".",
-    repo: Repo = Path(),
-    model: Model = "demo",
-    dtype: Dtype = "bfloat16",
+    base: Annotated[str, typer.Option(help="Revision to compare with: a branch, a tag, a commit.")],
+    head: Annotated[str, typer.Option(help="Revision to judge; . is the checkout as it is.")] = ".",
+    repo: Annotated[Path, typer.Option(help="A folder in the repository.")] = Path(),
+    model: options.Model = "demo",
+    dtype: Annotated[str, typer.Option(help="Dtype that is timed; outputs are compared in float32.")] = "bfloat16",
     device: options.Device = None,
     metrics: Metrics = "tpot-b1,ttft-b1,tpot-b4",
-    prompt_len: PromptLen = 128,
-    new_tokens: NewTokens = 64,
-    rounds: Rounds = 3,
-    max_rounds: MaxRounds = 12,
-    turns: Turns = 8,
-    minutes: Minutes = 15.0,
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="New tokens of each decode.")] = 64,
+    rounds: Annotated[int, typer.Option(min=MIN_ROUNDS, help="Rounds of fresh processes.")] = 3,
+    max_rounds: Annotated[int, typer.Option(min=ROUNDS_TO_FAIL, help="Maximum rounds while inconclusive.")] = 12,
+    turns: Annotated[int, typer.Option(min=2, help="Decodes of each process in a round.")] = 8,
+    minutes: Annotated[float, typer.Option(min=0, help="Time limit for more rounds than --rounds, in minutes.")] = 15.0,
     threshold: Threshold = "auto",
     accept_different_outputs: Accept = False,
-    python: Python = None,
+    python: Annotated[Path | None, typer.Option(help="Interpreter of both.", show_default="this one")] = None,
     threads: Threads = None,
-    cache_dir: CacheDir = None,
-    report_file: ReportFile = None,
-    json_file: JsonFile = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Folder for worktrees and what was compiled.")] = None,
+    report_file: Annotated[Path | None, typer.Option("--report", help="Markdown file to write.")] = None,
+    json_file: options.JsonFile = None,
     summary: Summary = None,
     slowdown: Slowdown = 0.0,
-    strict: Strict = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when inconclusive.")] = False,
     skip_old_base: SkipOldBase = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Fail when one revision of fastllama decodes slower than another."""
     asked = dict(locals())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that worktrees and workers go
-    with _one_line_errors():
+    try:
         asked |= {"cache": (cache_dir or CACHE).resolve(), "metrics": _metrics(metrics)}
         asked |= {"threshold": _threshold(threshold), "python": _interpreter(python), "slowdown": slowdown / 100}
         asked |= {"device": options.pick_device(device), "max_rounds": max(rounds, max_rounds)}
         found = _run(asked, skip_old_base, quiet)
         _publish(found, report_file, json_file, summary)
+    except KeyboardInterrupt:
+        raise typer.Exit(CTRL_C) from None
+    except (Unavailable, OSError) as error:
+        print(f"{NAME}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(UNAVAILABLE) from None
+    except typer.BadParameter:
+        raise
+    except Exception:
+        traceback.print_exc()  # a fault of the gate: its exit code must not say that the head is slower
+        raise typer.Exit(UNAVAILABLE) from None
     if not isinstance(found, str) and (found.failed or (strict and found.undecided)):
         raise typer.Exit(FAILED if found.failed else INCONCLUSIVE)
 
@@ -160,21 +154,3 @@ def _interpreter(python: Path | None) -> Path:
     if not os.access(absolute, os.X_OK):
         raise typer.BadParameter(f"{python} is no interpreter", param_hint="--python")
     return absolute
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    from ..workload import Unavailable
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise typer.Exit(CTRL_C) from None
-    except (typer.Exit, typer.BadParameter):
-        raise
-    except (Unavailable, OSError) as error:
-        print(f"{NAME}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise typer.Exit(UNAVAILABLE) from None
-    except Exception:
-        traceback.print_exc()  # a fault of the gate: its exit code must not say that the head is slower
-        raise typer.Exit(UNAVAILABLE) from None

@@ -94,19 +94,20 @@ class Result:
     @property
     def failed(self) -> bool:
         """Whether the head must not be merged: other outputs, or slower."""
-        return self.refused or self.has(Outcome.SLOWER)
+        return self.refused or Outcome.SLOWER in self.outcomes
 
     @property
     def undecided(self) -> bool:
         """Whether a metric is inconclusive."""
-        return self.has(Outcome.UNDECIDED)
-
-    def has(self, outcome: Outcome) -> bool:
-        """Whether a metric came out so."""
-        return any(verdict.outcome is outcome for verdict in self.verdicts.values())
+        return Outcome.UNDECIDED in self.outcomes
 
     @property
-    def info(self) -> dict[str, dict[str, Any]]:
+    def outcomes(self) -> set[Outcome]:
+        """How the metrics came out."""
+        return {verdict.outcome for verdict in self.verdicts.values()}
+
+    @property
+    def info(self) -> dict[str, Mapping[str, Any]]:
         """What the workers of each arm said of themselves."""
         return self.rounds[0].info if self.rounds else {}
 

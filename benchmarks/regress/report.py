@@ -1,18 +1,19 @@
 """What the gate found, for people (console, Markdown) and for programs (a plain object for JSON)."""
 
+import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from ..report import markdown as markdown_table
+from ..report import terminal
 from .gate import Result
 from .revisions import KEY_LENGTH
 from .rounds import BASE, HEAD, SIDES, Metric
@@ -45,11 +46,8 @@ def table(result: Result) -> pd.DataFrame:
 def show(result: Result, console: Console) -> None:
     """Print the table and the outcome."""
     if result.verdicts:
-        shown = Table(*COLUMNS, box=None, pad_edge=False, header_style="")
-        for row in table(result).itertuples(index=False):
-            shown.add_row(*map(Text, row))
-        console.print(shown)
-    color = "red" if result.failed else "yellow" if result.has(Outcome.UNDECIDED) else "green"
+        console.print(terminal(table(result)))
+    color = "red" if result.failed else "yellow" if result.undecided else "green"
     console.print(Text(headline(result), style=color))
 
 
@@ -64,17 +62,22 @@ def markdown(result: Result, machine: dict[str, Any], command: str) -> str:
 
 
 def to_dict(result: Result, machine: dict[str, Any]) -> dict[str, Any]:
-    """Everything, raw samples included, of plain values; seconds, and natural logarithms of ratios."""
+    """Everything, raw samples included, as JSON has it; seconds, and natural logarithms of ratios."""
     names = ("settings", "base", "head", "verdicts", "difference", "timed_difference", "notes")
-    return {
+    found = {
         "schema": SCHEMA,
         "headline": headline(result),
         "failed": result.failed,
-        **{name: _plain(getattr(result, name)) for name in names},
+        **{name: getattr(result, name) for name in names},
         "rounds": [each.times for each in result.rounds],
         "workers": result.info,
         "environment": machine,
     }
+
+    def plain(value: Any) -> Any:
+        return vars(value) if is_dataclass(value) and not isinstance(value, Metric) else str(value)
+
+    return json.loads(json.dumps(found, default=plain), parse_constant=lambda infinite: None)
 
 
 def _row(metric: Metric, result: Result) -> list[str]:
@@ -99,7 +102,7 @@ def _reasons(result: Result) -> Iterator[str]:
         found = result.verdicts[str(metric)]
         left_out = f"; {found.disturbed} disturbed, not counted" if found.disturbed else ""
         yield f"- {metric.title}: {found.reason} ({found.rounds} rounds{left_out})"
-    if result.has(Outcome.UNDECIDED):
+    if result.undecided:
         yield (
             "\n**The machine was too noisy, or the change lies at the threshold. A slowdown of "
             f"{100 * SIGHT:.0f} % may be hidden: run this again when less else is running, or with more rounds.**"
@@ -147,17 +150,3 @@ def _machine(result: Result, machine: dict[str, Any]) -> Iterator[str]:
     yield f"{machine['cpu']}, {machine['cores']} cores" + (f"; {gpu['name']}" if gpu else "")
     if info := result.info.get(BASE):
         yield f"{info['device']}, torch {info['torch']}, Python {info['python']}, {info['threads']} threads"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Outcome):
-        return value.value
-    if is_dataclass(value) and not isinstance(value, Metric):
-        return _plain(vars(value))
-    if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (int, float, str)) or value is None else str(value)

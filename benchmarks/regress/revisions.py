@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..contenders.remote import last_words
 from ..workload import Unavailable
 
 CHECKOUT = ("WORKTREE", ".")  # names of the checkout as it is, with what is not committed
@@ -75,8 +76,7 @@ def git(folder: Path, *arguments: str, **variables: str) -> str:
     except FileNotFoundError:
         raise Unavailable("git is needed to compare revisions, and there is none on PATH") from None
     if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise Unavailable(lines[-1] if lines else f"git {arguments[0]} failed with code {done.returncode}")
+        raise Unavailable(f"git {arguments[0]} ended with code {done.returncode}: {last_words(done.stderr)}")
     return done.stdout.strip()
 
 

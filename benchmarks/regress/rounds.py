@@ -86,7 +86,7 @@ class Round:
 
     times: Times = field(default_factory=dict)
     tokens: dict[str, dict[int, Rows]] = field(default_factory=dict)  # of every arm's first run of each batch size
-    info: dict[str, dict[str, Any]] = field(default_factory=dict)  # what the worker of each arm said of itself
+    info: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # what the worker of each arm said of itself
 
 
 def run_round(

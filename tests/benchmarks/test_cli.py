@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
 from fastllama import LlamaForCausalLM
 from fastllama_benchmarks import decode as decoding
-from fastllama_benchmarks.cli import app, generate_table
+from fastllama_benchmarks.cli import generate_table
 from fastllama_benchmarks.records import read
 from fastllama_benchmarks.workload import Workload
 
@@ -21,11 +20,6 @@ KNOWN = read(Path(__file__).parent / "data" / "records.jsonl")
 WHAT = ("schema", "kind", "time", "model", "dtype", "device", "quantize", "environment")
 DECODE = next(record for record in KNOWN if record["kind"] == "decode" and record["peers"])
 FIELDS = {name: value for name, value in DECODE.items() if name not in WHAT}
-
-
-def run(*arguments: str) -> Any:
-    """Runs the command in this process."""
-    return CliRunner().invoke(app, list(arguments))
 
 
 @pytest.fixture
@@ -49,8 +43,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("command", [("decode",), ()], ids=["decode", "nothing"])
-def test_decode_writes_its_table_to_stderr_and_one_json_line_to_stdout(asked, command) -> None:
-    result = run(
+def test_decode_writes_its_table_to_stderr_and_one_json_line_to_stdout(bench, asked, command) -> None:
+    result = bench(
         *command, "--batch", "2", "--prompt-len", "7", "--new-tokens", "9", "--rounds", "2", "--capacity", "50",
         "--peers", "eager,static", "--dtype", "float32", "--gpt-fast", "/g", "--json", "-",
     )  # fmt: skip
@@ -65,24 +59,24 @@ def test_decode_writes_its_table_to_stderr_and_one_json_line_to_stdout(asked, co
     assert record["peers"] == DECODE["peers"]
 
 
-def test_a_grid_records_each_point_and_goes_on_after_one_that_fails(asked, tmp_path: Path) -> None:
+def test_a_grid_records_each_point_and_goes_on_after_one_that_fails(bench, asked, tmp_path: Path) -> None:
     file, drawing = tmp_path / "r.jsonl", tmp_path / "grid.svg"
     sizes = ("--batch", "1,13,4", "--prompt-len", "8,16", "--new-tokens", "4")
-    result = run(*sizes, "--record", str(file), "--json", str(tmp_path / "r.json"), "--plot", str(drawing), "-q")
+    result = bench(*sizes, "--record", str(file), "--json", str(tmp_path / "r.json"), "--plot", str(drawing), "-q")
     assert result.exit_code == 0, result.stderr
     points = [(1, 8), (1, 16), (4, 8), (4, 16)]
     assert [(record["batch"], record["prompt_len"]) for record in read(file)] == points
     found = json.loads((tmp_path / "r.json").read_text())
     assert len(found["points"]) == 4
     assert [each["reason"] for each in found["failed"]] == ["ValueError: out of luck"] * 2
-    assert "batch 13, prompt of 8 failed: ValueError: out of luck" in " ".join(result.stderr.split())
+    assert "batch 13, prompt_len 8, new_tokens 4 failed: ValueError: out of luck" in " ".join(result.stderr.split())
     assert "<svg" in drawing.read_text()
 
 
 @pytest.mark.parametrize("batch", ["1", "1,2"])
-def test_wrong_outputs_leave_no_record_and_end_in_an_error(asked, tmp_path: Path, batch: str) -> None:
+def test_wrong_outputs_leave_no_record_and_end_in_an_error(bench, asked, tmp_path: Path, batch: str) -> None:
     asked["parity"] = False
-    result = run("--batch", batch, "--record", str(tmp_path / "r.jsonl"), "--quiet")
+    result = bench("--batch", batch, "--record", str(tmp_path / "r.jsonl"), "--quiet")
     assert result.exit_code == 1
     assert "failed the parity gate" in result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -98,26 +92,26 @@ def test_wrong_outputs_leave_no_record_and_end_in_an_error(asked, tmp_path: Path
         (("--prompt-len", "64", "--capacity", "8"), "do not fit 8 slots"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(arguments, words) -> None:
-    result = run("decode", *arguments, "--quiet")
+def test_what_cannot_be_measured_is_one_line(bench, arguments, words) -> None:
+    result = bench("decode", *arguments, "--quiet")
     assert result.exit_code == 1
     assert words in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(("option", "value"), [("--peers", "vllm"), ("--batch", "1,x"), ("--capacity", "0")])
-def test_wrong_values_are_wrong_usage(option: str, value: str) -> None:
-    assert run("decode", option, value).exit_code == 2
+def test_wrong_values_are_wrong_usage(bench, option: str, value: str) -> None:
+    assert bench("decode", option, value).exit_code == 2
 
 
-def test_every_command_has_help_without_a_model() -> None:
-    for command in ("decode", "startup", "kernels", "report", "regress", "gpu"):
-        assert run(command, "--help").exit_code == 0
+def test_every_command_has_help_without_a_model(bench) -> None:
+    for command in ("decode", "startup", "kernels", "quality", "report", "regress", "gpu"):
+        assert bench(command, "--help").exit_code == 0
 
 
-def test_a_report_shows_records_of_a_file(tmp_path: Path) -> None:
+def test_a_report_shows_records_of_a_file(bench) -> None:
     file = str(Path(__file__).parent / "data" / "records.jsonl")
-    shown, markdown = run("report", file, "--kind", "decode"), run("report", file, "--markdown")
+    shown, markdown = bench("report", file, "--kind", "decode"), bench("report", file, "--markdown")
     assert "fastllama bench decode --new-tokens 64 --gpt-fast DIR" in " ".join(shown.stdout.split())
     assert "| fastllama | 12.5 |" in markdown.stdout
 
@@ -132,10 +126,9 @@ def test_generate_gets_a_table_and_the_same_as_a_record(asked) -> None:
 
 
 @pytest.mark.slow
-def test_the_real_thing_on_the_demo_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastllama.measure.READ_BYTES", 1 << 25)
+def test_the_real_thing_on_the_demo_checkpoint(bench, memory) -> None:
     arguments = ("--prompt-len", "8", "--new-tokens", "6", "--rounds", "1", "--peers", "eager,gpt-fast", "--json", "-")
-    result = run(*arguments)
+    result = bench(*arguments)
     assert result.exit_code == 0, result.stderr
     record = json.loads(result.stdout.splitlines()[-1])
     assert record["parity"] is True

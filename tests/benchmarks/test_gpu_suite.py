@@ -14,7 +14,6 @@ import pytest
 import torch
 import typer
 import typer.main
-from typer.testing import CliRunner
 
 from fastllama_benchmarks.cli import app
 from fastllama_benchmarks.gpu_suite import FULL, LINES, TESTS, TINY, Line, Suite, table
@@ -22,11 +21,6 @@ from fastllama_benchmarks.records import read
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = read(Path(__file__).parent / "data" / "records.jsonl")
-
-
-def run(*arguments: str) -> Any:
-    """Runs ``fastllama bench gpu`` in this process."""
-    return CliRunner().invoke(app, ["gpu", *arguments])
 
 
 @pytest.mark.parametrize("sizes", [FULL, TINY], ids=["full", "tiny"])
@@ -41,8 +35,10 @@ def test_every_line_is_a_command_with_a_limit_above_what_it_should_take(sizes) -
             assert {word for word in words if word.startswith("--")} <= options
 
 
-def test_the_lines_can_be_shown_without_a_gpu() -> None:
-    assert [line.split()[0] for line in run("--list").stdout.splitlines()[::2]] == [line.name for line in LINES]
+def test_the_lines_can_be_shown_without_a_gpu(bench) -> None:
+    assert [line.split()[0] for line in bench("gpu", "--list").stdout.splitlines()[::2]] == [
+        line.name for line in LINES
+    ]
 
 
 @pytest.mark.parametrize(
@@ -53,9 +49,9 @@ def test_the_lines_can_be_shown_without_a_gpu() -> None:
         (("--only", "70b"), "no line is called 70b"),
     ],
 )
-def test_what_cannot_run_at_all_has_exit_code_2(monkeypatch, arguments, words) -> None:
+def test_what_cannot_run_at_all_has_exit_code_2(bench, monkeypatch, arguments, words) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    done = run(*arguments)
+    done = bench("gpu", *arguments)
     assert done.exit_code == 2
     assert words in " ".join(done.stderr.replace("│", " ").split())
 
@@ -124,17 +120,9 @@ def test_the_table_has_every_contender_and_says_what_did_not_run() -> None:
 
 @pytest.mark.slow
 def test_a_tiny_run_succeeds_and_leaves_records(tmp_path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "fastllama_benchmarks.gpu_suite",
-        "--device",
-        "cpu",
-        "--tiny",
-        "--out",
-        str(tmp_path),
-    ]
-    done = subprocess.run([*command, "--only", "8b-batches"], capture_output=True, text=True, env=os.environ)
+    options = ("--device", "cpu", "--tiny", "--only", "8b-batches", "--out", str(tmp_path))
+    command = [sys.executable, "-m", "fastllama_benchmarks.gpu_suite", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tiny b2 16/128" in done.stdout
     (file,) = tmp_path.glob("*.jsonl")

@@ -8,57 +8,35 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from fastllama import LlamaConfig, LlamaForCausalLM, ops
 from fastllama.loading import names
-from fastllama.measure import Bandwidth, kv_cache_bytes, weight_bytes_per_step
-from fastllama_benchmarks.cli import app
+from fastllama.measure import kv_cache_bytes, weight_bytes_per_step
 from fastllama_benchmarks.kernels import measure as kernels
-from fastllama_benchmarks.kernels.measure import KERNEL, check, copies_of, interleaved, measure_kernels
+from fastllama_benchmarks.kernels.measure import KERNEL, Cycle, check, copies_of, measure_kernels
 from fastllama_benchmarks.kernels.ops import PLAIN, TORCH, Shapes, StepOp, step_ops
 from fastllama_benchmarks.records import new_record, read
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+}  # fmt: skip
 NAMES = ["qkv", "attention", "o", "gate_up", "down", "lm_head", "sample_greedy", "sample_top_k"]
 
 
-class MadeUpProbe:
-    """A memory of 10 GB/s."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.best = Bandwidth(1e10, "made up")
-
-    def sample(self) -> None:
-        pass
-
-
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch, memory: type) -> None:
     """Few copies, nothing compiled, a made-up memory; ``random:tiny`` is a model."""
     monkeypatch.setitem(names.RANDOM_SHAPES, "tiny", LlamaConfig(**SHAPE))
     monkeypatch.setattr(kernels, "WORKING_SET", 1 << 18)
     monkeypatch.setattr(kernels, "CACHED_PASSES", 1)
     monkeypatch.setattr(kernels, "last_level_cache", lambda device: 0)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(kernels, "BandwidthProbe", MadeUpProbe)
 
 
 def shapes_of(batch: int = 1, live: int = 20, capacity: int = 24, **changes: Any) -> Shapes:
     return Shapes("tiny", LlamaConfig(**SHAPE | changes), batch, live, capacity, CPU)
-
-
-def op_named(name: str, **arguments: Any) -> StepOp:
-    return next(op for op in step_ops(shapes_of(**arguments)) if op.name == name)
 
 
 # ---- what the operations are ---------------------------------------------------------------------------------------
@@ -117,15 +95,12 @@ def test_copies_fill_the_working_set_and_share_no_memory(monkeypatch: pytest.Mon
     assert all(torch.equal(weight, own[0]) and bias is None for weight, bias in copies)
 
 
-def test_cycles_are_interleaved_after_two_unmeasured_rounds() -> None:
-    order: list[str] = []
-
-    def cycle(name: str) -> Any:
-        return lambda: order.append(name) or [1e-6 * len(order)]
-
-    found = interleaved({name: cycle(name) for name in "ABC"}, 2, MadeUpProbe(CPU), lambda message: None)  # type: ignore[arg-type]
-    assert "".join(order) == "ABCCBA" * 2
-    assert found["A"].p50 == pytest.approx((7 + 12) / 2)
+def test_a_cycle_calls_the_function_on_each_copy_in_turn_after_a_call_that_is_not_timed() -> None:
+    called: list[Any] = []
+    op, own = reading(1), [(number,) for number in range(10)]
+    seconds = Cycle("x", lambda shared, each: called.append(each), op, own, CPU).run(None)  # type: ignore[arg-type]
+    assert called == [9, *range(10)]
+    assert len(seconds) == 10
 
 
 # ---- the measurement -----------------------------------------------------------------------------------------------
@@ -147,30 +122,18 @@ def test_a_record_has_every_operation(quick) -> None:
     assert json.loads(json.dumps(record)) == record
 
 
-@pytest.fixture
-def wrong_gate_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_operation_is_not_timed(quick, monkeypatch: pytest.MonkeyPatch) -> None:
     genuine = ops.gate_up
     monkeypatch.setattr(ops, "gate_up", lambda *arguments: genuine(*arguments) * 1.05)
-
-
-def test_a_wrong_operation_is_not_timed(quick, wrong_gate_up) -> None:
     found = measure_kernels(shapes_of(), rounds=1)
     assert [kernel["name"] for kernel in found["kernels"] if "us" not in kernel] == ["gate_up"]
     assert (found["parity"], found["step_us"]) == (False, None)
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------
-
-
-def run(*arguments: str) -> Any:
-    """Runs the command in this process."""
-    common = ("kernels", "--model", "random:tiny", "--rounds", "1", "--live", "9", "--device", "cpu")
-    return CliRunner().invoke(app, [*common, *arguments])
-
-
-def test_the_command_shows_a_table_and_keeps_a_record(quick, tmp_path: Path) -> None:
-    file = tmp_path / "records.jsonl"
-    result = run("--batch", "2", "--capacity", "16", "--dtype", "bfloat16", "--record", str(file), "--json", "-", "-q")
+def test_the_command_shows_a_table_and_keeps_a_record(bench, quick, tmp_path: Path) -> None:
+    file, sizes = tmp_path / "records.jsonl", ("--live", "9", "--batch", "2", "--capacity", "16", "--rounds", "1")
+    what = ("--model", "random:tiny", "--dtype", "bfloat16", "--device", "cpu", *sizes)
+    result = bench("kernels", *what, "--record", str(file), "--json", "-", "-q")
     assert result.exit_code == 0, result.stderr
     record = json.loads(result.stdout)
     assert read(file) == [record]

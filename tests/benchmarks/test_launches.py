@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastllama import LlamaConfig, LlamaForCausalLM
+from fastllama import LlamaForCausalLM
 from fastllama_benchmarks import launches
-from fastllama_benchmarks.launches import PROFILED_STEPS, host_seconds_per_step, measure_launches, profile_launches
+from fastllama_benchmarks.launches import PROFILED_STEPS, host_seconds_per_step, measure_launches
+from fastllama_benchmarks.records import new_record
 from fastllama_benchmarks.workload import Workload
 
 WORKLOAD = Workload.random(64, 1, 5, 8)
@@ -61,13 +62,15 @@ def profiled(monkeypatch: pytest.MonkeyPatch, prefill: list[Any], step: list[Any
 
     monkeypatch.setattr(launches, "profile", Profiler)
     monkeypatch.setattr(launches, "_generate", lambda model, workload, new: tokens.__setitem__(0, new))
-    return profile_launches(CUDA, WORKLOAD)
+    return measure_launches(CUDA, WORKLOAD)
 
 
-def test_on_cuda_only_kernels_count_and_copies_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_cuda_only_kernels_count_and_copies_are_apart(monkeypatch: pytest.MonkeyPatch, memory) -> None:
     noise = [event("Stream Wait Event"), event("a region", annotation=True), event("cudaGraphLaunch", "CPU")]
     step = [event("triton_red"), event("triton_red"), event("sm90_gemm"), event("Memcpy DtoH"), *noise]
     found = profiled(monkeypatch, [event("sm90_gemm")] * 5, step)
+    new_record("launches", found | {"model": "m", "dtype": "d", "device": "cuda", "parity": True}, {})
+    assert (found["memory_bandwidth_gb_s"], found["memory_bandwidth_method"]) == (10, "made up")
     assert (found["kernels_per_step"], found["copies_per_step"], found["kernel_us_per_step"]) == (3, 1, 9.0)
     assert found["top_kernels"] == [
         {"name": "triton_red", "calls": 2, "us": 6.0},
@@ -76,10 +79,8 @@ def test_on_cuda_only_kernels_count_and_copies_are_apart(monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_the_operators_of_a_step_are_counted_once_a_step() -> None:
-    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=1)).eval()
-    found = measure_launches(model, WORKLOAD)
+def test_the_operators_of_a_step_are_counted_once_a_step(tiny, memory) -> None:
+    found = measure_launches(LlamaForCausalLM(tiny).eval(), WORKLOAD)
     calls = {kernel["name"]: kernel["calls"] for kernel in found["top_kernels"]}
     assert calls["fastllama::layers"] == 1
     assert found["kernels_per_step"] >= sum(calls.values())

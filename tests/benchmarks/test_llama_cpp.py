@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,28 +54,28 @@ def calls(tmp_path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
 
 
-def opened(program: Path, workspace: Path) -> LlamaCpp:
-    """llama-bench on a tiny model's weights."""
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=56, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1,
-    )  # fmt: skip
-    contender = LlamaCpp()
-    asked = Task("", "float32", llama_bench=str(program), workspace=str(workspace), lent=LlamaForCausalLM(config))
-    contender.load(prepare(asked))
-    return contender
+@pytest.fixture
+def opened(tiny: LlamaConfig, tmp_path: Path) -> Callable[[Path], LlamaCpp]:
+    """Opens a llama-bench on a tiny model's weights."""
+
+    def opened(program: Path) -> LlamaCpp:
+        contender, model = LlamaCpp(), LlamaForCausalLM(tiny)
+        contender.load(prepare(Task("", "float32", llama_bench=str(program), workspace=str(tmp_path), lent=model)))
+        return contender
+
+    return opened
 
 
-def test_llama_bench_times_the_prompt_and_then_as_many_steps_as_others_take(tmp_path: Path, program: Path) -> None:
-    contender = opened(program, tmp_path)
-    run = contender.run(Workload.random(96, 1, 24, 9))
+def test_llama_bench_times_the_prompt_and_then_as_many_steps_as_others_take(opened, tmp_path, program) -> None:
+    contender = opened(program)
+    run = contender.run(Workload.random(64, 1, 24, 9))
     assert (run.tokens, run.ttft, run.tpot) == (None, pytest.approx(3e-3), pytest.approx((5e-4,)))
     threads = str(torch.get_num_threads())
     same = {"-m": str(tmp_path / "model.gguf"), "-o": "json", "-r": "1", "-t": threads, "-ngl": "0"}
     same |= {"CUDA_VISIBLE_DEVICES": ""}
     assert calls(tmp_path) == [same | {"-p": "24", "-n": "0"}, same | {"-p": "0", "-n": "8", "-d": "24"}]
     assert contender.info["build_commit"] == "0c1e570"
-    assert contender.run(Workload.random(96, 1, 24, 1)).tpot == ()
+    assert contender.run(Workload.random(64, 1, 24, 1)).tpot == ()
 
 
 def test_on_cuda_all_layers_run_on_one_gpu_and_a_build_without_one_is_refused(tmp_path: Path, program: Path) -> None:
@@ -82,23 +83,23 @@ def test_on_cuda_all_layers_run_on_one_gpu_and_a_build_without_one_is_refused(tm
     contender = LlamaCpp()
     contender.load(Task(str(tmp_path / "model.gguf"), "float32", "cuda:1", llama_bench=str(program)))
     with pytest.raises(Unavailable, match="built for the CPU alone; the model is on CUDA"):
-        contender.run(Workload.random(96, 1, 8, 4))
+        contender.run(Workload.random(64, 1, 8, 4))
     (call,) = calls(tmp_path)
     assert (call["-ngl"], call["-sm"], call["-mg"]) == ("99", "none", "1")
     assert call["CUDA_VISIBLE_DEVICES"] == os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
-def test_a_start_is_the_whole_process_and_runs_the_prompt_once(tmp_path: Path) -> None:
+def test_a_start_is_the_whole_process_and_runs_the_prompt_once(opened, tmp_path: Path) -> None:
     code = f"""\
         import json, sys
         print("--no-warmup")
         json.dump(sys.argv[1:], open({str(tmp_path / "asked")!r}, "w"))
         """
-    assert opened(script(tmp_path / "bench", code), tmp_path).start(Workload.random(96, 1, 5, 8), os.environ) > 0
+    assert opened(script(tmp_path / "bench", code)).start(Workload.random(64, 1, 5, 8), os.environ) > 0
     asked = json.loads((tmp_path / "asked").read_text())
     assert asked[-5:] == ["-p", "5", "-n", "0", "--no-warmup"]
     with pytest.raises(Unavailable, match="no --no-warmup"):
-        opened(script(tmp_path / "older", "print('usage')"), tmp_path).start(Workload.random(96, 1, 5, 8), os.environ)
+        opened(script(tmp_path / "older", "print('usage')")).start(Workload.random(64, 1, 5, 8), os.environ)
 
 
 def test_a_missing_program_is_named_with_the_option_that_gives_it(
@@ -122,8 +123,8 @@ def test_a_missing_program_is_named_with_the_option_that_gives_it(
         ("print('[]')", "printed no result as JSON but"),
     ],
 )
-def test_what_goes_wrong_in_llama_bench_is_one_line(tmp_path: Path, code: str, said: str) -> None:
-    contender = opened(script(tmp_path / "broken", code), tmp_path)
+def test_what_goes_wrong_in_llama_bench_is_one_line(opened, tmp_path: Path, code: str, said: str) -> None:
+    contender = opened(script(tmp_path / "broken", code))
     with pytest.raises(Unavailable, match=said) as raised:
-        contender.run(Workload.random(96, 1, 8, 4))
+        contender.run(Workload.random(64, 1, 8, 4))
     assert "\n" not in str(raised.value)

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from fastllama import LlamaForCausalLM, load_tokenizer
-from fastllama.cli.app import app
 from fastllama.quantization.quality import quality, windows
 from fastllama_benchmarks.quality import held_out_text
-from fastllama_benchmarks.records import validate
+from fastllama_benchmarks.records import read
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +58,22 @@ def test_windows_cover_the_text_once_after_bos() -> None:
         quality(None, None, [])  # type: ignore[arg-type]
 
 
-def test_the_command_writes_a_record(tmp_path: Path) -> None:
-    arguments = ["bench", "quality", "--tokens", "300", "--window", "64", "--schemes", "int8", "--quiet"]
-    done = CliRunner().invoke(app, [*arguments, "--json", str(tmp_path / "record.json")])
+def test_the_command_writes_a_record(bench, memory, tmp_path: Path) -> None:
+    sizes, file = ("--tokens", "300", "--window", "64"), str(tmp_path / "r.jsonl")
+    done = bench("quality", *sizes, "--schemes", "int8,none", "--quiet", "--record", file)
     assert done.exit_code == 0, done.output
-    record = json.loads((tmp_path / "record.json").read_text())
-    validate(record)
+    (record,) = read(file)
     assert list(record["schemes"]) == ["none", "int8"]
+    assert (record["memory_bandwidth_gb_s"], record["text"]) == (10, "the standard library")
     assert record["schemes"]["int8"]["bytes_per_step"] < 0.55 * record["schemes"]["none"]["bytes_per_step"]
     assert "same token" in done.output
 
 
-def test_a_decode_of_quantized_weights_passes_parity(tmp_path: Path) -> None:
-    arguments = ["bench", "decode", "--quantize", "none,int4", "--peers", "none", "--rounds", "1", "--new-tokens", "8"]
-    done = CliRunner().invoke(app, [*arguments, "--quiet", "--json", str(tmp_path / "records.json")])
+def test_a_decode_of_quantized_weights_passes_parity(bench, memory) -> None:
+    sizes = ("--peers", "none", "--rounds", "1", "--new-tokens", "8")
+    done = bench("decode", "--quantize", "none,int4", *sizes, "--quiet", "--json", "-")
     assert done.exit_code == 0, done.output
-    points = json.loads((tmp_path / "records.json").read_text())["points"]
+    points = json.loads(done.stdout.splitlines()[-1])["points"]
     assert [point["quantize"] for point in points] == [None, "int4"]
     assert all(point["parity"] for point in points)
     assert points[1]["bytes_per_step"] < 0.5 * points[0]["bytes_per_step"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -46,24 +45,25 @@ def test_every_field_at_fault_is_named() -> None:
     assert all(name in str(caught.value) for name in ("batch is str", "mbu is missing", "ttft_ms is bool"))
 
 
+def test_new_records_of_every_kind_have_the_bandwidth_and_old_ones_without_it_are_read(tmp_path: Path) -> None:
+    fields = {name: FIELDS[name] for name in ("model", "dtype", "device", "parity")} | {"schemes": {}, "text": "a"}
+    with pytest.raises(RecordError, match="memory_bandwidth_gb_s is missing"):
+        new_record("quality", fields, {})
+    old = new_record("quality", fields | {"memory_bandwidth_gb_s": 2.0}, {})
+    del old["memory_bandwidth_gb_s"]
+    append(old, tmp_path / "r.jsonl")
+    assert read(tmp_path / "r.jsonl") == [old]
+
+
 def test_the_committed_records_follow_the_schema() -> None:
     for record in read_all():
         assert record["environment"]["commit"]
 
 
-def test_the_environment_tells_commit_and_changes(tmp_path: Path) -> None:
+def test_the_environment_reports_commit_and_changes(tmp_path: Path, new_repository) -> None:
     assert commit(tmp_path) == {"commit": None, "dirty": None}
-
-    def git(*command: str) -> None:
-        identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
-        subprocess.run(["git", "-C", str(tmp_path), *identity, *command], check=True, capture_output=True)
-
-    git("init")
-    (tmp_path / "file").write_text("1")
-    git("add", ".")
-    git("commit", "-m", "one")
-    assert commit(tmp_path)["dirty"] is False
-    assert len(commit(tmp_path)["commit"]) == 40
+    revision = new_repository(tmp_path)("one", file="1")
+    assert commit(tmp_path) == {"commit": revision, "dirty": False}
     (tmp_path / "benchmarks" / "records").mkdir(parents=True)
     (tmp_path / "benchmarks" / "records" / "r.jsonl").write_text("")
     assert commit(tmp_path)["dirty"] is False

@@ -3,43 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastllama_benchmarks.regress.gate import Result, Settings, verdicts_of
 from fastllama_benchmarks.regress.report import headline, markdown, table, to_dict
-from fastllama_benchmarks.regress.revisions import Revision
-from fastllama_benchmarks.regress.rounds import SIDES, Metric, Round
 
-METRICS = (Metric("tpot", 1), Metric("ttft", 4))
 MACHINE: dict[str, Any] = {"cpu": "A processor", "cores": 2, "gpu": None}
-INFO = {"device": "cpu", "device_type": "cpu", "torch": "2.13.0", "python": "3.11.7", "threads": 2, "vocab_size": 9}
-BASE = Revision("main", "a" * 40, "Before", False, "a" * 12)
-HEAD = Revision(".", "b" * 40, "Say `x` | <b>y</b> for @somebody", True, "c" * 12, True)
-TOKENS = {"base": {1: ((1, 2),)}, "head": {1: ((1, 3),)}}
-
-
-def rounds_of(*factors: float) -> tuple[Round, ...]:
-    """Rounds in which the head takes this many times as long as the base, which takes 1 ms."""
-    return tuple(
-        Round(
-            {
-                str(metric): {arm: [[1e-3 * (factor if SIDES[arm] == "head" else 1)] * 4] for arm in SIDES}
-                for metric in METRICS
-            },
-            tokens=TOKENS,
-            info=dict.fromkeys(SIDES, INFO),
-        )
-        for factor in factors
-    )
-
-
-def result_of(*factors: float, **settings: Any) -> Result:
-    asked = Settings(Path(), "main", ".", Path("cache"), METRICS, **settings)
-    rounds = rounds_of(*factors)
-    return Result(asked, BASE, HEAD, rounds=rounds, verdicts=verdicts_of(rounds, asked.threshold))
 
 
 @pytest.mark.parametrize(
@@ -51,19 +21,19 @@ def result_of(*factors: float, **settings: Any) -> Result:
         ((1.3, 0.7, 1.2), "INCONCLUSIVE, not failed; undecided: tpot-b1, ttft-b4"),
     ],
 )
-def test_the_headline_is_the_outcome(factors: tuple[float, ...], line: str) -> None:
+def test_the_headline_is_the_outcome(result_of, factors: tuple[float, ...], line: str) -> None:
     assert headline(result_of(*factors)) == line
     assert markdown(result_of(*factors), MACHINE, "command").startswith(f"## Latency: {line}\n")
 
 
-def test_the_table_has_times_change_noise_threshold_and_verdict() -> None:
+def test_the_table_has_times_change_noise_threshold_and_verdict(result_of) -> None:
     found = result_of(1.1, 1.1, 1.1, 1.1, 1.1)
     interval = "+10.0 (+10.0 to +10.0)"
     assert table(found).to_numpy().tolist()[0] == ["tpot-b1", "1.000", "1.100", interval, "0.0", "3.0", "slower"]
     assert f"| tpot-b1 | 1.000 | 1.100 | {interval} | 0.0 | 3.0 | slower |" in markdown(found, MACHINE, "command")
 
 
-def test_the_report_names_revisions_machine_settings_and_command() -> None:
+def test_the_report_names_revisions_machine_settings_and_command(result_of) -> None:
     text = markdown(result_of(1.0, 1.0, 1.0), MACHINE, "fastllama-regress --base main")
     assert "- base: `aaaaaaaaaaaa` Before\n" in text
     assert "- head: the checkout at `bbbbbbbbbbbb` Say" in text
@@ -74,7 +44,7 @@ def test_the_report_names_revisions_machine_settings_and_command() -> None:
     assert "| change in round, % | 1 | 2 | 3 |\n| --- | --- | --- | --- |\n| decode step, batch 1 | +0.0 |" in text
 
 
-def test_the_json_holds_every_sample_and_no_number_that_json_has_not() -> None:
+def test_the_json_holds_every_sample_and_no_number_that_json_has_not(result_of) -> None:
     found = json.loads(json.dumps(to_dict(result_of(1.0, 1.0, 1.0), MACHINE), allow_nan=False))
     assert found["rounds"][2]["ttft-b4"]["base again"] == [[1e-3] * 4]
     assert found["settings"]["metrics"] == ["tpot-b1", "ttft-b4"]

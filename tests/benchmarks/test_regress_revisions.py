@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastllama_benchmarks.regress.revisions import files_of, git, resolve
 from fastllama_benchmarks.workload import Unavailable
 
-AUTHOR = ("-c", "user.name=somebody", "-c", "user.email=somebody@localhost")
-
-
-def commit(repo: Path, message: str, **files: str) -> str:
-    """Commits files of this text and returns the id."""
-    for name, text in files.items():
-        (repo / name).write_text(text)
-    git(repo, "add", "--all")
-    git(repo, *AUTHOR, "commit", "--quiet", "--allow-empty", "-m", message)
-    return git(repo, "rev-parse", "HEAD")
-
 
 @pytest.fixture
-def repo(tmp_path: Path) -> Path:
+def repo(new_repository: Any, tmp_path: Path) -> Path:
     """A repository of two commits, the first one tagged."""
-    folder = tmp_path / "repo"
-    folder.mkdir()
-    git(folder, "init", "--quiet", "--initial-branch=main")
-    commit(folder, "The first", code="one", **{".gitignore": "built\n"})
-    git(folder, "tag", "v1")
-    commit(folder, "The second\n\nwith a body", code="two")
-    return folder
+    commit = new_repository(tmp_path / "repo")
+    git(tmp_path / "repo", "tag", "v1", commit("The first", code="one", **{".gitignore": "built\n"}))
+    commit("The second\n\nwith a body", code="two")
+    return tmp_path / "repo"
 
 
 def worktrees(repo: Path) -> int:

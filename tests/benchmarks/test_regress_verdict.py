@@ -74,9 +74,8 @@ def test_to_pass_takes_fewer_rounds_than_to_fail(count: int) -> None:
 
 
 def test_each_revision_is_as_fast_as_its_faster_process() -> None:
-    found = estimate(
-        {"base": [[1.0], [1.0]], "head": [[4.0], [4.0]], "head again": [[2.0]] * 2, "base again": [[3.0]] * 2}
-    )
+    seconds = {"base": 1.0, "head": 4.0, "head again": 2.0, "base again": 3.0}
+    found = estimate({arm: [[each]] * 2 for arm, each in seconds.items()})
     assert found.change == pytest.approx(math.log(2))
     assert found.noises == pytest.approx((math.log(3), -math.log(2)))
     assert found.error == pytest.approx(0.0, abs=1e-9)

@@ -135,7 +135,9 @@ def test_the_page_is_written_and_then_found_up_to_date(tmp_path: Path) -> None:
     stale = run(*arguments, "--check")
     assert stale.exit_code == 1
     assert page.read_text() == PAGE
-    assert stale.stderr == "readme: README.md is not what the records say: run fastllama bench report --readme\n"
+    assert (
+        stale.stderr == "fastllama: error: README.md is not what the records say: run fastllama bench report --readme\n"
+    )
     assert run(*arguments).exit_code == 0
     assert "Llama-3.2-1B shape" in page.read_text()
     assert run(*arguments, "--check").exit_code == 0
@@ -153,8 +155,6 @@ def test_equal_records_give_equal_plots(tmp_path: Path, kind: str) -> None:
     decodes = [RECORDS[1] | {"batch": batch} for batch in (1, 2, 4)]
     kernels = [record for record in RECORDS if record["kind"] == "kernels"]
     records = {"decode": decodes[:1], "grid": decodes, "kernels": kernels}[kind]
-    if not records:
-        pytest.skip("no such record")
     for name in ("a.svg", "b.svg"):
         plot(records, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()

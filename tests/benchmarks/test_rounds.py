@@ -12,23 +12,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama_benchmarks.contenders import Task
 from fastllama_benchmarks.contenders.fastllama import Eager
 from fastllama_benchmarks.contenders.remote import Remote
 from fastllama_benchmarks.rounds import interleave
-from fastllama_benchmarks.workload import Decode, Unavailable, Workload, timed, timed_by_difference
+from fastllama_benchmarks.workload import Contender, Decode, Unavailable, Workload, timed, timed_by_difference
 
 WORKLOAD = Workload(((1, 2),), 3)
 
 
-class Scripted:
+class Scripted(Contender):
     """Notes its runs; fails in the one that it should."""
-
-    info: dict = {}  # noqa: RUF012
-
-    def load(self, task: object) -> None:
-        pass
 
     def __init__(self, name: str, turns: list[str], fails_at: int | None = None) -> None:
         self.name, self._turns, self._fails_at, self._count = name, turns, fails_at, 0
@@ -40,9 +34,6 @@ class Scripted:
         if self._count == self._fails_at:
             raise RuntimeError("out of luck\nmore lines")
         return Decode(((7, 8, 9),), 0.5, (0.1, float(self._count)))
-
-    def close(self) -> None:
-        pass
 
 
 def test_contenders_are_interleaved_after_their_warm_up() -> None:
@@ -70,8 +61,7 @@ def test_a_peer_that_breaks_is_one_line_and_leaves_no_figures() -> None:
 class Clock:
     """A clock that moves a hundredth of a second with each look."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    now = 0.0
 
     def __call__(self) -> float:
         self.now += 0.01
@@ -107,16 +97,9 @@ def test_a_step_on_cuda_is_the_difference_of_two_calls(monkeypatch: pytest.Monke
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+def task(checkpoint: str) -> Task:
     """A tiny checkpoint."""
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.3,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return Task(str(folder), "float32", threads=1)
+    return Task(checkpoint, "float32", threads=1)
 
 
 def test_a_worker_decodes_what_the_contender_decodes_in_this_process(task: Task) -> None:
