@@ -35,6 +35,9 @@ GptFast = Annotated[Path | None, typer.Option("--gpt-fast", metavar="DIR", help=
 LlamaBench = Annotated[Path | None, typer.Option(metavar="PATH", help="llama.cpp's program.", show_default="from PATH")]
 Schemes = Annotated[str, typer.Option(help="Some of stored, none, int8 and int4, with commas.", metavar="LIST")]
 Launches = Annotated[bool, typer.Option("--launches", help="Record what a step launches and the host's time, too.")]
+Costs = Annotated[
+    str, typer.Option(help="Some of stored, int8, int4 and int8-kv (an int8 KV cache), with commas.", metavar="LIST")
+]
 Record = Annotated[Path | None, typer.Option(metavar="FILE", help="File of JSON lines to append the record to.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Plot to write: .png, .svg or .pdf.")]
 Files = Annotated[list[Path] | None, typer.Argument(help="Files of records.", show_default="the committed ones")]
@@ -75,6 +78,7 @@ def decode(
     gpt_fast: GptFast = None,
     llama_bench: LlamaBench = None,
     quantize: Schemes = "stored",
+    kv_cache_dtype: options.KVCacheDtype = None,
     launches: Launches = False,
     json_file: options.JsonFile = None,
     record: Record = None,
@@ -91,7 +95,10 @@ def decode(
         schemes = quantize.split(",")
         keep = Keeper(options.pick_device(device), json_file, record, plot, quiet, len(points) * len(schemes) > 1)
         for scheme in schemes:
-            measure_points(model, dtype, scheme, points, launches, keep, **asked)
+            how: dict[str, Any] = {"quantize": None if scheme == "stored" else scheme, "kv_cache_dtype": kv_cache_dtype}
+            loaded = LlamaForCausalLM.from_pretrained(model, dtype, keep.device, progress=not quiet, **how)
+            keep.common = weight_fields(model, loaded, how["quantize"])
+            measure_points(loaded, points, launches, keep, **asked)
         keep.finish()
 
 
@@ -154,7 +161,7 @@ def quality(
     model: options.Model = "demo",
     dtype: options.Dtype = None,
     device: options.Device = None,
-    schemes: Schemes = "int8,int4",
+    schemes: Costs = "int8,int4,int8-kv",
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to read.", show_default="Python's")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of it.")] = 16384,
     window: Annotated[int, typer.Option(min=2, help="Tokens that are read at once.")] = 512,
@@ -237,17 +244,15 @@ def numbers(text: str) -> list[int]:
 
 
 def measure_points(
-    model: str, dtype: str | None, scheme: str, points: list[dict[str, Any]], launches: bool, keep: Keeper, **asked: Any
+    loaded: LlamaForCausalLM, points: list[dict[str, Any]], launches: bool, keep: Keeper, **asked: Any
 ) -> None:
-    """Load a model and measure points, each from a released engine, for a cache that has grown stays grown."""
+    """Measure points, each from a released engine, for a cache that has grown stays grown."""
     from .decode import compare, workload_of
     from .launches import measure_launches
 
-    quantize = None if scheme == "stored" else scheme
-    loaded = LlamaForCausalLM.from_pretrained(model, dtype, keep.device, quantize, progress=not keep.quiet)
-    keep.common = weight_fields(model, loaded, quantize)
+    scheme = {"quantize": keep.common["quantize"]}
     for point in points:
-        title = ", ".join(f"{name} {value}" for name, value in ({"quantize": quantize} | point).items() if value)
+        title = ", ".join(f"{name} {value}" for name, value in (scheme | point).items() if value)
         with keep.point(title, point):
             workload = workload_of(loaded, **point)
             loaded.release()

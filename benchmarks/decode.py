@@ -108,9 +108,10 @@ def open_peers(keys: Sequence[str], task: Task, stack: ExitStack) -> tuple[list[
 
 def bound_of(model: LlamaForCausalLM, workload: Workload, probe: BandwidthProbe) -> dict[str, Any]:
     """What bounds the decode: the bytes that a step reads, half way through it, and how fast the memory was."""
-    batch, itemsize = workload.batch, model.dtype.itemsize
-    nbytes = weight_bytes_per_step(model, batch)
-    nbytes += kv_cache_bytes(model.config, workload.live_tokens, batch, itemsize)
+    nbytes = weight_bytes_per_step(model, workload.batch)
+    nbytes += kv_cache_bytes(
+        model.config, workload.live_tokens, workload.batch, (model.kv_cache_dtype or model.dtype).itemsize
+    )
     floor_ms = 1e3 * nbytes / probe.best.bytes_per_second
     return {"bytes_per_step": nbytes, "floor_ms": floor_ms, **bandwidth(probe)}
 
@@ -188,7 +189,7 @@ def workload_of(
     if capacity is not None and capacity < needed:
         raise ValueError(f"{prompt_len} + {new_tokens} tokens do not fit {capacity} slots")
     bucket = 1 << (batch - 1).bit_length()  # rows run in powers of two
-    nbytes = kv_cache_bytes(model.config, capacity or needed, bucket, model.dtype.itemsize)
+    nbytes = kv_cache_bytes(model.config, capacity or needed, bucket, (model.kv_cache_dtype or model.dtype).itemsize)
     if model.device.type == "cpu" and nbytes > free_memory():
         raise ValueError(f"the KV cache takes {nbytes / 1e9:.3g} GB, {free_memory() / 1e9:.3g} GB are free")
     return Workload.random(model.config.vocab_size, batch, prompt_len, new_tokens, capacity)

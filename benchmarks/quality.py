@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastllama import LlamaForCausalLM, load_tokenizer
 from fastllama.measure import BandwidthProbe, weight_bytes_per_step
 from fastllama.quantization.quality import quality, windows
@@ -19,6 +21,7 @@ from .records import weight_fields
 from .rounds import Say
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+INT8_KV = "int8-kv"  # the weights as they are over a KV cache in 8 bits
 HELD_OUT = 20  # one of 20 files of the standard library, by the hash of its name, as for the demo's training
 
 
@@ -50,11 +53,13 @@ def measure(
     rows = {}
     for scheme in dict.fromkeys(("none", *schemes)):
         say(f"reading with {scheme}")
-        model = reference
-        if scheme != "none":
+        model, cache_dtype = reference, torch.int8 if scheme == INT8_KV else None
+        if scheme not in ("none", INT8_KV):
             quantize = None if scheme == "stored" else scheme
             model = LlamaForCausalLM.from_pretrained(name, dtype, device, quantize, progress=False)
-        rows[scheme] = vars(quality(model, reference, texts)) | {"bytes_per_step": weight_bytes_per_step(model)}
+        rows[scheme] = vars(quality(model, reference, texts, cache_dtype)) | {
+            "bytes_per_step": weight_bytes_per_step(model)
+        }
     are_numbers = all(math.isfinite(row["perplexity"]) for row in rows.values())
     found = {"schemes": rows, "parity": are_numbers, "text": text.name if text else "the standard library"}
     return weight_fields(name, reference) | bandwidth(BandwidthProbe(device)) | found

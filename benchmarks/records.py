@@ -54,7 +54,8 @@ class RecordError(ValueError):
 def weight_fields(name: str, model: LlamaForCausalLM, quantize: str | None = None) -> dict[str, Any]:
     """The fields of every record that say which weights were measured, and where they lay."""
     kind, scheme = str(model.dtype).removeprefix("torch."), None if quantize == "none" else quantize
-    where = {"model": name, "dtype": kind, "device": str(model.device), "quantize": scheme}
+    cache = model.kv_cache_dtype and str(model.kv_cache_dtype).removeprefix("torch.")
+    where = {"model": name, "dtype": kind, "device": str(model.device), "quantize": scheme, "kv_cache_dtype": cache}
     return where | {"config": model.config.to_dict()}
 
 

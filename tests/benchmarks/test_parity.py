@@ -56,7 +56,7 @@ def test_a_second_best_token_within_rounding_passes(model: LlamaForCausalLM, mon
     rounded = exact.clone()
     rounded[:, 9] += 2e-5
     answers = iter([exact, rounded])
-    monkeypatch.setattr(parity, "next_token_logits", lambda *_: next(answers))
+    monkeypatch.setattr(parity, "next_token_logits", lambda *_, **__: next(answers))
     found = check(model, PROMPTS[:1], [(8, 9)], 2)
     assert found.passed
     assert (found.best, found.tokens) == (1, 2)

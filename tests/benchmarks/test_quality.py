@@ -50,6 +50,14 @@ def test_quantization_of_the_demo_stays_within_its_gate(demo, scheme, cost) -> N
     assert found.agreement > {"int8": 0.95, "int4": 0.85}[scheme]
 
 
+def test_an_int8_kv_cache_of_the_demo_stays_within_its_gate(demo) -> None:
+    read = texts(2048)
+    plain, found = quality(demo, demo, read), quality(demo, demo, read, torch.int8)
+    assert found.perplexity <= 1.005 * plain.perplexity
+    assert found.agreement > 0.97
+    assert found.divergence > 1e-6
+
+
 def test_windows_cover_the_text_once_after_bos() -> None:
     found = list(windows(range(10, 20), 4, bos=1))
     assert [window.tolist() for window in found] == [[[1, 10, 11, 12]], [[1, 13, 14, 15]], [[1, 16, 17, 18]]]
