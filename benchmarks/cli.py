@@ -54,7 +54,11 @@ class _DecodeByDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(cls=_DecodeByDefault, help="Measure decoding against peers and the bound; decode is the default.")
+app = typer.Typer(
+    cls=_DecodeByDefault,
+    help="Measure decoding against peers and the bound; decode is the default.",
+    rich_markup_mode=None,
+)
 
 
 @app.command()

@@ -29,6 +29,11 @@ class LlamaForCausalLM(Llama):
     Args:
         config: the architecture.
 
+    Attributes:
+        generation_config: what :meth:`generate` does where a call does not say.
+        kv_cache_dtype: of the keys and values that the engine caches: None for the parameters' dtype, or torch.int8 for
+            8 bits with a scale for each head of each token, on a CPU. Can be set at any time.
+
     Source: arXiv 2302.13971, 2307.09288 and 2407.21783; parameter names and layouts of the checkpoints on the
     Hugging Face hub.
     """
@@ -37,6 +42,7 @@ class LlamaForCausalLM(Llama):
         super().__init__(config)
         ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         self.generation_config = GenerationConfig(**ids)
+        self.kv_cache_dtype: torch.dtype | None = None
         self.engine: Runner | None = None  # made by the first call that decodes
 
     def __getstate__(self) -> dict[str, Any]:
@@ -51,6 +57,7 @@ class LlamaForCausalLM(Llama):
         quantize: str | QuantizationConfig | None = None,
         progress: bool = True,
         strict: bool = False,
+        kv_cache_dtype: str | torch.dtype | None = None,
     ) -> LlamaForCausalLM:
         """Load a checkpoint.
 
@@ -64,6 +71,7 @@ class LlamaForCausalLM(Llama):
             progress: show a progress bar on stderr if that is a terminal.
             strict: refuse what is otherwise named in a warning and left out: unknown keys of the configs, tensors that
                 no Llama uses, generation settings that ``generate`` does not do.
+            kv_cache_dtype: ``"int8"`` to cache keys and values in 8 bits; None for the parameters' dtype.
 
         Returns:
             The model in eval mode.
@@ -72,7 +80,10 @@ class LlamaForCausalLM(Llama):
             CheckpointError: the checkpoint was not found, is incomplete, damaged or does not fit its config.
             ValueError, NotImplementedError: its configs ask for something that fastllama does not support.
         """
-        return load_model(cls, name, dtype=dtype, device=device, quantize=quantize, progress=progress, strict=strict)
+        cache_dtype = check_cache_dtype(kv_cache_dtype)
+        model = load_model(cls, name, dtype=dtype, device=device, quantize=quantize, progress=progress, strict=strict)
+        model.kv_cache_dtype = cache_dtype
+        return model
 
     def save_pretrained(self, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
         """Write a checkpoint that transformers loads: configs and safetensors weights.
@@ -155,7 +166,19 @@ def engine_of(model: LlamaForCausalLM) -> Runner:
         NotImplementedError: the model's modules do something that the engine would not do.
     """
     check_plain(model)
+    cache_dtype = check_cache_dtype(model.kv_cache_dtype)
     with _making_an_engine:
-        if model.engine is None or not model.engine.serves(model):
-            model.engine = Runner(model)
+        if model.engine is None or model.engine.cache_dtype != cache_dtype or not model.engine.serves(model):
+            model.engine = Runner(model, cache_dtype)
         return model.engine
+
+
+def check_cache_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of the engine's KV cache; None for the parameters'.
+
+    Raises:
+        ValueError: it is none that there is.
+    """
+    if dtype not in (None, "auto", "int8", torch.int8):
+        raise ValueError(f'kv_cache_dtype is {dtype!r}, expected "int8", or None for the dtype of the parameters')
+    return torch.int8 if dtype in ("int8", torch.int8) else None

@@ -140,9 +140,13 @@ def weight_bytes_per_step(model: Llama, batch: int = 1) -> int:
 
 
 def kv_cache_bytes(config: LlamaConfig, tokens: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Bytes of the keys and values of ``tokens`` tokens in each of ``batch`` sequences."""
+    """Bytes of the keys and values of ``tokens`` tokens in each of ``batch`` sequences.
+
+    With an ``itemsize`` of 1 they are codes, whose scales are counted too.
+    """
     heads, dim = config.num_key_value_heads or config.num_attention_heads, config.head_dim or 0
-    return 2 * config.num_hidden_layers * heads * dim * tokens * batch * itemsize
+    columns = ops.kv_columns(dim, torch.int8) if itemsize == 1 else dim
+    return 2 * config.num_hidden_layers * heads * columns * tokens * batch * itemsize
 
 
 # ---- timing ------------------------------------------------------------------------------------------------

@@ -89,6 +89,14 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def compiled_steps() -> Iterator[None]:
+    """Engines made meanwhile compile their steps, as on CUDA; else a CPU's kernels take a step as one operation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTLLAMA_CPU_STEP", "compiled")
+        yield
+
+
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     """For tests that count compilations: nothing compiled by other tests is known to torch.compile."""

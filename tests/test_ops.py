@@ -42,7 +42,8 @@ def test_triton_kernels_run_on_gpus_that_have_what_they_need(monkeypatch) -> Non
     on_chip(monkeypatch, (8, 0))
     choices = implementations("cuda:0", torch.bfloat16)
     assert {choices[op] for op in ("linear", "gate_up", "rotary_attention", "sample")} == {"Triton kernel"}
-    assert "layers" not in choices
+    assert not {"layers", "step"} & choices.keys()
+    assert choices["embedding, bookkeeping"] == "Inductor"
     assert ops.kernels_per_step("cuda:0", torch.bfloat16, layers=16) == 83
 
 
@@ -80,12 +81,20 @@ def test_heads_that_the_kernels_do_not_take_are_reported(monkeypatch) -> None:
     assert ops.kernels_per_step("cuda:0", torch.bfloat16, layers=16, head_dim=20) == 83 - 16
 
 
-def test_on_a_cpu_all_layers_are_one_operation() -> None:
-    expected = ("layers", "C++ kernel", "all in one operation, up to 32 rows and 8 tokens a row")
-    assert ops.report("cpu", torch.float32, head_dim=20)[0] == expected
-    assert ops.kernels_per_step("cpu", torch.float32, layers=16, head_dim=20) == 3
-    assert "layers" in implementations("cpu", torch.float32, rows=32)
-    assert "layers" not in implementations("cpu", torch.float32, rows=33)
+def test_on_a_cpu_a_step_is_one_operation() -> None:
+    report = ops.report("cpu", torch.float32, head_dim=20)
+    limits = "up to 32 rows and 8 tokens a row"
+    assert report[0] == (
+        "step",
+        "C++ kernel",
+        f"from ids to ids in one operation, nothing compiled at the start, {limits}",
+    )
+    assert report[1] == ("layers", "C++ kernel", f"all in one operation, {limits}")
+    assert "embedding, bookkeeping" not in {choice.op for choice in report}
+    assert ops.kernels_per_step("cpu", torch.float32, layers=16, head_dim=20) == 1
+    for op in ("step", "layers"):
+        assert op in implementations("cpu", torch.float32, rows=32)
+        assert op not in implementations("cpu", torch.float32, rows=33)
 
 
 @pytest.mark.parametrize(("multiplies", "rows"), [(True, 4), (False, 64)])
@@ -129,6 +138,7 @@ def test_other_devices_have_no_kernels() -> None:
 
 #: The operations by which an implementation is known: what of ours is called for it.
 CALLED = {
+    ("step", "C++ kernel"): {"decode_step"},
     ("layers", "C++ kernel"): {"layers"},
     ("linear", "C++ kernel"): {"linear"},
     ("linear", "torch's GEMM"): set(),
@@ -172,12 +182,18 @@ def run(op: str, dtype: torch.dtype, rows: int, tokens: int, head_dim: int) -> N
     tables = [tensor(SLOTS, head_dim, dtype=torch.float32) for _ in range(2)]
     position = tensor(batch, tokens, dtype=torch.long)
     caches = [tensor(batch, KV_HEADS, SLOTS, head_dim) for _ in range(2)]
-    if op == "layers":
-        assert ops.runs_layers_at_once(x_btm)
+    if op in ("layers", "step"):
         sizes = ((packed, m), (m, HEADS * head_dim), (48, m), (m, 24))
         qkv, o, gate_up, down = (ops.Weights(ops.DENSE, (tensor(*size),)) for size in sizes)
         weights = [ops.Layer(tensor(m), qkv, o, tensor(m), gate_up, down)]
-        ops.layers(x_btm, *tables, position, weights, caches[:1], caches[1:], 1e-5, "silu")
+        if op == "layers":
+            assert ops.runs_layers_at_once(x_btm)
+            ops.layers(x_btm, *tables, position, weights, caches[:1], caches[1:], 1e-5, "silu")
+            return
+        assert ops.runs_at_once(x_btm.device, dtype, rows, tokens)
+        table = ops.Weights(ops.DENSE, (tensor(VOCABULARY, m),))
+        tensors, kinds = ops.network(table, weights, tensor(m), table)
+        ops.decode_step([position], *tables, tensors, kinds, caches[:1], caches[1:], 1e-5, 0, VOCABULARY)
     elif op == "linear":
         ops.linear(x_btm, tensor(24, m), None, tensor(m), 1e-5, tensor(batch, tokens, 24))
     elif op == "gate_up":
@@ -206,7 +222,9 @@ def test_what_is_reported_is_what_runs(monkeypatch, as_on, device, chip) -> None
     seen = set()
     for dtype, batch, tokens, head_dim in itertools.product(DTYPES, (1, 2, 5, 17), (1, 8, 9), (16, 20)):
         choices = ops.report(device, dtype, head_dim, rows=batch * tokens, tokens=tokens)
-        for op, implementation, _ in choices[:-1]:
+        for op, implementation, _ in choices:
+            if implementation == "Inductor":
+                continue
             seen.add((op, implementation))
             with FakeTensorMode(), Called() as called:
                 run(op, dtype, batch * tokens, tokens, head_dim)

@@ -43,7 +43,7 @@ Summary = Annotated[Path | None, typer.Option(envvar="GITHUB_STEP_SUMMARY", help
 Slowdown = Annotated[float, typer.Option(min=0, help="Percent by which the head's steps are made longer, as a proof.")]
 SkipOldBase = Annotated[bool, typer.Option("--skip-old-base", help="Exit with 0 when the base cannot be measured.")]
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})

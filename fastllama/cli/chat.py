@@ -18,6 +18,7 @@ def chat(
     dtype: options.Dtype = None,
     device: options.Device = None,
     quantize: options.Quantize = None,
+    kv_cache_dtype: options.KVCacheDtype = None,
     system: Annotated[str | None, typer.Option(help="System prompt.", show_default="none")] = None,
     max_new_tokens: options.MaxNewTokens = None,
     sample: options.Sample = None,
@@ -33,7 +34,7 @@ def chat(
     """Chat with a model. Ctrl-C stops an answer, /clear starts a new conversation, /quit or Ctrl-D exits."""
     with errors_in_one_line(debug):
         sampling = options.sampling_arguments(sample, temperature, top_k, top_p, min_p, seed)
-        loaded = options.load(model, dtype, device, quiet, strict, quantize)
+        loaded = options.load(model, dtype, device, quiet, strict, quantize, kv_cache_dtype)
         conversation = Conversation(loaded.tokenizer, system)
         if not conversation.has_template and not quiet:
             stderr().print(

@@ -8,29 +8,32 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
+
+if TYPE_CHECKING:  # not needed to answer --help
+    from rich.console import Console
 
 CTRL_C, BROKEN_PIPE = 130, 141
 PACKAGES = ("fastllama", "torch", "triton", "transformers", "tokenizers", "safetensors")
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
 def stdout() -> Console:
     """A console for tables; a new one each time, since stdout may have been redirected."""
-    return _Console(highlight=False)
+    from rich.console import Console
+
+    class ConsoleOfPipe(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return ConsoleOfPipe(highlight=False)
 
 
 def stderr() -> Console:
     """A console for notes and progress."""
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False)
 
 
@@ -52,6 +55,8 @@ def write_json(record: Mapping[str, Any], file: str) -> None:
 
 def installed_version(package: str) -> str:
     """The version of a distribution, or ``not installed``."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:
@@ -70,6 +75,8 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
     Yields a function that sets the message. An empty message ends the display, because a spinner would erase other
     output on its line. Where stderr is not a terminal, each message is a line.
     """
+    from rich.text import Text
+
     console = stderr()
     status = console.status("") if console.is_terminal else None
     over = quiet

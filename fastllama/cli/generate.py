@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +22,7 @@ def generate(
     dtype: options.Dtype = None,
     device: options.Device = None,
     quantize: options.Quantize = None,
+    kv_cache_dtype: options.KVCacheDtype = None,
     max_new_tokens: options.MaxNewTokens = None,
     sample: options.Sample = None,
     temperature: options.Temperature = None,
@@ -42,7 +42,7 @@ def generate(
     with errors_in_one_line(debug):
         sampling = options.sampling_arguments(sample, temperature, top_k, top_p, min_p, seed)
         text = sys.stdin.read() if prompt == "-" else prompt
-        loaded = options.load(model, dtype, device, quiet, strict, quantize)
+        loaded = options.load(model, dtype, device, quiet, strict, quantize, kv_cache_dtype)
         prompt_ids = list(loaded.tokenizer(text).input_ids)
         budget = loaded.budget(len(prompt_ids), max_new_tokens)
         show = _discard if as_json else _echo_after(text)
@@ -78,6 +78,8 @@ def _echo_after(prompt: str) -> Callable[[str], None]:
 
 def _table(loaded: options.Loaded, prompt_ids: list[int], budget: int, quiet: bool) -> tuple[Any, dict[str, Any]]:
     """The table of ``--table``, to print and as a record."""
+    from importlib.metadata import entry_points
+
     found = entry_points(group=TABLES, name="decode")
     if not found:
         raise ImportError(

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.filesize import decimal
-from rich.table import Table
 
 from fastllama.cli import options
 from fastllama.cli.console import errors_in_one_line, progress, stdout, versions, write_json
@@ -145,6 +143,8 @@ def _decoding(config: LlamaConfig, device: torch.device, context: int) -> dict[s
 
 def show(facts: Mapping[str, Any]) -> None:
     """Print the facts, a block for each section, under labels for people."""
+    from rich.table import Table
+
     console = stdout()
     for section, content in facts.items():
         console.print(SECTIONS.get(section, section), style="bold")
@@ -157,6 +157,8 @@ def show(facts: Mapping[str, Any]) -> None:
 
 def readable(name: str, value: object) -> str:
     """A value as text: bytes in a unit that fits, integers in groups of three digits, yes or no, floats rounded."""
+    from rich.filesize import decimal
+
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

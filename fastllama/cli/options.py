@@ -34,6 +34,15 @@ Quantize = Annotated[
         show_default="as stored",
     ),
 ]
+KVCacheDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache-dtype",
+        metavar="DTYPE",
+        help="Dtype of the KV cache: int8, or auto for the weights' dtype.",
+        show_default="auto",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="Device: cpu or cuda.", show_default="cuda if available")]
 MaxNewTokens = Annotated[
     int | None,
@@ -125,13 +134,19 @@ def pick_device(device: str | None) -> str:
 
 
 def load(
-    name: str, dtype: str | None, device: str | None, quiet: bool, strict: bool = False, quantize: str | None = None
+    name: str,
+    dtype: str | None,
+    device: str | None,
+    quiet: bool,
+    strict: bool = False,
+    quantize: str | None = None,
+    kv_cache_dtype: str | None = None,
 ) -> Loaded:
     """Load a model and its tokenizer; generation settings that are not available are left out, with a warning."""
     from fastllama import LlamaForCausalLM, load_tokenizer
 
-    how = {"device": pick_device(device), "quantize": quantize, "progress": not quiet, "strict": strict}
-    model = LlamaForCausalLM.from_pretrained(name, dtype=dtype, **how)
+    how = {"dtype": dtype, "device": pick_device(device), "quantize": quantize, "kv_cache_dtype": kv_cache_dtype}
+    model = LlamaForCausalLM.from_pretrained(name, **how, progress=not quiet, strict=strict)
     if left_out := sorted(model.generation_config.other):
         logger.warning("decoding without the checkpoint's settings %s", ", ".join(left_out))
         model.generation_config = model.generation_config.replace(other={})

@@ -123,6 +123,7 @@ class Buffers:
         max_cache_len: tokens a slot can hold.
         chunk_sizes: tokens a row of the prefill and verify steps.
         device, dtype: of the network's weights.
+        cache_dtype: of keys and values; the weights' when None.
     """
 
     def __init__(
@@ -133,13 +134,14 @@ class Buffers:
         chunk_sizes: Sequence[int],
         device: torch.device,
         dtype: torch.dtype,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         self._chunk_sizes = tuple(chunk_sizes)
         self._rope_limit = static_length(config)
         self._rope_key: int | None = None
         self._rope_len = 1
-        self.cache = StaticCache(config, batch_size, max_cache_len, device, dtype)
+        self.cache = StaticCache(config, batch_size, max_cache_len, device, cache_dtype or dtype)
         self._allocate()
         self.idle()
         self.set_rope(1)

@@ -128,6 +128,14 @@ class FusedDecoder(nn.Module):
         tied = is_tied(model)
         self.head = self.embedding if tied else Matrix.of(model.lm_head)
         self.eps, self.activation = decoder.norm.eps, model.config.hidden_act
+        self.vocab_size = model.config.vocab_size
+
+    def network(self) -> tuple[Any, ...]:
+        """Weights, kinds, eps and activation, as the steps that are one operation take them."""
+        embedding, head = (ops.Weights(matrix.kind, matrix.tensors) for matrix in (self.embedding, self.head))
+        layers = [cast(FusedLayer, layer).weights() for layer in self.layers]
+        tensors, kinds = ops.network(embedding, layers, self.norm, head)
+        return tensors, kinds, self.eps, ops.ACTIVATIONS[self.activation].number
 
     def forward(
         self,

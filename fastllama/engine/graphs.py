@@ -1,4 +1,6 @@
-"""How a step becomes one replay: compiled once by torch.compile, on CUDA recorded as one graph.
+"""How a step becomes one call: on a CPU one operation; else compiled by torch.compile, on CUDA recorded as one graph.
+
+``FASTLLAMA_CPU_STEP=compiled`` has steps compiled on a CPU too, as they are where its kernels do not take them.
 
 Two ways to record it, chosen by the environment variable ``FASTLLAMA_CUDA_GRAPHS``:
 
@@ -17,16 +19,19 @@ import os
 import threading
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+from fastllama import ops
 
 logger = logging.getLogger(__name__)
 
+CPU_SWITCH = "FASTLLAMA_CPU_STEP"
+NATIVE, COMPILED = CPU_KINDS = ("native", "compiled")
 SWITCH = "FASTLLAMA_CUDA_GRAPHS"
 INDUCTOR, EXPLICIT = KINDS = ("inductor", "explicit")
 WARMUP_RUNS = 2  # of a step on CUDA before it is recorded: the first compiles, and allocates what it keeps
@@ -56,11 +61,12 @@ class Steps:
         device: where the steps run.
 
     Raises:
-        ValueError: ``FASTLLAMA_CUDA_GRAPHS`` is set to something else than its choices.
+        ValueError: ``FASTLLAMA_CUDA_GRAPHS`` or ``FASTLLAMA_CPU_STEP`` is set to something else than its choices.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._kind = _chosen_kind() if device.type == "cuda" else None
+        self._may_be_native = device.type == "cpu" and _switch(CPU_SWITCH, CPU_KINDS) == NATIVE
+        self._kind = _switch(SWITCH, KINDS) if device.type == "cuda" else None
         self._device = device
         self._steps: dict[StepKey, CompiledStep] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._kind == EXPLICIT else None
@@ -75,6 +81,10 @@ class Steps:
     def runs_to_warm_up(self) -> int:
         """How often a step has to run until it only replays."""
         return 1 if self._kind is None else WARMUP_RUNS + 1
+
+    def is_one_operation(self, dtype: torch.dtype, batch: int, tokens: int) -> bool:
+        """Whether the kernels take a whole decode or verify step of this size, so that nothing is to be compiled."""
+        return self._may_be_native and ops.runs_at_once(self._device, dtype, batch * tokens, tokens)
 
     def bound(self, key: StepKey, step: Step, *args: Any) -> Callable[[], None]:
         """One run of the step of this key on these arguments; the first run compiles it."""
@@ -164,11 +174,12 @@ class CallOrder:
             self._done.record(stream)
 
 
-def _chosen_kind() -> str:
-    kind = os.environ.get(SWITCH, INDUCTOR)
-    if kind not in KINDS:
-        raise ValueError(f"{SWITCH} is {kind!r}, expected {' or '.join(KINDS)}")
-    return kind
+def _switch(name: str, choices: Sequence[str]) -> str:
+    """The value of an environment variable; the first choice where it is not set."""
+    value = os.environ.get(name, choices[0])
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected {' or '.join(choices)}")
+    return value
 
 
 def _compile(step: Step, graphs: bool) -> CompiledStep:
@@ -220,6 +231,8 @@ class CompiledOrPlain:
 
 def machine_fault(error: BaseException) -> str | None:
     """What the machine lacks, where that is why a step could not be compiled; None: it is another fault."""
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
     seen: BaseException | None = error
     while seen is not None:
         inner = getattr(seen, "inner_exception", None)

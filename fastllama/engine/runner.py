@@ -1,7 +1,8 @@
 """The engine: rows in fixed memory, moved on by compiled steps.
 
 Decoding a token is a fixed program over fixed memory: ids, positions, settings, finished flags and output of every row
-live in buffers that never move, and one compiled step goes from token id to next token id, updating them in place.
+live in buffers that never move, and one step goes from token id to next token id, updating them in place: one operation
+on a CPU, a compiled and recorded graph on CUDA.
 The runner knows rows and no policy: which rows decode, and until when, is decided by who calls it.
 
 Shape suffixes: ``b`` batch, ``t`` query tokens, ``v`` vocabulary, ``n`` output tokens.
@@ -41,10 +42,20 @@ class Runner:
 
     Args:
         model: shares its weights with the engine; its q/k/v and gate/up parameters become views of fused matrices.
+        cache_dtype: of keys and values; the weights' when None. See :class:`StaticCache`.
+
+    Raises:
+        NotImplementedError: a cache in 8 bits on a GPU.
     """
 
-    def __init__(self, model: Llama) -> None:
+    def __init__(self, model: Llama, cache_dtype: torch.dtype | None = None) -> None:
+        if cache_dtype == torch.int8 and model.device.type != "cpu":
+            raise NotImplementedError(
+                f"kv_cache_dtype is int8, which the CPU's kernels read, and the model is on {model.device}: "
+                "set model.kv_cache_dtype to None"
+            )
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
+        self.cache_dtype = cache_dtype
         with plain_mode():
             self._net = FusedDecoder(model)
         self._weights = weights_fingerprint(model)
@@ -80,7 +91,7 @@ class Runner:
 
     @property
     def compiled_steps(self) -> tuple[StepKey, ...]:
-        """What has been compiled."""
+        """What has been compiled; on a CPU nothing is, where its kernels take a whole step."""
         return self._steps.keys
 
     def serves(self, model: Llama) -> bool:
@@ -144,7 +155,8 @@ class Runner:
             return
         with plain_mode(), self._launching():
             if held is None or self._buffers is None:
-                self._buffers = Buffers(self.config, rows, slots, CHUNK_SIZES, self.device, self.dtype)
+                dtypes = (self.dtype, self.cache_dtype)
+                self._buffers = Buffers(self.config, rows, slots, CHUNK_SIZES, self.device, *dtypes)
                 return
             more_rows = max(rows, held.batch_size)
             slots = held.max_cache_len if held.max_cache_len >= slots else max(slots, 2 * held.max_cache_len)
@@ -201,15 +213,18 @@ class Runner:
         self._compiled("decode", b, 1)
 
     def _compiled(self, kind: str, b: int, t: int) -> Callable[[], None]:
-        """One run of a step; where it is new it is compiled, which changes nothing that rows have."""
+        """One run of a step. Where it is new and not one operation it is compiled, which changes nothing of rows."""
         key, buffers, net = StepKey(kind, b, t), self._ready, self._net
-        is_new = key not in self._steps.keys
+        at_once = kind != "prefill" and self._steps.is_one_operation(self.dtype, b, t)
+        is_new = not at_once and key not in self._steps.keys
         if kind == "decode":
-            call = self._steps.bound(key, steps.decode, net, buffers.rows(b), buffers.memory)
+            rows = (net, buffers.rows(b), buffers.memory)
+            call = steps.decode_at_once(*rows) if at_once else self._steps.bound(key, steps.decode, *rows)
         elif kind == "prefill":
             call = self._steps.bound(key, steps.prefill, net, buffers.chunk(b, t), buffers.memory)
         else:
-            call = self._steps.bound(key, steps.verify, net, buffers.chunk(b, t), buffers.memory, buffers.logits(b, t))
+            chunk = (net, buffers.chunk(b, t), buffers.memory, buffers.logits(b, t))
+            call = steps.verify_at_once(*chunk) if at_once else self._steps.bound(key, steps.verify, *chunk)
         if is_new:
             logger.info("compiling %s step: batch %d, tokens %d", *key)
             buffers.mark_dynamic(b)

@@ -1,11 +1,14 @@
-"""The steps that are compiled: pure functions of the network, its rows and its memory, which they update in place.
+"""The steps: pure functions of the network, its rows and its memory, which they update in place.
+
+They are compiled, but where a step is one operation of the kernels (:func:`decode_at_once`, :func:`verify_at_once`).
 
 Shape suffixes: ``b`` batch, ``t`` query tokens, ``m`` model dim, ``v`` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -35,6 +38,23 @@ def decode(net: FusedDecoder, rows: Rows, memory: Memory) -> None:
 def verify(net: FusedDecoder, chunk: Chunk, memory: Memory, logits_btv: torch.Tensor) -> None:
     """Write tokens to the cache, and the logits of what follows each of them to ``logits_btv``."""
     logits_btv.copy_(net.logits(net(*chunk, *memory)))
+
+
+def decode_at_once(net: FusedDecoder, rows: Rows, memory: Memory) -> Callable[[], None]:
+    """What :func:`decode` does on these arguments, as one operation."""
+    weights, kinds, eps, activation = net.network()
+    cos_sd, sin_sd, k_caches, v_caches, _ = memory
+    buffers = [*rows[:-1], *rows.params]
+    args = (buffers, cos_sd, sin_sd, weights, kinds, k_caches, v_caches, eps, activation, net.vocab_size)
+    return functools.partial(ops.decode_step, *args)
+
+
+def verify_at_once(net: FusedDecoder, chunk: Chunk, memory: Memory, logits_btv: torch.Tensor) -> Callable[[], None]:
+    """What :func:`verify` does on these arguments, as one operation."""
+    weights, kinds, eps, activation = net.network()
+    cos_sd, sin_sd, k_caches, v_caches, _ = memory
+    args = (*chunk, cos_sd, sin_sd, weights, kinds, k_caches, v_caches, eps, activation, logits_btv)
+    return functools.partial(ops.verify_step, *args)
 
 
 def _sample(net: FusedDecoder, x_bm: torch.Tensor, rows: Rows) -> None:

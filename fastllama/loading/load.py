@@ -8,10 +8,11 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from fastllama.config import LlamaConfig
@@ -111,13 +112,22 @@ def _tensors_of(
 def on_meta(model_cls: type[Model], config: LlamaConfig) -> Model:
     """A model without memory, in the config's dtype and with quantized modules where it says so."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Uninitialised():
             model = model_cls(config).to(config.torch_dtype)
             if config.quantization is not None:
                 quantize_modules(model, config, config.quantization)
     except RuntimeError as error:
         raise CheckpointError(f"the sizes in {CONFIG_NAME} make no network: {error}") from error
     return model.requires_grad_(False)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """While it is on, modules leave their parameters as they are; on the meta device torch imports Dynamo for them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

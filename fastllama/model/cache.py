@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastllama import ops
 from fastllama.config import LlamaConfig
 
 
@@ -34,7 +35,8 @@ class StaticCache:
         batch_size: rows b.
         max_cache_len: slots per row s.
         device: device of the cache.
-        dtype: floating dtype of keys and values; the config's when None.
+        dtype: of keys and values, the config's when None; a floating dtype, or int8 for codes of 8 bits with a scale
+            for each head of each token (:mod:`fastllama_kernels.attention.codes`).
 
     Raises:
         CacheMemoryError: there is no room for it on the device.
@@ -56,7 +58,8 @@ class StaticCache:
         self.batch_size, self.max_cache_len = batch_size, max_cache_len
         self.dtype = dtype or config.torch_dtype
         self.device = torch.device(device)
-        shape = (batch_size, config.num_key_value_heads, max_cache_len, config.head_dim)
+        columns = ops.kv_columns(config.head_dim, self.dtype)
+        shape = (batch_size, config.num_key_value_heads, max_cache_len, columns)
         layers = range(config.num_hidden_layers)
         self._check_room(2 * len(layers) * math.prod(shape) * self.dtype.itemsize)
         # Zeros, not empty: an unwritten slot may be multiplied by a probability of zero, and 0 * NaN is NaN.
@@ -112,6 +115,8 @@ class StaticCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write t new tokens of one layer and return that layer's whole keys and values ``[b, k, s, d]``.
 
+        Codes come back as what they stand for, in the dtype of the new keys: a copy.
+
         Args:
             key_bktd, value_bktd: the new keys and values; b may be smaller than the cache's batch.
             layer_idx: which layer.
@@ -135,13 +140,15 @@ class StaticCache:
         keys, values = self.key_cache[layer_idx], self.value_cache[layer_idx]
         position_bt = position_t.expand(rows, t)
         row_b1 = torch.arange(rows, device=self.device)[:, None]
-        keys[row_b1, :, position_bt] = key_bktd.transpose(1, 2).to(self.dtype)
-        values[row_b1, :, position_bt] = value_bktd.transpose(1, 2).to(self.dtype)
+        for cache_bksd, new_bktd in ((keys, key_bktd), (values, value_bktd)):
+            new_btkd = new_bktd.transpose(1, 2)
+            new_btkd = ops.kv_encoded(new_btkd) if self.dtype == torch.int8 else new_btkd.to(self.dtype)
+            cache_bksd[row_b1, :, position_bt] = new_btkd
         if layer_idx == len(self.key_cache) - 1:
             self.length_b[:rows] = position_bt[:, -1] + 1
             if not torch.compiler.is_compiling():
                 self._length = int(self.length_b.max())
-        return keys[:rows], values[:rows]
+        return ops.kv_decoded(keys[:rows], key_bktd.dtype), ops.kv_decoded(values[:rows], value_bktd.dtype)
 
     def check_capacity(self, position_t: torch.Tensor) -> None:
         """Raise CacheOverflowError unless every position is a slot of this cache."""

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fastllama.ops.rules import KERNEL_DTYPES, RULES, Case, choose, first_rule, without_kernels
+from fastllama_kernels.attention import codes as kv_codes
 from fastllama_kernels.common import activations, bandwidth, build, calls, shapes
 from fastllama_kernels.layers import op as layers_op
+from fastllama_kernels.layers import step as step_op
 from fastllama_kernels.linear import packed as packed_op
 from fastllama_kernels.linear import quantize as quantize_op
 from fastllama_kernels.sampling import op as sampling_op
@@ -23,22 +25,27 @@ Shape = shapes.Shape
 SHAPES = shapes.SHAPES  # of published models
 Layer = layers_op.Layer
 Weights = layers_op.Weights
+network = step_op.network
 DENSE, DENSE_BIAS, TENSORS = layers_op.DENSE, layers_op.DENSE_BIAS, layers_op.TENSORS
 packed_kind = layers_op.packed_kind
 PANEL, LINE = packed_op.PANEL, packed_op.LINE
 dequantized, by_panel = packed_op.dequantized, packed_op.by_panel
 packed, unpacked = packed_op.packed, packed_op.unpacked
+kv_columns, kv_encoded, kv_decoded = kv_codes.columns, kv_codes.encoded, kv_codes.decoded
 SamplingParams = sampling_op.SamplingParams
 row_seed = sampling_op.row_seed
 
 
-@torch.compiler.assume_constant_result
 def _index(op: str, device: str, dtype: torch.dtype, rows: int, tokens: int, head_dim: int | None) -> int | None:
     """Index in RULES of what runs; heads that the kernels do not take are logged, once."""
     index, reason = choose(op, device, dtype, Case(rows, tokens, head_dim, dtype))
     if reason and reason.startswith("head_dim"):
         _log_heads(reason)
     return index
+
+
+# What torch.compiler.assume_constant_result does; that function imports torch._dynamo, which takes seconds.
+_index._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @functools.cache
@@ -133,7 +140,7 @@ def rotary_attention(
     which the programs of a kernel count each other. Engines that may run at the same time need counters of their own.
     """
     args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd, arrived_p)
-    return _run("rotary_attention", *args, tokens=qkv_btn.shape[1], head_dim=k_cache_bksd.shape[3])
+    return _run("rotary_attention", *args, tokens=qkv_btn.shape[1], head_dim=cos_sd.shape[1])
 
 
 def sample(logits_bv: torch.Tensor, params: SamplingParams, position_b: torch.Tensor) -> torch.Tensor:
@@ -167,6 +174,21 @@ def layers(
     """All layers, where :func:`runs_layers_at_once`; see :mod:`fastllama_kernels.layers.op`."""
     args = (cos_sd, sin_sd, position_bt, weights, k_caches, v_caches, eps, ACTIVATIONS[activation].number)
     return _run("layers", x_btm, *args, tokens=x_btm.shape[1])
+
+
+def runs_at_once(device: torch.device, dtype: torch.dtype, rows: int, tokens: int) -> bool:
+    """Whether a step is one operation, :func:`decode_step` or :func:`verify_step`, that needs no compiling."""
+    return _index("step", str(device), dtype, rows, tokens, None) is not None
+
+
+def decode_step(rows: Sequence[torch.Tensor], *network: Any) -> None:
+    """A decode step in place, where :func:`runs_at_once`; see :mod:`fastllama_kernels.layers.step`."""
+    torch.ops.fastllama.decode_step(rows, *network)
+
+
+def verify_step(ids_bt: torch.Tensor, position_bt: torch.Tensor, *network: Any) -> None:
+    """A verify step, where :func:`runs_at_once`; see :mod:`fastllama_kernels.layers.step`."""
+    torch.ops.fastllama.verify_step(ids_bt, position_bt, *network)
 
 
 # ---- what runs, for people -----------------------------------------------------------------------------------------
@@ -203,7 +225,9 @@ def report(
     """
     choices = _choices(str(torch.device(device)), dtype, Case(rows, tokens, head_dim, dtype))
     choices = (choice for choice in choices if quantized or not choice.op.endswith(PACKED))
-    return [*choices, Choice("embedding, bookkeeping", "Inductor", "fused by torch.compile")]
+    found = list(choices)
+    at_once = any(choice.op == "step" for choice in found)
+    return found if at_once else [*found, Choice("embedding, bookkeeping", "Inductor", "fused by torch.compile")]
 
 
 def _choices(device: str, dtype: torch.dtype, case: Case) -> Iterator[Choice]:
@@ -223,7 +247,10 @@ def _choices(device: str, dtype: torch.dtype, case: Case) -> Iterator[Choice]:
 def kernels_per_step(
     device: torch.device | str, dtype: torch.dtype, layers: int, head_dim: int | None = None
 ) -> int | None:
-    """Our kernels in a decode step of one row; Inductor adds embedding and bookkeeping. None: all are Inductor's."""
+    """Our kernels in a decode step of one row; on CUDA Inductor adds embedding and bookkeeping.
+
+    On a CPU the step is one operation. None: all are Inductor's.
+    """
     device, case = str(torch.device(device)), Case(head_dim=head_dim, dtype=dtype)
     if without_kernels(device, dtype):
         return None
@@ -232,8 +259,10 @@ def kernels_per_step(
         index, _ = choose(op, device, dtype, case)
         return 0 if index is None else RULES[op][index].launches
 
+    if launches("step"):
+        return launches("step")
     in_layers = layers * sum(launches(call.op) for call in calls.STEP if call.in_layer)
-    return (launches("layers") or in_layers) + sum(launches(call.op) for call in calls.STEP if not call.in_layer)
+    return in_layers + sum(launches(call.op) for call in calls.STEP if not call.in_layer)
 
 
 def memory_reader() -> Callable[[torch.Tensor], int] | None:

@@ -104,6 +104,16 @@ def _sample_ref(logits_bv: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
 CPU_ROWS, CUDA_ROWS, TOKENS = linear_op.max_rows_cpu, linear_op.MAX_ROWS["cuda"], attention_op.MAX_TOKENS
 #: The implementations of each operation; the first whose kernels can run and that takes the case does.
 RULES: dict[str, tuple[Rule, ...]] = {
+    "step": (
+        Rule(
+            "cpu",
+            "C++ kernel",
+            _op("decode_step"),
+            max_rows=CPU_ROWS,
+            max_tokens=TOKENS,
+            note="from ids to ids in one operation, nothing compiled at the start",
+        ),
+    ),
     "layers": (
         Rule("cpu", "C++ kernel", layers_op.layers, max_rows=CPU_ROWS, max_tokens=TOKENS, note="all in one operation"),
     ),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from fastllama.model.cache import StaticCache
 from fastllama.model.llama import Llama
 
 
@@ -41,18 +42,21 @@ def windows(ids: Sequence[int], length: int, bos: int | None = None) -> Iterator
 
 
 @torch.inference_mode()
-def quality(model: Llama, reference: Llama, texts: Sequence[torch.Tensor]) -> Quality:
+def quality(
+    model: Llama, reference: Llama, texts: Sequence[torch.Tensor], cache_dtype: torch.dtype | None = None
+) -> Quality:
     """Read windows with a model and with its reference.
 
     Args:
         model: the quantized one.
         reference: the one that it was made from.
         texts: ids ``[1, t]`` of each window.
+        cache_dtype: of the keys and values that the model attends to; None for its own.
     """
     loss = divergence = agreed = 0.0
     tokens = 0
     for ids in texts:
-        ours_tv, theirs_tv = (_log_probabilities(each, ids) for each in (model, reference))
+        ours_tv, theirs_tv = _log_probabilities(model, ids, cache_dtype), _log_probabilities(reference, ids, None)
         targets = ids[0, 1:].to(ours_tv.device)
         loss += float(F.nll_loss(ours_tv, targets, reduction="sum"))
         divergence += float(F.kl_div(ours_tv, theirs_tv, reduction="sum", log_target=True))
@@ -63,7 +67,8 @@ def quality(model: Llama, reference: Llama, texts: Sequence[torch.Tensor]) -> Qu
     return Quality(math.exp(loss / tokens), divergence / tokens, agreed / tokens, tokens)
 
 
-def _log_probabilities(model: Llama, ids: torch.Tensor) -> torch.Tensor:
+def _log_probabilities(model: Llama, ids: torch.Tensor, cache_dtype: torch.dtype | None) -> torch.Tensor:
     """``[t - 1, v]`` of the tokens after the first."""
-    output = model(ids.to(model.device), use_cache=False, return_dict=True)
+    cache = cache_dtype and StaticCache(model.config, 1, ids.shape[1], model.device, cache_dtype)
+    output = model(ids.to(model.device), past_key_values=cache, use_cache=cache is not None, return_dict=True)
     return output.logits[0, :-1].log_softmax(dim=-1)

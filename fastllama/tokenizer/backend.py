@@ -17,6 +17,7 @@ class Backend(Protocol):
         named: the special tokens with a role, e.g. ``{"bos_token": "<s>"}``.
         special_ids: ids that ``skip_special_tokens`` leaves out.
         prefix, suffix: the ids that ``add_special_tokens`` puts before and after.
+        is_llamas: whether only Llama's own tokenizer classes read such files.
     """
 
     vocab_size: int
@@ -25,6 +26,7 @@ class Backend(Protocol):
     special_ids: frozenset[int]
     prefix: list[int]
     suffix: list[int]
+    is_llamas: bool
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, without prefix and suffix."""

@@ -29,6 +29,8 @@ class JsonBackend:
         settings: the files next to it; special tokens that the file lacks are added to it.
     """
 
+    is_llamas = False
+
     def __init__(self, tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:
         self._tokenizer = tokenizer
         self._tokenizer.no_truncation()

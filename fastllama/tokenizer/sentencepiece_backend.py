@@ -38,6 +38,8 @@ class SentencePieceBackend:
         TokenizerError: it is no sentencepiece model.
     """
 
+    is_llamas = True
+
     def __init__(self, model: bytes, where: str, settings: TokenizerSettings) -> None:
         self._plain, self._prefixing, has_prefix = load_sentencepiece(model, where)
         prefix_space = settings.config.get("add_prefix_space")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from tokenizers import AddedToken
+from typing import TYPE_CHECKING, Any
 
 from fastllama.config.fields import CONFIG_NAME, read_json, shortened
 from fastllama.config.keys import text_part
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
 
 ADDED_TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
@@ -58,6 +59,8 @@ def read_settings(folder: Path) -> TokenizerSettings:
 
 
 def _read_settings(folder: Path) -> TokenizerSettings:
+    from tokenizers import AddedToken
+
     config = _read(folder / "tokenizer_config.json")
     if config.get("tokenizer_class") is None and _is_llama(folder / CONFIG_NAME):
         config["tokenizer_class"] = "LlamaTokenizerFast"  # as transformers 4 takes for such a model
@@ -88,6 +91,8 @@ def _read_settings(folder: Path) -> TokenizerSettings:
 
 def added_token(token: str | dict[str, Any], **flags: bool) -> AddedToken:
     """An added token from its JSON form, ``flags`` overriding what that says."""
+    from tokenizers import AddedToken
+
     if isinstance(token, str):
         return AddedToken(token, **flags)
     return AddedToken(token["content"], **{f: token[f] for f in ADDED_TOKEN_FLAGS if f in token} | flags)

@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastllama.tokenizer.backend import Backend
-from fastllama.tokenizer.chat import Messages, Spans, choose_template, render
-from fastllama.tokenizer.json_backend import JsonBackend
 from fastllama.tokenizer.rows import as_tensor, checked_side, checked_texts, padded
-from fastllama.tokenizer.sentencepiece_backend import SentencePieceBackend
 from fastllama.tokenizer.settings import TokenizerError, TokenizerSettings, read_settings
 from fastllama.tokenizer.streaming import IncrementalDetokenizer
 
 if TYPE_CHECKING:
     import torch
+
+    from fastllama.tokenizer.chat import Messages, Spans
 
 UNLIMITED = 10**20  # a model_max_length from here on means that none is known
 PADDINGS = (False, True, "longest", "max_length", "do_not_pad")
@@ -59,8 +58,12 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
         return load_tokenizer(base_of(path))
     settings = read_settings(path)
     if (path / "tokenizer.json").is_file():
+        from fastllama.tokenizer.json_backend import JsonBackend
+
         return Tokenizer(JsonBackend.from_file(path / "tokenizer.json", settings), settings)
     if (file := path / "tokenizer.model").is_file():
+        from fastllama.tokenizer.sentencepiece_backend import SentencePieceBackend
+
         return Tokenizer(SentencePieceBackend(file.read_bytes(), str(file), settings), settings)
     raise TokenizerError(
         f"{path} has no tokenizer: expected tokenizer.json or tokenizer.model (sentencepiece). "
@@ -97,7 +100,7 @@ class Tokenizer:
 
     def __init__(self, backend: Backend, settings: TokenizerSettings) -> None:
         config = settings.config
-        is_llama = isinstance(backend, SentencePieceBackend) or "Llama" in str(config.get("tokenizer_class"))
+        is_llama = backend.is_llamas or "Llama" in str(config.get("tokenizer_class"))
         self._backend = backend
         self._roles = dict(backend.named)
         self.bos_token = self._roles.pop("bos_token", None)
@@ -316,6 +319,8 @@ class Tokenizer:
             TypeError: tools or documents of another kind.
             ValueError: there is no template, or it refuses the conversation; arguments that exclude each other.
         """
+        from fastllama.tokenizer.chat import choose_template, render  # not at import: they bring jinja2
+
         if return_assistant_tokens_mask and not (return_dict and tokenize):
             raise ValueError("return_assistant_tokens_mask needs return_dict=True and tokenize=True.")
         template = choose_template(self.chat_template, chat_template, tools is not None)

@@ -128,8 +128,27 @@ def test_json_is_one_object_on_stdout(model: FakeModel) -> None:
 
 
 def test_loading_options_reach_the_loader(model: FakeModel) -> None:
-    run("generate", "x", "-m", "some/model", "--dtype", "bfloat16", "--device", "cpu", "--quantize", "int8")
-    expected = {"name": "some/model", "dtype": "bfloat16", "device": "cpu", "quantize": "int8"}
+    run(
+        "generate",
+        "x",
+        "-m",
+        "some/model",
+        "--dtype",
+        "bfloat16",
+        "--device",
+        "cpu",
+        "--quantize",
+        "int8",
+        "--kv-cache-dtype",
+        "int8",
+    )
+    expected = {
+        "name": "some/model",
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "quantize": "int8",
+        "kv_cache_dtype": "int8",
+    }
     assert expected.items() <= model.loaded.items()
 
 

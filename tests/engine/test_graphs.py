@@ -27,6 +27,12 @@ def test_every_thread_for_cuda_graphs_has_a_place_of_its_own_for_them() -> None:
         thread.shutdown()
 
 
+def test_an_unknown_way_to_take_steps_on_a_cpu_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("FASTLLAMA_CPU_STEP", "jit")
+    with pytest.raises(ValueError, match="FASTLLAMA_CPU_STEP is 'jit', expected native or compiled"):
+        graphs.Steps(torch.device("cpu"))
+
+
 def test_an_unknown_way_to_record_graphs_is_refused(monkeypatch) -> None:
     monkeypatch.setenv(graphs.SWITCH, "cudagraph")
     with pytest.raises(ValueError, match="FASTLLAMA_CUDA_GRAPHS is 'cudagraph', expected inductor or explicit"):

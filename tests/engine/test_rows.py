@@ -16,7 +16,7 @@ from fastllama.generation.loop import decode
 from fastllama.generation.request import Request
 
 SLOTS, CACHE_LEN = 4, 32  # few, so that there is little to compile
-MANY = 8  # more than the kernels take on a CPU
+MANY = 64  # more than the kernels take on a CPU, in float32
 CONFIG = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, bos_token_id=None, eos_token_id=None,
@@ -29,12 +29,6 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(CONFIG).eval()
 
 
-class EagerPrefill(Runner):
-    """Prefills as on a CPU."""
-
-    _compiles_prefill = False
-
-
 class CompiledPrefill(Runner):
     """Prefills as on CUDA."""
 
@@ -43,12 +37,16 @@ class CompiledPrefill(Runner):
 
 @pytest.fixture(scope="module")
 def runners(model) -> Callable[[str], Runner]:
-    """With both ways to prefill, and with more rows than the kernels take; made once, for all tests."""
+    """With steps that are one operation, compiled steps, prefills too, more rows than the kernels take; made once."""
 
     @functools.cache
     def made(kind: str) -> Runner:
-        runner = (CompiledPrefill if kind == "compiled" else EagerPrefill)(model)
+        with pytest.MonkeyPatch.context() as patch:
+            if kind.startswith("compiled"):
+                patch.setenv("FASTLLAMA_CPU_STEP", "compiled")
+            runner = (CompiledPrefill if kind == "compiled prefill" else Runner)(model)
         runner.warmup(MANY if kind == "many" else SLOTS, CACHE_LEN)
+        assert bool(runner.compiled_steps) == (kind != "native")
         return runner
 
     return made
@@ -106,7 +104,7 @@ def run_schedule(runner: Runner, requests: list[Request], draw: random.Random) -
     return results
 
 
-SCHEDULES = {"eager": 100, "compiled": 30, "many": 5}
+SCHEDULES = {"native": 100, "compiled": 30, "compiled prefill": 30, "many": 2}
 
 
 @pytest.mark.parametrize(("kind", "schedule"), [(kind, n) for kind, count in SCHEDULES.items() for n in range(count)])
@@ -120,7 +118,7 @@ def test_rows_that_come_and_go_equal_each_row_alone(runners, kind, schedule) -> 
     assert runner.compiled_steps == before
 
 
-@pytest.mark.parametrize("kind", ["eager", "compiled"])
+@pytest.mark.parametrize("kind", ["native", "compiled", "compiled prefill"])
 def test_a_row_that_ends_in_a_burst_gives_nothing_but_its_pad_id_from_then_on(runners, kind) -> None:
     runner = runners(kind)
     requests = [Request(torch.tensor([5, 6]), 3, pad_token_id=9), Request(torch.tensor([7]), 11, pad_token_id=8)]
@@ -129,7 +127,9 @@ def test_a_row_that_ends_in_a_burst_gives_nothing_but_its_pad_id_from_then_on(ru
     assert out.tolist() == [expected[0] + [9] * 8, expected[1]]
 
 
-def test_a_batch_that_grows_while_rows_decode_compiles_and_changes_none_of_them(model) -> None:
+@pytest.mark.parametrize("kind", ["native", "compiled"])
+def test_a_batch_that_grows_while_rows_decode_changes_none_of_them(model, monkeypatch, kind) -> None:
+    monkeypatch.setenv("FASTLLAMA_CPU_STEP", kind)
     fresh, draw = Runner(model), random.Random(7)
     requests = [Request(torch.tensor([draw.randrange(96) for _ in range(9)]), 12) for _ in range(3)]
     expected = [tokens_alone(fresh, request) for request in requests]

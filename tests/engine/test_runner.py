@@ -27,6 +27,8 @@ from fastllama.generation.loop import decode as decode_rows
 from fastllama.generation.request import Request
 from fastllama.ops import row_seed
 
+pytestmark = pytest.mark.usefixtures("compiled_steps")
+
 TINY = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, bos_token_id=None, eos_token_id=None,
@@ -410,9 +412,9 @@ def test_autocast_around_a_call_changes_nothing(model) -> None:
 def test_threads_that_share_a_new_model_share_its_engine(monkeypatch) -> None:
     fresh, made, genuine = LlamaForCausalLM(TINY).eval(), [], Runner.__init__
 
-    def counting(self, model) -> None:
+    def counting(self, *args) -> None:
         made.append(self)
-        genuine(self, model)
+        genuine(self, *args)
 
     monkeypatch.setattr(Runner, "__init__", counting)
     barrier = threading.Barrier(4)

@@ -130,3 +130,19 @@ def test_a_dynamic_cache_grows() -> None:
     write(cache, 1)
     assert cache.get_seq_length() == 4
     assert cache.get_max_length() is None
+
+
+def test_a_cache_in_8_bits_gives_back_what_its_codes_stand_for() -> None:
+    cache, plain = StaticCache(CONFIG, 2, 6, dtype=torch.int8), StaticCache(CONFIG, 2, 6)
+    assert cache.nbytes == 2 * 3 * (2 * 2 * 6 * (8 + 4))
+    for t in (3, 1):
+        for layer in range(3):
+            new = torch.randn(2, 2, 2, t, 8).unbind(0)
+            for ours, exact in zip(cache.update(*new, layer), plain.update(*new, layer), strict=True):
+                assert ours.dtype == torch.float32
+                step = exact.abs().amax(-1, keepdim=True) / 127
+                assert ((ours - exact).abs() <= 0.501 * step).all()
+    assert cache.get_seq_length() == 4
+    cache.resize(4, 8)
+    assert cache.key_cache[0].shape == (4, 2, 8, 12)
+    assert cache.key_cache[0].dtype == torch.int8

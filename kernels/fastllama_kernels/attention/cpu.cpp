@@ -4,8 +4,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -16,14 +19,56 @@
 namespace fastllama {
 namespace {
 
-constexpr int64_t kSlots = 64;  // cache slots per step of the online softmax
-constexpr int kHeads = 4;       // query heads that take a key or value together, of those that share it
+constexpr int64_t kSlots = 64;    // cache slots per step of the online softmax
+constexpr int64_t kChunk = 2 * kSlots;  // of a task; threads share out tasks, so a result does not depend on their number
+constexpr int kHeads = 4;         // query heads that take a key or value together, of those that share it
+// Keys, and vectors of a value, that these heads take together: as many as there are registers for.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kKeys = 4, kVectors = 4;
+#else
+constexpr int kKeys = 2, kVectors = 2;
+#endif
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 struct Shape {
   int64_t tokens, heads, kv_heads, dim, slots;
   int64_t groups() const { return heads / kv_heads; }
   int64_t packed() const { return (heads + 2 * kv_heads) * dim; }  // one token's q, k and v side by side
+  int64_t queries() const { return tokens * groups(); }            // of one KV head
+  int64_t state() const { return dim + 2; }                        // of one query: values, sum and top of its softmax
+};
+
+// The keys or values of one KV head: rows of dim numbers, or of dim codes and their scale (codes.py).
+template <typename C>
+struct Rows {
+  static constexpr bool kCodes = std::is_same_v<C, int8_t>;
+  C* first;
+  int64_t dim;
+
+  int64_t stride() const { return kCodes ? dim + static_cast<int64_t>(sizeof(float)) : dim; }
+  C* at(int64_t slot) const { return first + slot * stride(); }
+
+  float scale(int64_t slot) const {
+    float scale = 1.f;
+    if constexpr (kCodes) std::memcpy(&scale, at(slot) + dim, sizeof(scale));
+    return scale;
+  }
+
+  void write(int64_t slot, const float* x) const {
+    C* row = at(slot);
+    if constexpr (kCodes) {
+      float largest = 0.f;
+      for (int64_t i = 0; i < dim; ++i) largest = x[i] == x[i] ? std::max(largest, std::abs(x[i])) : x[i];
+      const float scale = largest / 127.f;
+      for (int64_t i = 0; i < dim; ++i) {
+        const float code = scale > 0.f ? std::nearbyint(x[i] / scale) : 0.f;
+        row[i] = code == code ? static_cast<int8_t>(code) : 0;
+      }
+      std::memcpy(row + dim, &scale, sizeof(scale));
+    } else {
+      for (int64_t i = 0; i < dim; ++i) row[i] = static_cast<C>(x[i]);
+    }
+  }
 };
 
 // Rotates one head (half-split layout) into float32, times scale.
@@ -37,108 +82,210 @@ void rotate(const T* x, const float* cos, const float* sin, int64_t dim, float s
   }
 }
 
-// scores[g][s] = q_g · k_s for G query heads and the slots of a block.
-template <int G, typename T>
-void block_scores(const float* q, const T* keys, int64_t dim, int64_t count, float (&scores)[kHeads][kSlots]) {
-  constexpr int kRows = 4;
-  for (int64_t s = 0; s < count; s += kRows) {
-    const T* rows[kRows];
-    for (int r = 0; r < kRows; ++r) rows[r] = keys + std::min(s + r, count - 1) * dim;
-    float out[kRows][G];
-    dot_tile(rows, q, dim, out);
-    for (int r = 0; r < kRows; ++r)
-      for (int g = 0; g < G; ++g) scores[g][s + r] = out[r][g];
+// scores[g][s] = q_g · k_s for G query heads and some slots.
+template <int G, typename C>
+void block_scores(const float* q, const Rows<C>& keys, int64_t begin, int64_t count, float (&scores)[kHeads][kSlots]) {
+  for (int64_t s = 0; s < count; s += kKeys) {
+    int64_t slots[kKeys];
+    const C* rows[kKeys];
+    for (int r = 0; r < kKeys; ++r) rows[r] = keys.at(slots[r] = begin + std::min(s + r, count - 1));
+    float out[kKeys][G];
+    dot_tile(rows, q, keys.dim, out);
+    for (int r = 0; r < kKeys; ++r)
+      for (int g = 0; g < G; ++g) scores[g][s + r] = Rows<C>::kCodes ? out[r][g] * keys.scale(slots[r]) : out[r][g];
   }
   for (int g = 0; g < G; ++g) std::fill(scores[g] + count, scores[g] + kSlots, kLowest);
 }
 
 // acc[g] += Σ_s p[g][s] v_s over N vectors of dimensions, held in registers.
-template <int G, int N, typename T>
-void add_values(const float (&p)[kHeads][kSlots], const T* values, int64_t dim, int64_t count, float* acc) {
-  f32x16 sums[G][N];
-  FASTLLAMA_UNROLL for (int g = 0; g < G; ++g)
-    FASTLLAMA_UNROLL for (int i = 0; i < N; ++i) sums[g][i] = load16(acc + g * dim + i * kLanes);
+template <int G, int N, typename C>
+void add_values(const float (&p)[kHeads][kSlots], const C* values, int64_t stride, int64_t count, float* acc,
+                int64_t state) {
+  FloatPart sums[G][N] = {};
   for (int64_t s = 0; s < count; ++s) {
-    f32x16 v16[N];
-    FASTLLAMA_UNROLL for (int i = 0; i < N; ++i) v16[i] = load16(values + s * dim + i * kLanes);
+    FloatPart v[N];
+    FASTLLAMA_UNROLL for (int i = 0; i < N; ++i) {
+      v[i] = load_part(values + s * stride + i * kPartLanes);
+      keep(v[i]);
+    }
     FASTLLAMA_UNROLL for (int g = 0; g < G; ++g)
-      FASTLLAMA_UNROLL for (int i = 0; i < N; ++i) sums[g][i] += p[g][s] * v16[i];
+      FASTLLAMA_UNROLL for (int i = 0; i < N; ++i) sums[g][i] += p[g][s] * v[i];
   }
   FASTLLAMA_UNROLL for (int g = 0; g < G; ++g)
-    FASTLLAMA_UNROLL for (int i = 0; i < N; ++i) store16(acc + g * dim + i * kLanes, sums[g][i]);
-}
-
-// Online softmax (arXiv 2205.14135) of G query heads that share a KV head, over slots 0 .. length - 1.
-template <int G, typename T>
-void attend(const float* q, const T* keys, const T* values, int64_t dim, int64_t length, T* out) {
-  std::vector<float> acc(G * dim, 0.f);
-  float sum[G] = {}, top[G], p[kHeads][kSlots];
-  std::fill(top, top + G, kLowest);
-  for (int64_t begin = 0; begin < length; begin += kSlots) {
-    const int64_t count = std::min(kSlots, length - begin);
-    block_scores<G>(q, keys + begin * dim, dim, count, p);
-    for (int g = 0; g < G; ++g) {
-      const float before = top[g];
-      for (int64_t s = 0; s < kSlots; ++s) top[g] = std::max(top[g], p[g][s]);
-      f32x16 sums = {};
-      for (int64_t s = 0; s < kSlots; s += kLanes) {
-        const f32x16 p16 = exp16(load16(p[g] + s) - top[g]);  // about 1e-38 beyond the block's slots
-        store16(p[g] + s, p16);
-        sums += p16;
-      }
-      const float decay = std::exp(before - top[g]);
-      sum[g] = sum[g] * decay + sum16(sums);
-      for (int64_t i = 0; i < dim; ++i) acc[g * dim + i] *= decay;
+    FASTLLAMA_UNROLL for (int i = 0; i < N; ++i) {
+      float* to = acc + g * state + i * kPartLanes;
+      sums[g][i] += load_part(to);
+      std::memcpy(to, &sums[g][i], sizeof(FloatPart));
     }
-    const T* block = values + begin * dim;
-    int64_t i = 0;
-    for (; i + 4 * kLanes <= dim; i += 4 * kLanes) add_values<G, 4>(p, block + i, dim, count, acc.data() + i);
-    for (; i + kLanes <= dim; i += kLanes) add_values<G, 1>(p, block + i, dim, count, acc.data() + i);
-    for (; i < dim; ++i)
-      for (int g = 0; g < G; ++g)
-        for (int64_t s = 0; s < count; ++s) acc[g * dim + i] += p[g][s] * static_cast<float>(block[s * dim + i]);
-  }
-  for (int g = 0; g < G; ++g)
-    for (int64_t i = 0; i < dim; ++i) out[g * dim + i] = static_cast<T>(acc[g * dim + i] / sum[g]);
 }
 
-// Everything one KV head of one row needs: write its new keys and values, then attend with its query heads.
-template <typename T>
-void run_head(const Shape& shape, const T* qkv, const float* cos, const float* sin, const int64_t* positions, T* keys,
-              T* values, int64_t kv_head, T* out) {
-  const int64_t dim = shape.dim, groups = shape.groups();
-  std::vector<float> q(groups * dim), k(dim);
-  const float scale = 1.f / std::sqrt(static_cast<float>(dim));
-  for (int64_t t = 0; t < shape.tokens; ++t) {
-    const T* token = qkv + t * shape.packed();
-    const T *k_in = token + (shape.heads + kv_head) * dim, *v_in = k_in + shape.kv_heads * dim;
-    const int64_t at = positions[t];
-    rotate(k_in, cos + at * dim, sin + at * dim, dim, 1.f, k.data());
-    for (int64_t i = 0; i < dim; ++i) keys[at * dim + i] = static_cast<T>(k[i]);
-    std::copy(v_in, v_in + dim, values + at * dim);
+// p = e^(scores - top) for the largest score so far; what was summed up before is brought to that top.
+inline void soften(float (&p)[kSlots], int64_t dim, float* acc) {
+  float &sum = acc[dim], &top = acc[dim + 1];
+  f32x16 largest = load16(p);
+  for (int64_t s = kLanes; s < kSlots; s += kLanes) largest = max16(load16(p + s), largest);
+  const float before = top;
+  for (int i = 0; i < kLanes; ++i) top = std::max(top, largest[i]);
+  f32x16 sums = {};
+  for (int64_t s = 0; s < kSlots; s += kLanes) {
+    const f32x16 p16 = exp16(load16(p + s) - top);  // about 1e-38 where there is no slot
+    store16(p + s, p16);
+    sums += p16;
   }
-  for (int64_t t = 0; t < shape.tokens; ++t) {
-    const int64_t at = positions[t];
-    for (int64_t g = 0; g < groups; ++g)
-      rotate(qkv + t * shape.packed() + (kv_head * groups + g) * dim, cos + at * dim, sin + at * dim, dim, scale,
-             q.data() + g * dim);
-    T* heads = out + (t * shape.heads + kv_head * groups) * dim;
-    const auto take = [&](auto count, int64_t g) {
-      attend<decltype(count)::value>(q.data() + g * dim, keys, values, dim, at + 1, heads + g * dim);
-    };
-    for (int64_t g = 0; g < groups; g += kHeads) switch (std::min<int64_t>(kHeads, groups - g)) {
-        case 1: take(std::integral_constant<int, 1>{}, g); break;
-        case 2: take(std::integral_constant<int, 2>{}, g); break;
-        case 3: take(std::integral_constant<int, 3>{}, g); break;
-        default: take(std::integral_constant<int, kHeads>{}, g);
+  if (before != top) {
+    const float decay = std::exp(before - top);
+    sum *= decay;
+    for (int64_t i = 0; i < dim; ++i) acc[i] *= decay;
+  }
+  sum += sum16(sums);
+}
+
+// One step of the online softmax (arXiv 2205.14135) of G query heads that share a KV head, over at most kSlots slots.
+template <int G, typename C>
+void attend(const float* q, const Rows<C>& keys, const Rows<C>& values, int64_t begin, int64_t count, float* acc) {
+  const int64_t dim = keys.dim, state = dim + 2, stride = values.stride();
+  float p[kHeads][kSlots];
+  block_scores<G>(q, keys, begin, count, p);
+  for (int g = 0; g < G; ++g) {
+    soften(p[g], dim, acc + g * state);
+    if (Rows<C>::kCodes)
+      for (int64_t s = 0; s < count; ++s) p[g][s] *= values.scale(begin + s);
+  }
+  const C* block = values.at(begin);
+  int64_t i = 0;
+  for (; i + kVectors * kPartLanes <= dim; i += kVectors * kPartLanes)
+    add_values<G, kVectors>(p, block + i, stride, count, acc + i, state);
+  for (; i + kPartLanes <= dim; i += kPartLanes) add_values<G, 1>(p, block + i, stride, count, acc + i, state);
+  for (; i < dim; ++i)
+    for (int g = 0; g < G; ++g)
+      for (int64_t s = 0; s < count; ++s) acc[g * state + i] += p[g][s] * static_cast<float>(block[s * stride + i]);
+}
+
+// Everything of one KV head of one row.
+template <typename T, typename C>
+struct Head {
+  const Shape& shape;
+  const T* qkv;  // of the row
+  const float *cos, *sin;
+  const int64_t* positions;
+  Rows<C> keys, values;
+  int64_t kv_head;
+
+  // Writes the new keys and values of the slots from begin to before end, and attends over these slots with every
+  // query that sees them: queries() states.
+  void run(int64_t begin, int64_t end, float* states) const {
+    const int64_t dim = shape.dim, groups = shape.groups();
+    std::vector<float> q(shape.queries() * dim);
+    for (int64_t t = 0; t < shape.tokens; ++t)
+      if (positions[t] >= begin) {
+        if (positions[t] < end) write(t);
+        for (int64_t g = 0; g < groups; ++g) rotate_query(t, g, q.data() + (t * groups + g) * dim);
+      }
+    for (int64_t i = 0; i < shape.queries(); ++i) {
+      std::fill_n(states + i * shape.state(), dim + 1, 0.f);
+      states[i * shape.state() + dim + 1] = kLowest;
+    }
+    for (; begin < end; begin += kSlots)
+      for (int64_t t = 0; t < shape.tokens; ++t) {
+        const int64_t count = std::min(std::min(kSlots, end - begin), positions[t] + 1 - begin);
+        const auto take = [&](auto heads, int64_t g) {
+          const int64_t i = t * groups + g;
+          attend<decltype(heads)::value>(q.data() + i * dim, keys, values, begin, count, states + i * shape.state());
+        };
+        for (int64_t g = 0; count > 0 && g < groups; g += kHeads) switch (std::min<int64_t>(kHeads, groups - g)) {
+            case 1: take(std::integral_constant<int, 1>{}, g); break;
+            case 2: take(std::integral_constant<int, 2>{}, g); break;
+            case 3: take(std::integral_constant<int, 3>{}, g); break;
+            default: take(std::integral_constant<int, kHeads>{}, g);
+          }
       }
   }
+
+  // Joins the states of chunks of slots, one behind the other, in this order.
+  void join(const float* states, int64_t chunks, T* out) const {
+    const int64_t dim = shape.dim, groups = shape.groups(), size = shape.state();
+    std::vector<float> acc(dim);
+    for (int64_t i = 0; i < shape.queries(); ++i) {
+      const auto at = [&](int64_t c) { return states + (c * shape.queries() + i) * size; };
+      float top = kLowest, sum = 0.f;
+      for (int64_t c = 0; c < chunks; ++c) top = std::max(top, at(c)[dim + 1]);
+      std::fill(acc.begin(), acc.end(), 0.f);
+      for (int64_t c = 0; c < chunks; ++c) {
+        const float weight = std::exp(at(c)[dim + 1] - top);
+        sum += weight * at(c)[dim];
+        for (int64_t d = 0; d < dim; ++d) acc[d] += weight * at(c)[d];
+      }
+      T* to = out + (i / groups * shape.heads + kv_head * groups + i % groups) * dim;
+      for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<T>(acc[d] / sum);
+    }
+  }
+
+ private:
+  void write(int64_t t) const {
+    const int64_t dim = shape.dim, at = positions[t];
+    const T* k = qkv + t * shape.packed() + (shape.heads + kv_head) * dim;
+    const T* v = k + shape.kv_heads * dim;
+    std::vector<float> x(dim);
+    rotate(k, cos + at * dim, sin + at * dim, dim, 1.f, x.data());
+    keys.write(at, x.data());
+    std::copy(v, v + dim, x.begin());
+    values.write(at, x.data());
+  }
+
+  void rotate_query(int64_t t, int64_t g, float* out) const {
+    const int64_t dim = shape.dim, at = positions[t];
+    const float scale = 1.f / std::sqrt(static_cast<float>(dim));
+    rotate(qkv + t * shape.packed() + (kv_head * shape.groups() + g) * dim, cos + at * dim, sin + at * dim, dim, scale,
+           out);
+  }
+};
+
+// A task: some slots of a KV head of a row.
+struct Task {
+  int64_t head, chunk, chunks;  // of all heads of all rows; of the head's slots; how many chunks it has
+};
+
+// The tasks of all rows, those of a head one behind the other.
+std::vector<Task> tasks_of(const Shape& shape, const int64_t* positions, int64_t batch) {
+  std::vector<Task> tasks;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t* row = positions + b * shape.tokens;
+    const int64_t chunks = *std::max_element(row, row + shape.tokens) / kChunk + 1;
+    for (int64_t k = 0; k < shape.kv_heads; ++k)
+      for (int64_t c = 0; c < chunks; ++c) tasks.push_back({b * shape.kv_heads + k, c, chunks});
+  }
+  return tasks;
+}
+
+template <typename T, typename C>
+void run(const Shape& shape, int64_t batch, const T* qkv, const float* cos, const float* sin, const int64_t* positions,
+         C* keys, C* values, T* out) {
+  const std::vector<Task> tasks = tasks_of(shape, positions, batch);
+  const int64_t size = shape.queries() * shape.state();
+  const std::unique_ptr<float[]> states(new float[tasks.size() * size]);
+  std::vector<std::atomic<int64_t>> done(batch * shape.kv_heads);
+  torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const Task& task = tasks[i];
+      const int64_t b = task.head / shape.kv_heads;
+      Rows<C> k{keys, shape.dim}, v{values, shape.dim};
+      k.first = k.at(task.head * shape.slots);
+      v.first = v.at(task.head * shape.slots);
+      const Head<T, C> head{shape, qkv + b * shape.tokens * shape.packed(), cos, sin, positions + b * shape.tokens,
+                            k, v, task.head % shape.kv_heads};
+      const int64_t begin = task.chunk * kChunk;
+      head.run(begin, std::min(begin + kChunk, shape.slots), states.get() + i * size);
+      if (done[task.head].fetch_add(1) + 1 == task.chunks)
+        head.join(states.get() + (i - task.chunk) * size, task.chunks, out + b * shape.tokens * shape.heads * shape.dim);
+    }
+  });
 }
 
 void check_arguments(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& positions,
                      const Tensor& key_cache, const Tensor& value_cache, const Shape& shape) {
   using torch::headeronly::ScalarType;
   const int64_t batch = qkv.size(0), rows = key_cache.size(0), table = cos.size(0);
+  const bool codes = key_cache.scalar_type() == ScalarType::Char;
   STD_TORCH_CHECK(batch <= rows, "fastllama: qkv has ", batch, " rows, expected at most the cache's ", rows);
   STD_TORCH_CHECK(table >= shape.slots, "fastllama: cos has ", table, " rows, expected at least ", shape.slots);
   check(qkv, "qkv", qkv.scalar_type(), {batch, shape.tokens, shape.packed()});
@@ -146,13 +293,14 @@ void check_arguments(const Tensor& qkv, const Tensor& cos, const Tensor& sin, co
   check(sin, "sin", ScalarType::Float, {table, shape.dim});
   check(positions, "positions", ScalarType::Long, {batch, shape.tokens});
   for (const auto* cache : {&key_cache, &value_cache})
-    check(*cache, "cache", qkv.scalar_type(), {rows, shape.kv_heads, shape.slots, shape.dim});
+    check(*cache, "cache", codes ? ScalarType::Char : qkv.scalar_type(),
+          {rows, shape.kv_heads, shape.slots, Rows<int8_t>{nullptr, shape.dim}.stride() - (codes ? 0 : 4)});
 }
 
 }  // namespace
 
 Tensor rotary_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor key_cache, Tensor value_cache) {
-  const int64_t batch = qkv.size(0), kv_heads = key_cache.size(1), dim = key_cache.size(3);
+  const int64_t batch = qkv.size(0), kv_heads = key_cache.size(1), dim = cos.size(1);
   const Shape shape{qkv.size(1), qkv.size(2) / dim - 2 * kv_heads, kv_heads, dim, key_cache.size(2)};
   check_arguments(qkv, cos, sin, positions, key_cache, value_cache, shape);
   const int64_t* position = data<int64_t>(positions);
@@ -162,16 +310,15 @@ Tensor rotary_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Te
   Tensor out = empty_with_last(qkv, shape.heads * dim);
   dispatch(qkv, [&](auto zero) {
     using T = decltype(zero);
-    T *keys = static_cast<T*>(key_cache.mutable_data_ptr()), *values = static_cast<T*>(value_cache.mutable_data_ptr());
-    T* op = static_cast<T*>(out.mutable_data_ptr());
-    torch::stable::parallel_for(0, batch * kv_heads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / kv_heads, offset = i * shape.slots * dim;
-        run_head(shape, data<T>(qkv) + b * shape.tokens * shape.packed(), data<float>(cos), data<float>(sin),
-                 position + b * shape.tokens, keys + offset, values + offset, i % kv_heads,
-                 op + b * shape.tokens * shape.heads * dim);
-      }
-    });
+    const auto run_on = [&](auto* keys, auto* values) {
+      run(shape, batch, data<T>(qkv), data<float>(cos), data<float>(sin), position, keys, values,
+          static_cast<T*>(out.mutable_data_ptr()));
+    };
+    void *keys = key_cache.mutable_data_ptr(), *values = value_cache.mutable_data_ptr();
+    if (key_cache.scalar_type() == torch::headeronly::ScalarType::Char)
+      run_on(static_cast<int8_t*>(keys), static_cast<int8_t*>(values));
+    else
+      run_on(static_cast<T*>(keys), static_cast<T*>(values));
   });
   return out;
 }

@@ -8,14 +8,16 @@ A query at position p sees the slots 0 .. p of its row, so no mask is needed. To
 then they are copies of one token, written twice.
 
 The arguments: ``qkv`` ``[b, t, n]``; float32 rotary tables ``cos`` and ``sin`` ``[s, d]``, at least as long as the
-cache; ``positions`` int64 ``[b, t]``, the slot of each token; caches ``[≥ b, k, s, d]``, mutated. All are contiguous.
-The result is ``[b, t, h·d]``, in qkv's dtype.
+cache; ``positions`` int64 ``[b, t]``, the slot of each token; caches ``[≥ b, k, s, d]``, mutated, in qkv's dtype or as
+int8 ``[≥ b, k, s, d + 4]`` (:mod:`.codes`; not on a GPU). All are contiguous. The result is ``[b, t, h·d]``, in qkv's
+dtype.
 
 Bytes moved per layer: the live keys and values once, 2 · Σ_r (p_r + 1) · k · d · itemsize. The cost follows the live
 length, never the capacity. The decode kernels take up to MAX_TOKENS query tokens a row: ``rotary_attention`` on a CPU
 (``cpu.cpp``), ``rotary_attention_split`` on a GPU, whose programs share counters
 (:mod:`fastllama_kernels.attention.triton`). For longer prefills ``prefill_attention`` runs torch's flash attention on
-the live part of the cache on a CPU, ``rotary_attention_wide`` torch's masked attention on a GPU.
+the live part of the cache on a CPU, ``rotary_attention_wide`` torch's masked attention on a GPU. A row's tokens there
+lie one behind the other; those that fill up a chunk are copies of the last.
 
 Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``h`` query heads, ``k`` KV heads, ``d`` head dim,
 ``n`` = (h + 2k)·d packed features, ``p`` counters.
@@ -25,6 +27,9 @@ from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
+
+from fastllama_kernels.attention.codes import decoded, encoded
+from fastllama_kernels.linear.op import multiplies
 
 MAX_TOKENS = 8  # query tokens a row up to which the decode kernel beats flash attention
 MAX_HEAD_DIM = 256  # of the kernels on a GPU
@@ -44,13 +49,14 @@ def rotate_and_write(
 ) -> torch.Tensor:
     """Write the tokens' rotated keys and their values to the cache; return the rotated queries ``[b, h, t, d]``."""
     b, t, n = qkv_btn.shape
-    kv_heads, d = k_cache_bksd.shape[1], k_cache_bksd.shape[3]
+    kv_heads, d = k_cache_bksd.shape[1], cos_sd.shape[1]
     heads = n // d - 2 * kv_heads
     q_bthd, k_btkd, v_btkd = qkv_btn.view(b, t, -1, d).split((heads, kv_heads, kv_heads), dim=2)
     cos_bt1d, sin_bt1d = cos_sd[position_bt][:, :, None], sin_sd[position_bt][:, :, None]
     row_b1 = torch.arange(b, device=qkv_btn.device)[:, None]
-    k_cache_bksd.transpose(1, 2).index_put_((row_b1, position_bt), rotate(k_btkd, cos_bt1d, sin_bt1d))
-    v_cache_bksd.transpose(1, 2).index_put_((row_b1, position_bt), v_btkd)
+    for cache_bksd, x_btkd in ((k_cache_bksd, rotate(k_btkd, cos_bt1d, sin_bt1d)), (v_cache_bksd, v_btkd)):
+        x_btkd = encoded(x_btkd) if cache_bksd.dtype == torch.int8 else x_btkd
+        cache_bksd.transpose(1, 2).index_put_((row_b1, position_bt), x_btkd)
     return rotate(q_bthd, cos_bt1d, sin_bt1d).transpose(1, 2)
 
 
@@ -85,9 +91,8 @@ def masked_attention(
     visible_bts = slot_s <= position_bt[..., None]
     if start_b is not None:
         visible_bts &= slot_s >= start_b[:, None, None]
-    return F.scaled_dot_product_attention(
-        q_bhtd, k_cache_bksd[:b], v_cache_bksd[:b], visible_bts[:, None], enable_gqa=True
-    )
+    k_bksd, v_bksd = (decoded(cache[:b], q_bhtd.dtype) for cache in (k_cache_bksd, v_cache_bksd))
+    return F.scaled_dot_product_attention(q_bhtd, k_bksd, v_bksd, visible_bts[:, None], enable_gqa=True)
 
 
 def rotary_attention_wide(
@@ -110,18 +115,41 @@ def _prefill_attention(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cac
     if low < 0 or high >= k_cache_bksd.shape[2]:
         bad, slots = int(low if low < 0 else high), k_cache_bksd.shape[2]
         raise IndexError(f"fastllama: position {bad} lies outside the KV cache of {slots} slots")
+    count_b = (position_bt.diff(dim=1) == 1).sum(dim=1) + 1  # copies of the last token follow
+    expected_bt = position_bt[:, :1] + torch.arange(t).clamp(max=(count_b - 1)[:, None])
+    if not torch.equal(position_bt, expected_bt):
+        raise ValueError("fastllama: the positions of a row do not follow one another")
     q_bhtd = rotate_and_write(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
-    groups = q_bhtd.shape[1] // k_cache_bksd.shape[1]
     out_bthd = q_bhtd.new_empty((b, t, *q_bhtd.shape[1::2]))
-    for row in range(b):
-        live = int(position_bt[row].max()) + 1
-        k_1hsd, v_1hsd = (
-            cache[row : row + 1, :, :live].repeat_interleave(groups, dim=1) for cache in (k_cache_bksd, v_cache_bksd)
+    for row, count in enumerate(count_b.tolist()):
+        live = int(position_bt[row, -1]) + 1
+        k_1ksd, v_1ksd = (
+            decoded(cache[row : row + 1, :, :live], q_bhtd.dtype) for cache in (k_cache_bksd, v_cache_bksd)
         )
-        visible_ts = torch.arange(live) <= position_bt[row, :, None]
-        out_1htd = F.scaled_dot_product_attention(q_bhtd[row : row + 1], k_1hsd, v_1hsd, visible_ts)
-        out_bthd[row] = out_1htd[0].transpose(0, 1)
+        out_1htd = causal_attention(q_bhtd[row : row + 1, :, :count], k_1ksd, v_1ksd)
+        out_bthd[row, :count] = out_1htd[0].transpose(0, 1)
+        out_bthd[row, count:] = out_bthd[row, count - 1]
     return out_bthd.flatten(2)
+
+
+def causal_attention(q_1htd: torch.Tensor, k_1ksd: torch.Tensor, v_1ksd: torch.Tensor) -> torch.Tensor:
+    """Attention ``[1, h, t, d]`` of a row's last t tokens to all s of it, in flash attention's two cheap ways.
+
+    What lies before these tokens all of them see, so it needs no mask, and the query heads that share a KV head are as
+    good as tokens; among themselves they are causal. Both parts are weighted by what their softmax divided by.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    (_, h, t, d), (_, k, s, _) = q_1htd.shape, k_1ksd.shape
+    past = s - t
+    k_1htd, v_1htd = (x[:, :, past:].float().repeat_interleave(h // k, dim=1) for x in (k_1ksd, v_1ksd))
+    out_1htd, sum_1ht = flash(q_1htd.float(), k_1htd, v_1htd, 0.0, True)
+    if past:
+        dtype = q_1htd.dtype if multiplies(q_1htd.dtype) else torch.float32
+        q, k, v = (x.to(dtype) for x in (q_1htd.reshape(1, k, h // k * t, d), k_1ksd[:, :, :past], v_1ksd[:, :, :past]))
+        before, before_sum = flash(q, k, v, 0.0, False)
+        share_1ht1 = torch.sigmoid(before_sum.reshape(1, h, t) - sum_1ht.reshape(1, h, t)).unsqueeze(-1)
+        out_1htd = torch.lerp(out_1htd, before.reshape(1, h, t, d).float(), share_1ht1)
+    return out_1htd.to(q_1htd.dtype)
 
 
 @torch.library.register_fake("fastllama::rotary_attention")
@@ -129,7 +157,7 @@ def _prefill_attention(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cac
 def attention_fake(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd):
     """Shape and dtype of the heads' outputs."""
     b, t, n = qkv_btn.shape
-    return qkv_btn.new_empty((b, t, n - 2 * k_cache_bksd.shape[1] * k_cache_bksd.shape[3]))
+    return qkv_btn.new_empty((b, t, n - 2 * k_cache_bksd.shape[1] * cos_sd.shape[1]))
 
 
 def takes(head_dim: int) -> bool:

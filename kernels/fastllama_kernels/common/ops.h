@@ -1,9 +1,10 @@
-// The operations as C++ functions, for those that are made of others. Formulas: ../linear/op.py and ../attention/op.py.
+// The operations as C++ functions, for those that are made of others. Formulas: ../linear/op.py and so on.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <vector>
 
 namespace fastllama {
 
@@ -19,6 +20,18 @@ Tensor linear_packed(Tensor x, Tensor codes, Tensor scales, std::optional<Tensor
 Tensor gate_up_packed(Tensor x, Tensor codes, Tensor scales, std::optional<Tensor> offsets, std::optional<Tensor> bias,
                       std::optional<Tensor> norm_weight, double eps, int64_t activation,
                       bool codes_inputs);
+Tensor embed_packed(Tensor like, Tensor ids, Tensor codes, Tensor scales, std::optional<Tensor> offsets);
 Tensor rotary_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor key_cache, Tensor value_cache);
+Tensor layers(Tensor x, Tensor cos, Tensor sin, Tensor positions, std::vector<Tensor> weights,
+              std::vector<int64_t> kinds, std::vector<Tensor> key_caches, std::vector<Tensor> value_caches, double eps,
+              int64_t activation);
+
+struct SamplingSettings {
+  Tensor temperature, top_k, top_p, min_p, seed;  // of each row
+};
+
+// A token of each row of logits [rows, ..., at least vocab], at these positions.
+void sample_rows(const Tensor& logits, int64_t vocab, const SamplingSettings& settings, const int64_t* positions,
+                 int64_t* tokens);
 
 }  // namespace fastllama

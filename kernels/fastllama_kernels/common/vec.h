@@ -74,6 +74,19 @@ inline FloatPart load_part(const BFloat16* p) {  // a bfloat16 is the upper half
 #endif
 }
 
+inline FloatPart load_part(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (FloatPart)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return (FloatPart)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  typedef int8_t Codes __attribute__((vector_size(kPartLanes)));
+  Codes codes;
+  std::memcpy(&codes, p, sizeof(codes));
+  return __builtin_convertvector(codes, FloatPart);
+#endif
+}
+
 inline FloatPart load_part(const Half* p) {
 #if defined(__AVX512F__)
   return (FloatPart)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -147,9 +160,15 @@ inline float sum16(f32x16 x) {
 }
 
 inline float sum_part(FloatPart x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m128 sum4 = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  const __m128 sum2 = _mm_add_ps(sum4, _mm_movehl_ps(sum4, sum4));
+  return _mm_cvtss_f32(_mm_add_ss(sum2, _mm_movehdup_ps(sum2)));
+#else
   f32x16 wide = {};
   std::memcpy(&wide, &x, sizeof(x));
   return sum16(wide);
+#endif
 }
 
 // What the activations of a product with T weights are held in: bfloat16 where the processor multiplies it directly.

@@ -57,6 +57,8 @@ void check_lists(const std::vector<Tensor>& weights, const std::vector<int64_t>&
                   "and their norms, expected ", expected);
 }
 
+}  // namespace
+
 Tensor layers(Tensor x, Tensor cos, Tensor sin, Tensor positions, std::vector<Tensor> weights,
               std::vector<int64_t> kinds, std::vector<Tensor> key_caches, std::vector<Tensor> value_caches, double eps,
               int64_t activation) {
@@ -72,8 +74,6 @@ Tensor layers(Tensor x, Tensor cos, Tensor sin, Tensor positions, std::vector<Te
   }
   return x;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastllama, CPU, m) { m.impl("layers", TORCH_BOX(&layers)); }
 

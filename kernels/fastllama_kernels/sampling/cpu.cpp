@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "ops.h"
 #include "vec.h"
 
 namespace fastllama {
@@ -177,33 +178,40 @@ int64_t sample_row(const T* logits, int64_t vocab, const Settings& settings) {
 
 }  // namespace
 
-Tensor sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,
-              Tensor positions) {
+void sample_rows(const Tensor& logits, int64_t vocab, const SamplingSettings& settings, const int64_t* positions,
+                 int64_t* tokens) {
   using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "fastllama: logits have ", logits.dim(),
-                  " dimensions, expected rows of a vocabulary");
-  const int64_t batch = logits.size(0), vocab = logits.size(1);
-  check(logits, "logits", logits.scalar_type(), {batch, vocab});
-  check(temperature, "temperature", ScalarType::Float, {batch});
-  check(top_k, "top_k", ScalarType::Long, {batch});
-  check(top_p, "top_p", ScalarType::Float, {batch});
-  check(min_p, "min_p", ScalarType::Float, {batch});
-  check(seed, "seed", ScalarType::Long, {batch});
-  check(positions, "positions", ScalarType::Long, {batch});
-  Tensor out = torch::stable::empty_like(positions);
-  auto* tokens = static_cast<int64_t*>(out.mutable_data_ptr());
+  const int64_t batch = logits.size(0), stride = logits.numel() / batch;
+  STD_TORCH_CHECK(vocab > 0 && vocab <= stride && logits.is_contiguous(), "fastllama: got ", stride,
+                  " logits a row, expected ", vocab, " or more, contiguous");
+  check(settings.temperature, "temperature", ScalarType::Float, {batch});
+  check(settings.top_k, "top_k", ScalarType::Long, {batch});
+  check(settings.top_p, "top_p", ScalarType::Float, {batch});
+  check(settings.min_p, "min_p", ScalarType::Float, {batch});
+  check(settings.seed, "seed", ScalarType::Long, {batch});
   dispatch(logits, [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        const uint64_t key = mix(static_cast<uint64_t>(data<int64_t>(seed)[b]) +
-                                 static_cast<uint64_t>(data<int64_t>(positions)[b]) * kGolden);
-        const Settings settings{data<float>(temperature)[b], data<float>(top_p)[b], data<float>(min_p)[b],
-                                data<int64_t>(top_k)[b], key};
-        tokens[b] = sample_row(data<T>(logits) + b * vocab, vocab, settings);
+        const uint64_t key = mix(static_cast<uint64_t>(data<int64_t>(settings.seed)[b]) +
+                                 static_cast<uint64_t>(positions[b]) * kGolden);
+        const Settings row{data<float>(settings.temperature)[b], data<float>(settings.top_p)[b],
+                           data<float>(settings.min_p)[b], data<int64_t>(settings.top_k)[b], key};
+        tokens[b] = sample_row(data<T>(logits) + b * stride, vocab, row);
       }
     });
   });
+}
+
+Tensor sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,
+              Tensor positions) {
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "fastllama: logits have ", logits.dim(),
+                  " dimensions, expected rows of a vocabulary");
+  check(logits, "logits", logits.scalar_type(), {logits.size(0), logits.size(1)});
+  check(positions, "positions", torch::headeronly::ScalarType::Long, {logits.size(0)});
+  Tensor out = torch::stable::empty_like(positions);
+  sample_rows(logits, logits.size(1), {temperature, top_k, top_p, min_p, seed}, data<int64_t>(positions),
+              static_cast<int64_t*>(out.mutable_data_ptr()));
   return out;
 }
 

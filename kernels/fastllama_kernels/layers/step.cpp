@@ -1,0 +1,159 @@
+// A whole step in one operation, from ids to logits or to the next ids: see step.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "dispatch.h"
+#include "matrix.h"
+#include "ops.h"
+
+namespace fastllama {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// The weights of a network: embedding, layers, norm, head.
+struct Network {
+  Matrix embedding;
+  std::vector<Tensor> layers;
+  std::vector<int64_t> kinds;  // of the layers' matrices
+  Tensor norm;
+  Matrix head;
+
+  Network(const std::vector<Tensor>& weights, const std::vector<int64_t>& all_kinds)
+      : embedding{Format(first_of(all_kinds)), weights.data()},
+        head{Format(all_kinds.back()), weights.data() + weights.size() - Format(all_kinds.back()).tensors()} {
+    const size_t before = embedding.format.tensors(), after = head.format.tensors() + 1;
+    STD_TORCH_CHECK(weights.size() >= before + after, "fastllama: got ", weights.size(),
+                    " weights, expected those of an embedding, layers, a norm and a head");
+    kinds.assign(all_kinds.begin() + 1, all_kinds.end() - 1);
+    layers.assign(weights.begin() + before, weights.end() - after);
+    norm = weights[weights.size() - after];
+  }
+
+ private:
+  static int64_t first_of(const std::vector<int64_t>& kinds) {
+    STD_TORCH_CHECK(kinds.size() >= 2, "fastllama: got ", kinds.size(), " matrices, expected an embedding and a head");
+    return kinds.front();
+  }
+};
+
+// RowBuffers `ids` of a dense table.
+Tensor embed(const Tensor& table, const Tensor& ids) {
+  const int64_t rows = table.size(0), columns = table.size(1);
+  std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
+  shape.push_back(columns);
+  Tensor out = torch::stable::new_empty(table, shape);
+  dispatch(table, [&](auto zero) {
+    using T = decltype(zero);
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    for (int64_t i = 0; i < ids.numel(); ++i) {
+      const int64_t id = data<int64_t>(ids)[i];
+      STD_TORCH_CHECK(id >= 0 && id < rows, "fastllama: id ", id, " of an embedding of ", rows, " rows");
+      std::memcpy(to + i * columns, data<T>(table) + id * columns, columns * sizeof(T));
+    }
+  });
+  return out;
+}
+
+// Logits [b, t, v], filled up to whole panels of the head, of what follows each of the ids.
+Tensor logits(const Tensor& ids, const Tensor& positions, const Tensor& cos, const Tensor& sin,
+              const std::vector<Tensor>& weights, const std::vector<int64_t>& kinds,
+              const std::vector<Tensor>& key_caches, const std::vector<Tensor>& value_caches, double eps,
+              int64_t activation) {
+  const Network net(weights, kinds);
+  check(ids, "ids", ScalarType::Long, {positions.size(0), positions.size(1)});
+  const Tensor* table = net.embedding.tensors;
+  std::optional<Tensor> offsets;
+  if (net.embedding.format.has_offsets) offsets = table[2];
+  Tensor x = net.embedding.format.is_packed ? embed_packed(net.norm, ids, table[0], table[1], offsets)
+                                            : embed(table[0], ids);
+  x = layers(x, cos, sin, positions, net.layers, net.kinds, key_caches, value_caches, eps, activation);
+  return net.head.multiply(x, net.norm, eps, std::nullopt);
+}
+
+void verify_step(Tensor ids, Tensor positions, Tensor cos, Tensor sin, std::vector<Tensor> weights,
+                 std::vector<int64_t> kinds, std::vector<Tensor> key_caches, std::vector<Tensor> value_caches,
+                 double eps, int64_t activation, Tensor out) {
+  const Tensor all = logits(ids, positions, cos, sin, weights, kinds, key_caches, value_caches, eps, activation);
+  const int64_t rows = ids.numel(), vocab = out.size(out.dim() - 1), padded = all.size(2);
+  check(out, "logits", all.scalar_type(), {ids.size(0), ids.size(1), std::min(vocab, padded)});
+  dispatch(all, [&](auto zero) {
+    using T = decltype(zero);
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * vocab, data<T>(all) + r * padded, vocab * sizeof(T));
+  });
+}
+
+// The buffers of some rows, in the order of step.py.
+struct RowBuffers {
+  Tensor ids, positions, finished, steps, output, limit, eos, pad;
+  SamplingSettings sampling;
+
+  explicit RowBuffers(const std::vector<Tensor>& all) {
+    STD_TORCH_CHECK(all.size() == 13, "fastllama: got ", all.size(), " buffers of rows, expected 13");
+    ids = all[0], positions = all[1], finished = all[2], steps = all[3];
+    output = all[4], limit = all[5], eos = all[6], pad = all[7];
+    sampling = {all[8], all[9], all[10], all[11], all[12]};
+    const int64_t b = ids.size(0);
+    check(positions, "positions", ScalarType::Long, {b, 1});
+    check(finished, "finished", ScalarType::Bool, {b});
+    check(steps, "steps", ScalarType::Long, {b});
+    check(output, "output", ScalarType::Long, {b, output.size(1)});
+    check(limit, "limit", ScalarType::Long, {b});
+    check(eos, "eos", ScalarType::Long, {b, eos.size(1)});
+    check(pad, "pad", ScalarType::Long, {b});
+  }
+
+  // Every row that has not ended takes its token and is one further.
+  void advance(const std::vector<int64_t>& sampled) {
+    const int64_t count = eos.size(1), n = output.size(1);
+    int64_t* step = of<int64_t>(steps);
+    for (size_t b = 0; b < sampled.size(); ++b) {
+      bool& ended = of<bool>(finished)[b];
+      const int64_t token = ended ? data<int64_t>(pad)[b] : sampled[b];
+      STD_TORCH_CHECK(step[b] < n, "fastllama: row ", b, " has ", step[b], " new tokens and room for ", n);
+      of<int64_t>(output)[b * n + step[b]] = token;
+      of<int64_t>(ids)[b] = token;
+      if (ended) continue;  // it stays where it is, inside its cache
+      ++of<int64_t>(positions)[b];
+      ++step[b];
+      const int64_t* ends = data<int64_t>(eos) + b * count;
+      ended = step[b] >= data<int64_t>(limit)[b] || std::find(ends, ends + count, token) != ends + count;
+    }
+  }
+
+ private:
+  template <typename T>
+  static T* of(Tensor& tensor) {
+    return static_cast<T*>(tensor.mutable_data_ptr());
+  }
+};
+
+void decode_step(std::vector<Tensor> buffers, Tensor cos, Tensor sin, std::vector<Tensor> weights,
+                 std::vector<int64_t> kinds, std::vector<Tensor> key_caches, std::vector<Tensor> value_caches,
+                 double eps, int64_t activation, int64_t vocab) {
+  RowBuffers rows(buffers);
+  const Tensor all = logits(rows.ids, rows.positions, cos, sin, weights, kinds, key_caches, value_caches, eps,
+                            activation);
+  const int64_t batch = rows.ids.size(0);
+  std::vector<int64_t> positions(batch), tokens(batch);
+  for (int64_t b = 0; b < batch; ++b) positions[b] = data<int64_t>(rows.positions)[b] + 1;
+  sample_rows(all, vocab, rows.sampling, positions.data(), tokens.data());
+  rows.advance(tokens);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastllama, CPU, m) {
+  m.impl("decode_step", TORCH_BOX(&decode_step));
+  m.impl("verify_step", TORCH_BOX(&verify_step));
+}
+
+}  // namespace fastllama
