@@ -5,6 +5,7 @@ that would not end within the budget; what failed or was skipped is a line below
 rehearses the suite; ``python -m benchmarks.gpu_suite`` runs it in a checkout that is not installed.
 """
 
+import functools
 import os
 import re
 import shlex
@@ -26,11 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":  # a checkout that is not installed
     sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-import torch  # noqa: E402
-
-from fastllama import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from fastllama.cli.console import CTRL_C  # noqa: E402
-from fastllama.config.fields import read_json  # noqa: E402
 
 from .records import read  # noqa: E402
 
@@ -49,9 +46,13 @@ class Line(NamedTuple):
     command: str
 
 
-PLAN = read_json(Path(__file__).with_suffix(".json"))
-FULL, TINY = PLAN["full"], PLAN["tiny"]  # the sizes
-LINES = tuple(Line(**line) for line in PLAN["lines"])
+@functools.cache
+def plan() -> dict[str, Any]:
+    """The lines, and the sizes for them: ``full``, or ``tiny`` ones for a model of ``tiny_model``."""
+    from fastllama.config.fields import read_json
+
+    found = read_json(Path(__file__).with_suffix(".json"))
+    return found | {"lines": [Line(**line) for line in found["lines"]]}
 
 
 def gpu(
@@ -66,14 +67,17 @@ def gpu(
     as_list: Annotated[bool, typer.Option("--list", help="Show the lines and leave.")] = False,
 ) -> None:
     """Measure everything on a GPU in one go."""
+    lines = plan()["lines"]
     if as_list:
-        for line in LINES:
+        for line in lines:
             typer.echo(f"{line.name:11} {line.expected:4.0f} s  {line.what}\n{'':19}{line.command}")
         return
-    if unknown := sorted(set(only or ()) - {line.name for line in LINES}):
+    if unknown := sorted(set(only or ()) - {line.name for line in lines}):
         raise typer.BadParameter(f"no line is called {', '.join(unknown)}; see --list", param_hint="--only")
     if gpt_fast and not gpt_fast.is_dir():
         raise typer.BadParameter(f"there is no folder {gpt_fast}", param_hint="--gpt-fast")
+    import torch
+
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter(f"torch {torch.__version__} sees no CUDA device; --device cpu --tiny tries the suite")
     # What tiny shapes give is no record.
@@ -83,7 +87,7 @@ def gpu(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit from outside still gets its table
     with tempfile.TemporaryDirectory(prefix="fastllama-gpu-suite-") as workspace:
         suite = Suite(device, folder, Path(workspace), budget_seconds, gpt_fast, tiny)
-        code = suite.run([line for line in LINES if not only or line.name in only])
+        code = suite.run([line for line in lines if not only or line.name in only])
     raise typer.Exit(code)
 
 
@@ -100,6 +104,8 @@ class Suite:
     notes: list[str] = field(default_factory=list)  # what failed or was skipped
 
     def __post_init__(self) -> None:
+        import torch
+
         self._start = time.monotonic()
         device = f"gpu {torch.cuda.get_device_name()}" if self.device == "cuda" else self.device
         name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -140,8 +146,8 @@ class Suite:
 
     def command(self, line: Line) -> list[str]:
         """What runs a line."""
-        tiny = {**TINY, **dict.fromkeys(("1b", "8b"), str(self.workspace / "tiny"))}
-        words = shlex.split(line.command.format(**tiny if self.tiny else FULL))
+        sizes, tiny = plan()["full"], {**plan()["tiny"], **dict.fromkeys(("1b", "8b"), str(self.workspace / "tiny"))}
+        words = shlex.split(line.command.format(**tiny if self.tiny else sizes))
         if line.name == TESTS:
             return [sys.executable, "-m", "pytest", *words]
         if self.gpt_fast and "gpt-fast" in line.command:
@@ -172,8 +178,12 @@ def run_process(command: Sequence[str], limit: float, log: Path) -> tuple[int | 
 
 def write_tiny_model(folder: Path) -> None:
     """A checkpoint of random weights that every line loads."""
+    import torch
+
+    from fastllama import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**PLAN["tiny_model"])).bfloat16().save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**plan()["tiny_model"])).bfloat16().save_pretrained(folder)
 
 
 def table(records: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:

@@ -132,7 +132,7 @@ def main(
     """Fill README.md's figures from committed records."""
     with errors_in_one_line(debug=False):
         present = page.read_text(encoding="utf-8")
-        wanted = fill(present, figures(read_all(folder)))
+        wanted = fill(present, figures(read_all(sorted(folder.glob("*.jsonl")))))
         if not check:
             page.write_text(wanted, encoding="utf-8")
         elif present != wanted:

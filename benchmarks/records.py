@@ -3,14 +3,17 @@
 ``schema`` is raised when a field changes its meaning or goes away; new ones do not raise it.
 """
 
+from __future__ import annotations
+
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastllama import LlamaForCausalLM
+if TYPE_CHECKING:
+    from fastllama import LlamaForCausalLM
 
 SCHEMA = 1
 RECORDS = Path(__file__).resolve().parent / "records"
@@ -83,11 +86,13 @@ def validate(record: Mapping[str, Any], more: Types | None = None) -> None:
         raise RecordError(f"not a {kind} record: {'; '.join(faults)}")
 
 
-def append(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Add one record to a file, which is made if it is not there; nothing that is there changes."""
+def append(record: Mapping[str, Any], path: str | os.PathLike[str] | None) -> None:
+    """Add one record to a file, if one is given, which is made where it is not there; nothing that is there changes."""
     validate(record)
     if not record["parity"]:
         raise RecordError("refused: the outputs failed the parity gate, so the figures mean nothing")
+    if path is None:
+        return
     line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
@@ -109,7 +114,7 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return found
 
 
-def read_all(folder: str | os.PathLike[str] = RECORDS) -> Iterator[dict[str, Any]]:
-    """The records of every file of a folder."""
-    for path in sorted(Path(folder).glob("*.jsonl")):
+def read_all(paths: Iterable[Path] | None = None) -> Iterator[dict[str, Any]]:
+    """The records of these files; None: of the committed ones."""
+    for path in sorted(RECORDS.glob("*.jsonl")) if paths is None else paths:
         yield from read(path)

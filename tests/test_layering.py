@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastllama"
 KERNELS = ROOT / "kernels" / "fastllama_kernels"
+BENCHMARKS = ROOT / "benchmarks"
 
 LAYERS = (
     "ops",
@@ -78,7 +79,9 @@ def test_a_module_imports_only_modules_above_it(path: Path) -> None:
     assert not violations(layer, path.read_text(), package)
 
 
-@pytest.mark.parametrize(("root", "name"), [(PACKAGE, "fastllama"), (KERNELS, "fastllama_kernels")])
+@pytest.mark.parametrize(
+    ("root", "name"), [(PACKAGE, "fastllama"), (KERNELS, "fastllama_kernels"), (BENCHMARKS, "fastllama_benchmarks")]
+)
 def test_no_two_modules_import_each_other(root: Path, name: str) -> None:
     files = {}
     for path in python_files(root):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-import fastllama  # noqa: F401  (so that importing this is importing it)
+from fastllama import LlamaForCausalLM  # noqa: F401  (so that importing this is importing it)
 
 from ..workload import Contender, Decode, Task, Workload, timed, timed_by_difference
 from . import EAGER, FASTLLAMA, title_of

@@ -30,12 +30,11 @@ class Transformers(Contender):
     """Greedy ``generate()`` with its defaults."""
 
     name = title_of(TRANSFORMERS)
-    _model: Any = None
 
     def load(self, task: Task) -> None:
         """Share the lent weights, or load the folder."""
         if task.lent is not None:
-            self._model = twin_of(task.lent)
+            self._model: Any = twin_of(task.lent)
         else:
             loaded: Any = LlamaForCausalLM.from_pretrained(task.model, dtype=getattr(torch, task.dtype))
             self._model = loaded.to(task.device)
@@ -55,10 +54,6 @@ class Transformers(Contender):
 
         tokens_bn = self._generate(ids_bt, workload.new_tokens, workload, stopping_criteria=[mark])
         return Decode.from_marks(tokens_bn, marks)
-
-    def close(self) -> None:
-        """Drop the model."""
-        self._model = None
 
     def settings(self, workload: Workload) -> dict[str, Any]:
         """What ``generate()`` is called with besides the prompt."""

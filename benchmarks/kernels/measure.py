@@ -23,7 +23,6 @@ from ..rounds import Say, interleave
 from ..workload import Contender
 from .ops import TORCH, Arguments, Function, Shapes, StepOp, nbytes, step_ops
 
-WARMUP_CYCLES = 2
 KERNEL, INDUCTOR = "kernel", "Inductor"
 WORKING_SET = 256 * 2**20  # bytes of the copies together, or CACHES_COVERED times the last cache where that is more
 CACHES_COVERED = 4
@@ -92,14 +91,7 @@ def measure_op(op: StepOp, device: torch.device, rounds: int, probe: BandwidthPr
         return found
     copies = copies_of(op, device)
     cycles = [Cycle(name, f, op, copies, device) for name, f in {FASTLLAMA: run, **op.references}.items()]
-    seconds = interleave(
-        cycles,
-        None,
-        rounds,
-        warmups=WARMUP_CYCLES,
-        say=lambda message: say(f"{op.label}: {message}"),
-        between=probe.sample,
-    )
+    seconds = interleave(cycles, None, rounds, say=lambda line: say(f"{op.label}: {line}"), between=probe.sample)
     if seconds.broken:
         raise RuntimeError(f"{op.label}: {seconds.broken}")
     us = {name: quantiles([1e6 * each for found in runs for each in found]) for name, runs in seconds.runs.items()}

@@ -22,10 +22,9 @@ import typer
 from fastllama.cli import options
 from fastllama.cli.console import CTRL_C, progress, stderr, stdout
 
-from ..workload import Unavailable
 from . import MIN_ROUNDS, ROUNDS_TO_FAIL
 
-if TYPE_CHECKING:  # they need what fastllama[bench] installs
+if TYPE_CHECKING:  # torch takes seconds to import; --help and wrong usage answer without it
     from .gate import Result
     from .rounds import Metric
 
@@ -35,9 +34,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fast
 
 Metrics = Annotated[str, typer.Option(help="tpot-bN or ttft-bN for a batch of N, with commas.")]
 Threshold = Annotated[str, typer.Option(help="Slowdown in percent, or auto: 3, on a CPU more if it is noisy.")]
-Accept = Annotated[
-    bool, typer.Option("--accept-different-outputs", help="Time revisions whose float32 outputs differ.")
-]
+Accept = Annotated[bool, typer.Option("--accept-different-outputs", help="Time revisions whose outputs differ.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each process.", show_default="all cores")]
 Summary = Annotated[Path | None, typer.Option(envvar="GITHUB_STEP_SUMMARY", help="File to append the report to.")]
 Slowdown = Annotated[float, typer.Option(min=0, help="Percent by which the head's steps are made longer, as a proof.")]
@@ -75,6 +72,8 @@ def regress(
     quiet: options.Quiet = False,
 ) -> None:
     """Fail when one revision of fastllama decodes slower than another."""
+    from ..workload import Unavailable
+
     asked = dict(locals())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that worktrees and workers go
     try:

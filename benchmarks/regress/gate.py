@@ -69,8 +69,7 @@ class Side(NamedTuple):
     """One of the two revisions, ready to decode."""
 
     revision: Revision
-    tree: Path  # its files
-    caches: Path  # for what is compiled from them
+    tree: Path  # its files; next to them, what was compiled from them
 
 
 @dataclass(frozen=True)
@@ -123,11 +122,10 @@ def run(settings: Settings, say: Say) -> Result:
         sides = {}
         for side, revision in {BASE: base, HEAD: head}.items():
             say(f"checking out the {side} {revision}")
-            home = settings.cache / "revisions" / revision.key
-            same = next((each for each in sides.values() if each.revision.key == revision.key), None)
-            tree = same.tree if same else stack.enter_context(files_of(repo, revision, home / "tree"))
-            (home / "caches").mkdir(exist_ok=True)
-            sides[side] = Side(revision, tree, home / "caches")
+            tree = settings.cache / "revisions" / revision.key / "tree"
+            if all(each.tree != tree for each in sides.values()):
+                stack.enter_context(files_of(repo, revision, tree))
+            sides[side] = Side(revision, tree)
         gate = Gate(settings, sides, say)
         difference = gate.compare_outputs()
         result = Result(settings, base, head, difference, notes=tuple(notes(sides, settings, load)))
@@ -147,7 +145,7 @@ class Gate:
         """Start the worker of an arm, which decodes a little of each batch size, the largest first, to be ready."""
         settings, side = self._settings, self._sides[SIDES[arm]]
         paths = os.pathsep.join(map(str, (side.tree, side.tree / "kernels")))
-        folders = {name: str(side.caches / name.lower()) for name in CACHES}
+        folders = {name: str(side.tree.with_name("caches") / name.lower()) for name in CACHES}
         threads = {"OMP_NUM_THREADS": str(settings.threads)} if settings.threads else {}
         worker = Remote(
             FASTLLAMA,
