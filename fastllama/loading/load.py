@@ -20,6 +20,7 @@ from fastllama.config.fields import CONFIG_NAME, tolerate
 from fastllama.config.quantization import LEAST_GROUP, QuantizationConfig, Scheme
 from fastllama.loading import adapter, formats
 from fastllama.loading.coded import Coded, CodedTensor, DecodedTensor, is_quantized
+from fastllama.loading.mapped import MappedFiles
 from fastllama.loading.match import EMBEDDING, HEAD, layers_in, listed, matched, missing_hint
 from fastllama.loading.names import Source, resolve
 from fastllama.loading.random import random_tensors
@@ -80,8 +81,8 @@ def load_model(
     if wanted is not None and (kept := left_dense(model, wanted)):
         why = "because of their number of rows (panels of 16), or of what they are multiplied with"
         tolerate(f"{source.name}: not quantized, {why}: {listed(kept)}", strict)
-    _materialise(model, torch.device(device))
-    _fill(model, stored, source.path, quantize is None, progress)
+    in_place = _materialise(model, torch.device(device), stored)
+    _fill(model, stored, in_place, source.path, quantize is None, progress)
     if source.adapter is not None:
         model = adapter.merged(model, source.adapter)
     model.generation_config = source.generation_config  # type: ignore[assignment]
@@ -214,30 +215,44 @@ def _head_differs(where: Path, stored: Mapping[str, Stored], strict: bool) -> bo
     return True
 
 
-def _materialise(model: nn.Module, device: torch.device) -> None:
-    """Give every parameter and buffer memory, uninitialised; those shared under several names stay shared.
+def _materialise(model: nn.Module, device: torch.device, stored: Mapping[str, Stored]) -> set[int]:
+    """Give every parameter and buffer memory; those shared under several names stay shared.
 
-    Those that are multiplied together lie one behind the other.
+    On a CPU it is that of the file where the file holds the same, else it is new and uninitialised. Those that are
+    multiplied together lie one behind the other.
+
+    Returns:
+        The ids of those that lie in a file.
     """
-    made: dict[int, torch.Tensor] = {}
-    for joined in together(model):
-        sizes = [len(tensor) for tensor in joined]
-        memory = torch.empty((sum(sizes), *joined[0].shape[1:]), dtype=joined[0].dtype, device=device)
-        made.update(zip(map(id, joined), memory.split(sizes), strict=True))
-    for key, abstract in _tensors(model).items():
-        if id(abstract) not in made or not isinstance(made[id(abstract)], type(abstract)):
-            memory = made.get(id(abstract))
-            memory = torch.empty_like(abstract, device=device) if memory is None else memory
-            is_parameter = isinstance(abstract, nn.Parameter)
-            made[id(abstract)] = nn.Parameter(memory, requires_grad=False) if is_parameter else memory
+    tensors, made, in_place = _tensors(model), dict[int, torch.Tensor](), set[int]()
+    by_id = {id(tensors[key]): tensor for key, tensor in stored.items() if key in tensors}
+    files = MappedFiles()
+    for parts in [*together(model), *([tensor] for tensor in tensors.values())]:
+        if id(parts[0]) in made:
+            continue
+        first, sizes = parts[0], [len(tensor) for tensor in parts]
+        mapped = files.rows([by_id.get(id(part)) for part in parts], first.dtype) if device.type == "cpu" else None
+        shape = (sum(sizes), *first.shape[1:])
+        memory = torch.empty(shape, dtype=first.dtype, device=device) if mapped is None else mapped
+        for part, rows in zip(parts, memory.split(sizes), strict=True):
+            is_parameter = isinstance(part, nn.Parameter)
+            made[id(part)] = nn.Parameter(rows, requires_grad=False) if is_parameter else rows
+            in_place |= set() if mapped is None else {id(made[id(part)])}
+    for key, tensor in tensors.items():
         owner, _, attribute = key.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, made[id(abstract)])
+        setattr(model.get_submodule(owner), attribute, made[id(tensor)])
+    return in_place
 
 
 def _fill(
-    model: nn.Module, stored: Mapping[str, Stored], where: Path | None, keeps_codes: bool, progress: bool
+    model: nn.Module,
+    stored: Mapping[str, Stored],
+    in_place: set[int],
+    where: Path | None,
+    keeps_codes: bool,
+    progress: bool,
 ) -> None:
-    """Copy every stored tensor into its place; quantize it where its module is quantized and it is not.
+    """Copy every stored tensor that is not ``in_place`` into its place; quantize it if only its module is quantized.
 
     With ``keeps_codes``, matrices that are stored as codes stay the codes that they are.
     """
@@ -250,7 +265,8 @@ def _fill(
             target = tensors[key] if packed is None else packed.codes
             if id(target) not in filled:
                 try:
-                    clean, change = _put(tensor, target, packed, keeps_codes)
+                    is_there = id(target) in in_place
+                    clean, change = _put(None if is_there else tensor, target, packed, keeps_codes)
                 except ValueError as error:  # what reading the tensor finds wrong with it
                     clean, change = True, 0.0
                     problems.append(f"{key}: {error}")
@@ -267,12 +283,16 @@ def _fill(
         )  # fmt: skip
 
 
-def _put(tensor: Stored, target: torch.Tensor, packed: Packed | None, keeps_codes: bool) -> tuple[bool, float]:
+def _put(tensor: Stored | None, target: torch.Tensor, packed: Packed | None, keeps_codes: bool) -> tuple[bool, float]:
     """Put a tensor into its place; return whether it holds numbers, and by how many steps rounding moves a weight.
+
+    None is there already.
 
     Raises:
         ValueError: the codes' scales do not fit float16.
     """
+    if tensor is None:
+        return not _holds_nan(target), 0.0
     if packed is None:
         return _copy(tensor, target), 0.0
     if not (keeps_codes and isinstance(tensor, Coded) and tensor.scheme):
@@ -291,5 +311,9 @@ def _copy(tensor: Stored, target: torch.Tensor) -> bool:
         target.data[rows].copy_(block)
         if isinstance(tensor, (CodedTensor, DecodedTensor)):
             clean = clean and bool(block.isfinite().all())  # a scale may be infinite
-        clean = clean and not (block.is_floating_point() and block.max().isnan())  # max propagates NaN, and is faster
+        clean = clean and not _holds_nan(block)
     return clean
+
+
+def _holds_nan(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.max().isnan())  # max propagates NaN, and is faster

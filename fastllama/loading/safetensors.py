@@ -6,6 +6,7 @@ safetensors is read: unpickling a ``.bin`` file can run any code.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -22,21 +23,23 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-#: The dtypes that are read, in safetensors' names, and the parameters that they become where nobody says.
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.bfloat16, "F8_E5M2": torch.bfloat16, "U8": torch.uint8,
+#: What parameters are held in, by safetensors' names.
+HELD = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
 }  # fmt: skip
+#: The dtypes that are read, and the parameters that they become where nobody says.
+DTYPES = HELD | {"F8_E4M3": torch.bfloat16, "F8_E5M2": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class SafeTensor:
-    """A tensor in a safetensors file."""
+    """A tensor in a safetensors file, whose bytes begin at ``start``."""
 
     file: Path
     key: str
     shape: tuple[int, ...]
     dtype: str
+    start: int
 
     @property
     def is_float(self) -> bool:
@@ -82,11 +85,12 @@ def find_tensors(folder: Path) -> dict[str, SafeTensor]:
     for file in _weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
+                starts = _starts(file)
                 for key in tensors.keys():  # noqa: SIM118  # not a dict
                     if key in stored:
                         problems.append(f"{key}: in {stored[key].file.name} and again in {file.name}")
                     view = tensors.get_slice(key)
-                    stored[key] = SafeTensor(file, key, tuple(view.get_shape()), view.get_dtype())
+                    stored[key] = SafeTensor(file, key, tuple(view.get_shape()), view.get_dtype(), starts[key])
         except FileNotFoundError:
             problems.append(f"{file.name}: missing, though {INDEX_NAME} names it")
         except (SafetensorError, OSError) as error:
@@ -94,6 +98,14 @@ def find_tensors(folder: Path) -> dict[str, SafeTensor]:
     if problems:
         raise CheckpointError(f"the weights in {folder} are incomplete; fetch them again:", problems)
     return stored
+
+
+def _starts(file: Path) -> dict[str, int]:
+    """Where each tensor's bytes begin in a file, whose header ``safe_open`` has checked."""
+    with file.open("rb") as content:
+        size = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(size))
+    return {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
 
 
 def _weight_files(folder: Path) -> list[Path]:
