@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -44,5 +45,6 @@ class MappedFiles:
 
     def _mapped(self, file: Path) -> torch.UntypedStorage:
         if file not in self._memory:
-            self._memory[file] = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size)
+            memory = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size)
+            self._memory[file] = cast(torch.UntypedStorage, memory)
         return self._memory[file]

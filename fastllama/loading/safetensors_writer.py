@@ -37,4 +37,4 @@ def save_file(tensors: Mapping[str, torch.Tensor], file: Path, metadata: Mapping
     with file.open("wb") as content:
         content.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            content.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(content)
