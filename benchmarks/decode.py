@@ -27,7 +27,6 @@ from .parity import Parity, check_all
 from .rounds import Results, Say, interleave
 from .workload import Contender, Decode, Task, Workload, reason
 
-STEADY = 1.15  # largest over smallest reading of the bandwidth in a run that was not disturbed
 IN_A_PROCESS = {GPT_FAST}  # it configures torch, and its modules are called model and generate
 
 
@@ -167,10 +166,7 @@ def agreement(run: Decode, parity: Parity | None, reference: Sequence[int]) -> d
 
 def disturbances(found: Mapping[str, Any], in_cache: bool) -> list[str]:
     """Why the figures of a run may not hold, one line each."""
-    lines, readings = [], found["memory_bandwidth_readings_gb_s"]
-    if readings and max(readings) > STEADY * min(readings):
-        low, high = min(readings), max(readings)
-        lines.append(f"the memory bandwidth was between {low:.1f} and {high:.1f} GB/s within the run")
+    lines = list(found["disturbed"])
     for each in (found, *found["peers"].values()):
         if each.get("mbu", 0) > 1:
             cause = "a step's bytes fit the processor's cache" if in_cache else "something slowed the readings"

@@ -59,12 +59,19 @@ def processor() -> dict[str, Any]:
     return {"cpu": brand, "cpu_instruction_sets": [name for name in INSTRUCTION_SETS.split() if name in flags]}
 
 
+STEADY = 1.15  # largest over smallest reading of the bandwidth in a run that was not disturbed
+
+
 def bandwidth(probe: BandwidthProbe) -> dict[str, Any]:
-    """The fields of every record that say how fast the memory was during the run, and how that was measured."""
+    """The fields of every record that say how fast the memory was during the run, and whether it was steady."""
+    best, readings = probe.best, [reading / 1e9 for reading in probe.readings]
+    low, high = min(readings), max(readings)
+    unsteady = f"the memory bandwidth was between {low:.1f} and {high:.1f} GB/s within the run"
     return {
-        "memory_bandwidth_gb_s": probe.best.bytes_per_second / 1e9,
-        "memory_bandwidth_method": probe.best.method,
-        "memory_bandwidth_readings_gb_s": [reading / 1e9 for reading in probe.readings],
+        "memory_bandwidth_gb_s": best.bytes_per_second / 1e9,
+        "memory_bandwidth_method": best.method,
+        "memory_bandwidth_readings_gb_s": readings,
+        "disturbed": [unsteady] * (high > STEADY * low),
     }
 
 

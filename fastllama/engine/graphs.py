@@ -15,11 +15,10 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import logging
-import os
 import threading
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -27,11 +26,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fastllama import ops
+from fastllama.ops.rules import steps_are_native, switch
 
 logger = logging.getLogger(__name__)
 
-CPU_SWITCH = "FASTLLAMA_CPU_STEP"
-NATIVE, COMPILED = CPU_KINDS = ("native", "compiled")
 SWITCH = "FASTLLAMA_CUDA_GRAPHS"
 INDUCTOR, EXPLICIT = KINDS = ("inductor", "explicit")
 WARMUP_RUNS = 2  # of a step on CUDA before it is recorded: the first compiles, and allocates what it keeps
@@ -65,8 +63,8 @@ class Steps:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._may_be_native = device.type == "cpu" and _switch(CPU_SWITCH, CPU_KINDS) == NATIVE
-        self._kind = _switch(SWITCH, KINDS) if device.type == "cuda" else None
+        self._may_be_native = steps_are_native(device.type)
+        self._kind = switch(SWITCH, KINDS) if device.type == "cuda" else None
         self._device = device
         self._steps: dict[StepKey, CompiledStep] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._kind == EXPLICIT else None
@@ -172,14 +170,6 @@ class CallOrder:
         finally:
             self._done = torch.cuda.Event()
             self._done.record(stream)
-
-
-def _switch(name: str, choices: Sequence[str]) -> str:
-    """The value of an environment variable; the first choice where it is not set."""
-    value = os.environ.get(name, choices[0])
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, expected {' or '.join(choices)}")
-    return value
 
 
 def _compile(step: Step, graphs: bool) -> CompiledStep:

@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastllama.ops.rules import KERNEL_DTYPES, RULES, Case, choose, first_rule, without_kernels
+from fastllama.ops.rules import (
+    KERNEL_DTYPES,
+    RULES,
+    Case,
+    choose,
+    first_rule,
+    without_kernels,
+)
 from fastllama_kernels.attention import codes as kv_codes
 from fastllama_kernels.common import activations, bandwidth, build, calls, shapes
 from fastllama_kernels.layers import op as layers_op

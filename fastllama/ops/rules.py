@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from fastllama_kernels.sampling import op as sampling_op
 
 logger = logging.getLogger(__name__)
 
+STEP_SWITCH = "FASTLLAMA_CPU_STEP"
+NATIVE, COMPILED = STEP_KINDS = ("native", "compiled")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
 HEADS_TAKEN = f"the kernel takes multiples of 8 up to {attention_op.MAX_HEAD_DIM}"
@@ -170,6 +173,27 @@ RULES: dict[str, tuple[Rule, ...]] = {
 # ---- the choice ----------------------------------------------------------------------------------------------------
 
 
+def switch(name: str, choices: Sequence[str]) -> str:
+    """The value of an environment variable; the first choice where it is not set.
+
+    Raises:
+        ValueError: it is set to something else.
+    """
+    value = os.environ.get(name, choices[0])
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected {' or '.join(choices)}")
+    return value
+
+
+def steps_are_native(device_type: str) -> bool:
+    """Whether a whole step may be one operation of the kernels: on a CPU, unless ``FASTLLAMA_CPU_STEP`` says compiled.
+
+    Raises:
+        ValueError: the variable is set to something else than its choices.
+    """
+    return device_type == "cpu" and switch(STEP_SWITCH, STEP_KINDS) == NATIVE
+
+
 def without_kernels(device: str, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run for this device and dtype, or None if they can."""
     if dtype not in KERNEL_DTYPES:
@@ -225,6 +249,8 @@ def first_rule(op: str, device_type: str | None, case: Case) -> tuple[int | None
 
 def choose(op: str, device: str, dtype: torch.dtype, case: Case) -> tuple[int | None, str | None]:
     """Index in RULES of what runs, and why not what comes before it."""
+    if op == "step" and not steps_are_native(torch.device(device).type):
+        return None, f"{STEP_SWITCH} is {COMPILED}"
     if reason := without_kernels(device, dtype):
         return first_rule(op, None, case)[0], reason
     return first_rule(op, torch.device(device).type, case)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fastllama import LlamaConfig, LlamaForCausalLM
+from fastllama.measure import Bandwidth
 from fastllama_benchmarks import contenders
 from fastllama_benchmarks import decode as decoding
 from fastllama_benchmarks.contenders import EAGER, STATIC, TRANSFORMERS, Task, make, title_of
 from fastllama_benchmarks.contenders.fastllama import Eager
 from fastllama_benchmarks.decode import compare, disturbances, figures, workload_of
+from fastllama_benchmarks.environment import bandwidth
 from fastllama_benchmarks.records import new_record
 from fastllama_benchmarks.workload import Decode, Workload
 
@@ -108,16 +111,12 @@ def test_figures_follow_from_times_and_bytes() -> None:
         ([30.0, 32.0, 34.0], 0.9, False, ""),
         ([24.7, 32.8], 0.9, False, "the memory bandwidth was between 24.7 and 32.8 GB/s within the run"),
         ([30.0], 1.02, False, "fastllama reached 102 % of the memory bandwidth: something slowed the readings"),
-        (
-            [30.0],
-            1.3,
-            True,
-            "fastllama reached 130 % of the memory bandwidth: a step's bytes fit",
-        ),
+        ([30.0], 1.3, True, "fastllama reached 130 % of the memory bandwidth: a step's bytes fit"),
     ],
 )
 def test_a_run_that_was_disturbed_says_so(readings, mbu, in_cache, said) -> None:
-    found = {"name": "fastllama", "mbu": mbu, "memory_bandwidth_readings_gb_s": readings, "peers": {"x": {}}}
+    probe = SimpleNamespace(best=Bandwidth(3e10, "read"), readings=[1e9 * reading for reading in readings])
+    found = {"name": "fastllama", "mbu": mbu, "peers": {"x": {}}} | bandwidth(probe)
     assert [line[: len(said)] for line in disturbances(found, in_cache)] == [said] * bool(said)
 
 

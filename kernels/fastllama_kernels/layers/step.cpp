@@ -44,7 +44,7 @@ struct Network {
   }
 };
 
-// RowBuffers `ids` of a dense table.
+// Rows `ids` of a dense table.
 Tensor embed(const Tensor& table, const Tensor& ids) {
   const int64_t rows = table.size(0), columns = table.size(1);
   std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
