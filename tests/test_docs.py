@@ -117,6 +117,8 @@ def test_sections_of_a_docstring_become_lists() -> None:
         ("a.md", "One {}, one {}.\n", ["by\nturns", "TOLD"], ["TOLD", "by\nturns"]),
         ("a.md", "`{0}` and\n```\n{0}\n```\nthe {0}\n", ["floor"], ["floor"]),
         ("a.py", '"""Of x."""\n\nx = "{0}"\ny = "the {0}"  # {1}\n', ["floor", "draws"], ["Of", "draws", "floor"]),
+        ("a.h", '// {0}\nint {0}; /*\n{1} */ f("a {0}", "{1}");\n', ["floor", "told"], ["floor", "floor", "told"]),
+        ("Makefile", "{0}: ## {1} a file\n", ["all", "draw"], ["draw"]),
         ("a.py", '"""Math: math.{0} of x; a {0}ing."""\nx = _{1}({1}=1)\n', ["floor", "draw"], []),
     ],
 )
