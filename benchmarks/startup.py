@@ -38,7 +38,7 @@ Tokens = tuple[int, ...] | None
 
 
 class Starter(Contender):
-    """A contender that is started anew for each decode, the first time only to have its files in the page cache."""
+    """A contender that starts for each decode again, the first time only to have its files in the page cache."""
 
     def __init__(self, key: str, task: Task, caches: str, cold_rounds: int) -> None:
         self.name, self._task, self._caches, self._cold_rounds, self._runs = key, task, caches, cold_rounds, 0

@@ -16,6 +16,7 @@ HOW_IT_WORKS = (ROOT / "docs" / "how-it-works.md").read_text()
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
 GAP = "…"  # for a name or a number, in messages and in pages
 SOURCES = ("fastllama", "kernels/fastllama_kernels")
+ROOMS = (*SOURCES, "benchmarks")
 
 
 def tool(name: str) -> ModuleType:
@@ -36,7 +37,7 @@ def rooms() -> set[str]:
     found = set()
     for section in HOW_IT_WORKS.split("\n### ")[1:]:
         folder, _, body = section.partition("\n")
-        if folder in SOURCES:
+        if folder in ROOMS:
             rows = re.findall(r"^\| (`.*?) \|", body, re.M)
             found |= {f"{folder}/{name}" for row in rows for name in re.findall(r"`([^`]+)`", row)}
     return found
@@ -47,7 +48,7 @@ def test_every_file_with_a_room_exists() -> None:
     assert [path for path in sorted(rooms()) if not (ROOT / path).is_file()] == []
 
 
-@pytest.mark.parametrize("folder", SOURCES)
+@pytest.mark.parametrize("folder", ROOMS)
 def test_every_file_has_a_room(folder: str) -> None:
     files = [file for suffix in ("py", "cpp", "h") for file in (ROOT / folder).rglob(f"*.{suffix}")]
     paths = {str(file.relative_to(ROOT)) for file in files if file.name != "__init__.py"}
@@ -117,6 +118,8 @@ def test_sections_of_a_docstring_become_lists() -> None:
         ("a.md", "One {}, one {}.\n", ["by\nturns", "TOLD"], ["TOLD", "by\nturns"]),
         ("a.md", "`{0}` and\n```\n{0}\n```\nthe {0}\n", ["floor"], ["floor"]),
         ("a.py", '"""Of x."""\n\nx = "{0}"\ny = "the {0}"  # {1}\n', ["floor", "draws"], ["Of", "draws", "floor"]),
+        ("a.h", '// {0}\nint {0}; /*\n{1} */ f("a {0}", "{1}");\n', ["floor", "told"], ["floor", "floor", "told"]),
+        ("Makefile", "{0}: ## {1} a file\n", ["all", "draw"], ["draw"]),
         ("a.py", '"""Math: math.{0} of x; a {0}ing."""\nx = _{1}({1}=1)\n', ["floor", "draw"], []),
     ],
 )

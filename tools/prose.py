@@ -1,9 +1,10 @@
 """Words that this project's prose does without, held by ``make lint``.
 
-    python tools/prose.py [FILE ...]      every .md and .py file that git knows, unless files are named
+    python tools/prose.py [FILE ...]      every page and source file that git knows, unless files are named
 
-Prose is the text of Markdown pages outside code, and in Python comments, docstrings and messages: every string with
-a space in it. ``tools/words.txt`` is the part of the list that codespell can hold, which is single words.
+Prose is the text of Markdown pages outside code; in Python and C++ comments, docstrings and messages: every string with
+a space in it; the Makefile as a whole. ``tools/words.txt`` is the part of the list that codespell can hold, which is
+single words.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ WORDS = {
     }.items()
 }
 DOCSTRING_START = re.compile(r"Of\b")
+CPP = re.compile(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"", re.S)  # comments and strings
+FILES = ("*.md", "*.py", "*.cpp", "*.h", "Makefile")
 CODE = re.compile(r"^```.*?^```$|<!--.*?-->|``[^`]+``|`[^`]+`|\]\([^)]*\)", re.M | re.S)
 
 
@@ -48,10 +51,14 @@ class Finding(NamedTuple):
 def findings(file: Path) -> Iterator[Finding]:
     """The findings in one file, top to bottom."""
     text = file.read_text(encoding="utf-8")
-    if file.suffix == ".md":
+    if file.suffix == ".py":
+        yield from sorted({*_in_strings(text), *_in_comments(text)})
+    elif file.suffix in (".cpp", ".h"):
+        for match in CPP.finditer(text):
+            if " " in match[0]:
+                yield from _in_prose(match[0], 1 + text.count("\n", 0, match.start()))
+    else:
         yield from _in_prose(text, 1)
-        return
-    yield from sorted({*_in_strings(text), *_in_comments(text)})
 
 
 def _in_prose(text: str, first_line: int) -> Iterator[Finding]:
@@ -79,8 +86,8 @@ def _in_comments(text: str) -> Iterator[Finding]:
 
 
 def tracked() -> list[Path]:
-    """The .md and .py files that git knows, and new ones that it does not ignore."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md", "*.py"]
+    """The pages and sources that git knows, and new ones that it does not ignore."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *FILES]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     return [ROOT / name for name in sorted(set(names)) if (ROOT / name).is_file()]
 

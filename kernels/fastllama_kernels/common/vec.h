@@ -54,7 +54,7 @@ inline void keep(FloatPart& x) {
 #endif
 }
 
-// Parts, from what they are stored as. gcc 12 converts one number after the other unless it is told.
+// Parts, from what they are stored as. gcc 12 converts one number after the other without the intrinsic.
 inline FloatPart load_part(const float* p) {
   FloatPart x;
   std::memcpy(&x, p, sizeof(x));
