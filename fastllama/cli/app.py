@@ -72,6 +72,12 @@ class OpenGroup(TyperGroup):
 
         return {entry_point.name: AddedGroup(entry_point) for entry_point in entry_points(group=COMMANDS)}
 
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False  # typer 0.29 imports pydantic to check a None
+        return option
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return self._own.get(cmd_name) or self._added.get(cmd_name)
 

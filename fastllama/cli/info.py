@@ -38,7 +38,8 @@ LABELS = SHAPE_FIELDS | {
     "floor_ms_empty_cache": "bandwidth bound per token, empty cache, ms",
     "floor_ms_full_cache": "bandwidth bound per token, full cache, ms",
     "torch_threads": "torch threads",
-    "vector_instructions": "vector instructions",
+    "vector_instructions": "vector instructions of torch",
+    "kernel_instructions": "vector instructions of the C++ kernels",
     "free_memory_bytes": "free memory",
     "free_gpu_memory_bytes": "free GPU memory",
 }
@@ -97,6 +98,7 @@ def gather(
 def _machine(device: torch.device) -> dict[str, Any]:
     import torch
 
+    from fastllama import ops
     from fastllama.model.cache import free_memory
 
     machine = {
@@ -107,6 +109,8 @@ def _machine(device: torch.device) -> dict[str, Any]:
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "free_memory_bytes": free_memory(),
     }
+    if device.type == "cpu":
+        machine["kernel_instructions"] = ops.cpu_level() or "none"
     if device.type == "cuda":
         machine |= {
             "gpu": torch.cuda.get_device_name(device),

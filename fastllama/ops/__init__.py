@@ -272,6 +272,11 @@ def kernels_per_step(
     return in_layers + sum(launches(call.op) for call in calls.STEP if not call.in_layer)
 
 
+def cpu_level() -> str | None:
+    """The instruction set that the C++ kernels which run were compiled for; None where there are none."""
+    return build.level()
+
+
 def memory_reader() -> Callable[[torch.Tensor], int] | None:
     """What reads a CPU tensor with all threads and does nothing else; None where the C++ kernels cannot be built."""
     return bandwidth.read_bytes if build.load() is None else None

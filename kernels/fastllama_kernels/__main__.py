@@ -1,5 +1,6 @@
-"""``python -m fastllama_kernels``: the kernels' machine code, a model of the step, and the table of tile sizes.
+"""``python -m fastllama_kernels``: builds the C++ kernels; the Triton kernels' machine code, model and tile sizes.
 
+build: compiles the C++ kernels into the package, so that no start has to.
 audit: registers, spills, load widths and the like of every kernel; exits with 1 where something must not be.
 plan: bytes, bound and predicted time of a decode step, kernel by kernel.
 tune: measures tile sizes on the GPU that is here and writes the table that every launch reads.
@@ -10,24 +11,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from fastllama_kernels.linear import triton as gemv
-from fastllama_kernels.tools import audit, plan, step, tune
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="python -m fastllama_kernels",
-        description="The kernels' machine code, a model of the step, and the table of tile sizes.",
+        description="The build of the C++ kernels; machine code, model and tile sizes of the Triton kernels.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_audit(commands.add_parser("audit", help="machine code of every kernel"))
-    _add_plan(commands.add_parser("plan", help="bytes, bound and predicted time of a step"))
-    _add_tune(commands.add_parser("tune", help="measurement of tile sizes on the GPU of this machine"))
+    for name, (add, said) in COMMANDS.items():
+        command = commands.add_parser(name, help=said)
+        if name in arguments[:1]:  # others import what this one may do without
+            add(command)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
@@ -35,7 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
 
 
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    said = "instruction sets: own, all, or names with commas [default: own, the best of this processor]"
+    parser.add_argument("--levels", default="own", metavar="LIST", help=said)
+    parser.set_defaults(run=_build)
+
+
 def _add_audit(parser: argparse.ArgumentParser) -> None:
+    from fastllama_kernels.tools import audit
+
     default, known = ["sm_80", "sm_90", "sm_100"], [f"sm_{arch}" for arch in audit.CHIPS]
     said = f"compute capabilities [default: {' '.join(default)}]"
     parser.add_argument("--arch", nargs="+", default=default, choices=known, help=said)
@@ -44,7 +50,10 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    shapes, gpus, dtypes = list(step.SHAPES), list(plan.GPUS), list(DTYPES)
+    from fastllama_kernels.linear import triton as gemv
+    from fastllama_kernels.tools import plan, step
+
+    shapes, gpus, dtypes = list(step.SHAPES), list(plan.GPUS), DTYPES
     said = "sizes of the model [default: llama-3.2-1b]"
     parser.add_argument("--shape", default="llama-3.2-1b", choices=shapes, help=said)
     parser.add_argument("--gpu", default="h200", choices=gpus, help="the GPU [default: h200]")
@@ -56,6 +65,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
+    from fastllama_kernels.tools import step, tune
+
     shapes = list(step.SHAPES)
     parser.add_argument("--shapes", nargs="+", default=shapes, choices=shapes, help="sizes of models [default: all]")
     said = "file of the table [default: the one of this package]"
@@ -70,7 +81,30 @@ def _positive(text: str) -> int:
     return number
 
 
+COMMANDS = {
+    "build": (_add_build, "the C++ kernels, compiled into the package"),
+    "audit": (_add_audit, "machine code of every kernel"),
+    "plan": (_add_plan, "bytes, bound and predicted time of a step"),
+    "tune": (_add_tune, "measurement of tile sizes on the GPU of this machine"),
+}
+
+
+def _build(options: argparse.Namespace) -> int:
+    from fastllama_kernels.common import build, levels
+
+    try:
+        found = build.install(levels.named(options.levels))
+    except (OSError, RuntimeError) as error:
+        print(f"the C++ kernels could not be built: {error}", file=sys.stderr)
+        return 1
+    for level, result in found.items():
+        print(f"{level.name:12}{result}", flush=True)
+    return int(any(isinstance(result, str) for result in found.values()))
+
+
 def _audit(options: argparse.Namespace) -> int:
+    from fastllama_kernels.tools import audit
+
     faults = 0
     header = ("regs", "spills", "shared", "per SM", "load", "store", "weights", "mma", "pdl")
     print(_line("arch", header, "kernel"))
@@ -89,18 +123,27 @@ def _audit(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    import torch
+
+    from fastllama_kernels.tools import plan, step
+
     gpu = plan.GPUS[options.gpu]
     source = "measured copy" if gpu.is_measured else "nine tenths of the data sheet"
     print(f"{options.shape}, {options.dtype}, batch {options.batch}, {options.live} live tokens")
     print(f"{options.gpu}: {gpu.bandwidth / 1e12:.2f} TB/s ({source})")
     print(_line("", ("launches", "MB", "bound us", "model us"), ""))
-    for row in plan.rows(step.SHAPES[options.shape], gpu, DTYPES[options.dtype], options.batch, options.live):
+    dtype = getattr(torch, options.dtype)
+    for row in plan.rows(step.SHAPES[options.shape], gpu, dtype, options.batch, options.live):
         cells = (row.launches, f"{row.nbytes / 1e6:.1f}", f"{row.bound * 1e6:.1f}", f"{row.predicted * 1e6:.1f}")
         print(_line("", cells, row.name))
     return 0
 
 
 def _tune(options: argparse.Namespace) -> int:
+    import torch
+
+    from fastllama_kernels.tools import tune
+
     if not torch.cuda.is_available():
         raise ValueError("tuning needs a CUDA device, and torch sees none; audit and plan work without one")
     for line in tune.tune(options.shapes, torch.device("cuda", torch.cuda.current_device()), options.out):

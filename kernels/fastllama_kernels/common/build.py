@@ -1,38 +1,34 @@
-"""Builds and loads the C++ kernels on first use; the library is kept in torch's folder of compiled extensions.
+"""Finds and loads the C++ kernels: built with the package, or compiled on first use and kept among torch's extensions.
 
-Sources are compiled in a temporary folder, as many at once as there are cores, and the finished library is moved to its
-place at once: a process that finds it there finds all of it. Processes that come meanwhile wait for a lock that the
-system takes back when its holder ends, however that ends.
+What is compiled is compiled in a temporary folder, and the finished library is moved to its place at once: a process
+that finds it there finds all of it. Processes that come meanwhile wait for a lock that the system takes back when its
+holder ends, however that ends.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import os
-import platform
-import shlex
 import shutil
-import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-from fastllama_kernels.common import folders
+from fastllama_kernels.common import compiling, folders, levels
+from fastllama_kernels.common.levels import Level
 
 logger = logging.getLogger(__name__)
 
-PACKAGE = Path(__file__).parent.parent
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-DTORCH_TARGET_VERSION=0x020b000000000000")
-LANGUAGE = ("-std=c++20", "-fPIC")
+BUILT = compiling.PACKAGE / "built"
 LIBRARY, LOCK, UNFINISHED = "kernels.so", "lock", "build-"
 PATIENCE = 5.0  # seconds of compiling or waiting before that is said
+
+_loaded: Level | None = None
 
 
 @functools.cache
@@ -42,14 +38,14 @@ def load() -> str | None:
     Returns:
         None when the kernels are there; otherwise why they are not (no compiler, failed build). The reason is also
         logged, once.
+
+    Raises:
+        ValueError: ``FASTLLAMA_CPU_LEVEL`` names no instruction set that this processor has.
     """
+    global _loaded
+    usable = levels.usable()
     try:
-        library = folder() / LIBRARY
-        if not library.exists():
-            with _only_one(library.parent):
-                if not library.exists():
-                    _build(library)
-        torch.ops.load_library(str(library))
+        _loaded = _load(usable)
     except (OSError, RuntimeError, ImportError) as error:
         reason = f"the C++ kernels could not be built: {str(error).strip().splitlines()[0]}"
         logger.warning("%s; decoding runs on torch's own operators, which is slower", reason)
@@ -57,9 +53,83 @@ def load() -> str | None:
     return None
 
 
-def folder() -> Path:
-    """Where the library of these sources, for this processor and this torch, is kept."""
-    return folders.extensions() / f"fastllama_cpu_{_fingerprint()}"
+def level() -> str | None:
+    """The instruction set of the kernels that are loaded, loading them first if need be; None where there are none."""
+    load()
+    return _loaded and _loaded.name
+
+
+def folder(level: Level) -> Path:
+    """Where the library that is compiled on first use is kept."""
+    return folders.extensions() / f"fastllama_cpu_{level.name}_{compiling.fingerprint(level)}"
+
+
+def install(wanted: Sequence[Level]) -> dict[Level, Path | str]:
+    """Compile the libraries of some levels into the package; where it cannot be written to, where load() keeps them.
+
+    What the package has of other sources goes.
+
+    Returns:
+        The library of each level, or why there is none.
+
+    Raises:
+        OSError: nothing can be written to at all.
+        RuntimeError: there is no compiler.
+    """
+    try:
+        with _only_one(BUILT):
+            targets = {level: BUILT / compiling.file_name(level) for level in wanted}
+            current = {compiling.file_name(level) for level in (*levels.known(), *wanted)}
+            for left in BUILT.glob("*.so"):
+                if left.name not in current:
+                    left.unlink()
+            failed = _build({level: file for level, file in targets.items() if not file.exists()})
+    except OSError:
+        targets, failed = {level: _compiled(level) for level in wanted}, {}
+    return targets | failed
+
+
+def _load(usable: Sequence[Level]) -> Level:
+    """Load the best level's library, built or else compiled, or a lower one that is built where neither can be.
+
+    Returns:
+        The level.
+
+    Raises:
+        ImportError, OSError, RuntimeError: none can be loaded; why the best one cannot be compiled.
+    """
+    best = usable[0]
+    with suppress(OSError):
+        return _loaded_from(best, _built(best))
+    try:
+        return _loaded_from(best, _compiled(best))
+    except (ImportError, OSError, RuntimeError) as error:
+        for lower in usable[1:]:
+            with suppress(OSError):
+                _loaded_from(lower, _built(lower))
+                logger.info("there are no C++ kernels for %s, those for %s run: %s", best.name, lower.name, error)
+                return lower
+        raise
+
+
+def _loaded_from(level: Level, library: Path) -> Level:
+    torch.ops.load_library(str(library))
+    return level
+
+
+def _built(level: Level) -> Path:
+    """The library that was built with the package; FileNotFoundError where there is none of these sources."""
+    return (BUILT / compiling.file_name(level)).resolve(strict=True)
+
+
+def _compiled(level: Level) -> Path:
+    """The library that was or now is compiled for this processor."""
+    library = folder(level) / LIBRARY
+    if not library.exists():
+        with _only_one(library.parent):
+            if not library.exists() and (failed := _build({level: library})):
+                raise RuntimeError(failed[level])
+    return library
 
 
 @contextmanager
@@ -85,76 +155,23 @@ def _only_one(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _build(library: Path) -> None:
-    """Compile all sources, several at once, and move the library to its place."""
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
-    if shutil.which(compiler[0]) is None:
-        raise RuntimeError(f"there is no C++ compiler {compiler[0]!r}; install g++ or clang++, or name one with CXX")
-    said = threading.Timer(PATIENCE, logger.warning, ("compiling the C++ kernels, once for this machine and torch",))
+def _build(libraries: Mapping[Level, Path]) -> dict[Level, str]:
+    """Compile libraries of one folder, and move each to its place; why those failed that did."""
+    if not libraries:
+        return {}
+    compiling.compiler()
+    include = Path(torch.__file__).parent / "include"
+    said = threading.Timer(PATIENCE, logger.warning, ("compiling the C++ kernels, once for this machine",))
     said.daemon = True
     said.start()
     try:
-        with tempfile.TemporaryDirectory(dir=library.parent, prefix=UNFINISHED) as unfinished:
-            _compile(compiler, Path(unfinished, LIBRARY))
-            os.replace(Path(unfinished, LIBRARY), library)
+        parent = next(iter(libraries.values())).parent
+        with tempfile.TemporaryDirectory(dir=parent, prefix=UNFINISHED) as unfinished:
+            made = {level: Path(unfinished, compiling.file_name(level)) for level in libraries}
+            failed = compiling.compile_all(made, include, Path(unfinished))
+            for level, library in libraries.items():
+                if level not in failed:
+                    os.replace(made[level], library)
     finally:
         said.cancel()
-
-
-def _compile(compiler: Sequence[str], library: Path) -> None:
-    from torch.utils import cpp_extension
-
-    includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    includes += [f"-I{PACKAGE / 'common'}", f"-I{PACKAGE}"]
-
-    def compile_one(unit: tuple[int, list[Path]]) -> str:
-        source, target = (library.with_name(f"unit{unit[0]}.{suffix}") for suffix in ("cpp", "o"))
-        source.write_text("".join(f'#include "{file.relative_to(PACKAGE)}"\n' for file in unit[1]))
-        _run([*compiler, *FLAGS, *LANGUAGE, *includes, "-c", str(source), "-o", str(target)])
-        return str(target)
-
-    units = _units(os.cpu_count() or 1)
-    with ThreadPoolExecutor(len(units)) as pool:
-        objects = list(pool.map(compile_one, enumerate(units)))
-    paths = [f"-L{path}" for path in cpp_extension.library_paths()]
-    _run([*compiler, "-shared", *objects, *paths, "-lc10", "-ltorch_cpu", "-ltorch", "-o", str(library)])
-
-
-def _units(count: int) -> list[list[Path]]:
-    """The sources in at most ``count`` units of about one size: torch's headers take half of the time of each."""
-    units: list[list[Path]] = [[] for _ in range(count)]
-    sources = [file for file in _files() if file.suffix == ".cpp"]
-    for file in sorted(sources, key=lambda file: file.stat().st_size, reverse=True):
-        min(units, key=lambda unit: sum(other.stat().st_size for other in unit)).append(file)
-    return [unit for unit in units if unit]
-
-
-def _run(command: Sequence[str]) -> None:
-    """Run a compiler; RuntimeError with its first error if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = (done.stderr + done.stdout).strip().splitlines() or [f"{command[0]} ended with {done.returncode}"]
-        raise RuntimeError(next((line for line in lines if "error" in line), lines[-1]))
-
-
-def _files() -> list[Path]:
-    return sorted(file for suffix in ("cpp", "h") for file in PACKAGE.glob(f"*/*.{suffix}"))
-
-
-def _fingerprint() -> str:
-    """Names a build after everything that decides its machine code, the processor included."""
-    parts = [torch.__version__, platform.machine(), *FLAGS, *LANGUAGE]
-    parts += [torch.backends.cpu.get_cpu_capability(), _cpu_flags()]
-    digest = hashlib.sha256("\0".join(parts).encode())
-    for file in _files():
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _cpu_flags() -> str:
-    """The instruction sets of the processor, for -march=native builds in a home directory that machines share."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return failed

@@ -1,4 +1,7 @@
-"""The build of the C++ kernels: by one process at a time, whatever becomes of it. The compiler is a stub."""
+"""The C++ kernels: what is built is loaded, what is not is compiled by one process at a time, whatever becomes of it.
+
+The compiler is a stub.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,18 @@ from pathlib import Path
 
 import pytest
 
-from fastllama_kernels.common import build, folders
+from fastllama_kernels.__main__ import main
+from fastllama_kernels.common import build, compiling, folders, levels
 
-LOAD = "from fastllama_kernels.common import build, folders; build.PATIENCE = 0.2; print(build.load())"
-UNITS = len(build._units(os.cpu_count() or 1))
+LOAD = """
+import os, pathlib
+from fastllama_kernels.common import build
+build.PATIENCE, build.BUILT = 0.2, pathlib.Path(os.environ["BUILT"])
+print(build.load(), build.level())
+"""
+OWN = levels.runnable()[0]
+COMPILED = f"None {OWN.name}"
+CALLS = len(compiling.units(os.cpu_count() or 1)) + 2  # one links the stub of torch's library, one the kernels
 # Notes each call; waits as long as there is a file `slow`, fails where there is one `broken`; links an empty library.
 COMPILER = """#!/bin/sh
 echo "$@" >> {folder}/calls
@@ -51,7 +62,7 @@ class Loading:
         return self._err.read_text()
 
 
-Start = Callable[[], Loading]
+Start = Callable[..., Loading]
 
 
 @pytest.fixture
@@ -68,10 +79,11 @@ def compiler(tmp_path) -> Iterator[Path]:
 def start(compiler, tmp_path) -> Iterator[Start]:
     """Starts processes that load the kernels; they end with the test."""
     changes = {"CXX": str(compiler / "c++"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    changes |= {"BUILT": str(tmp_path / "built")}
     started: list[Loading] = []
 
-    def one() -> Loading:
-        started.append(Loading(tmp_path / str(len(started)), changes))
+    def one(**others: str) -> Loading:
+        started.append(Loading(tmp_path / str(len(started)), changes | others))
         return started[-1]
 
     yield one
@@ -113,7 +125,7 @@ def test_after_a_build_that_was_killed_the_next_one_builds(compiler, monkeypatch
     assert not libraries(tmp_path)
     assert list(tmp_path.glob("extensions/*/build-*")), "it was killed in the middle"
     (compiler / "slow").unlink()
-    assert build.load.__wrapped__() is None
+    assert start().reason == COMPILED
     assert len(libraries(tmp_path)) == 1
     assert not list(tmp_path.glob("extensions/*/build-*")), "what was left is gone"
 
@@ -125,22 +137,98 @@ def test_of_two_processes_one_builds_and_the_other_says_what_it_waits_for(compil
     for words in ("compiling the C++ kernels, once for this machine", "waiting for another process, which compiles"):
         wait_until(lambda words=words: any(words in loading.said for loading in both))
     (compiler / "slow").unlink()
-    assert [loading.reason for loading in both] == ["None", "None"]
-    assert len(calls(compiler)) == UNITS + 1
+    assert [loading.reason for loading in both] == [COMPILED, COMPILED]
+    assert len(calls(compiler)) == CALLS
 
 
 @pytest.mark.slow
 def test_a_failed_build_gives_the_compilers_reason_and_the_next_one_tries_again(compiler, start, tmp_path) -> None:
     (compiler / "broken").touch()
     failed = start()
-    assert failed.reason == "the C++ kernels could not be built: kernels.cpp:7: error: no such thing"
+    assert failed.reason == "the C++ kernels could not be built: kernels.cpp:7: error: no such thing None"
     assert "decoding runs on torch's own operators, which is slower" in failed.said
     assert not libraries(tmp_path)
     (compiler / "broken").unlink()
-    assert start().reason == "None"
+    assert start().reason == COMPILED
+
+
+# ---- what is built -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def built(compiler, tmp_path, monkeypatch) -> Path:
+    """An empty folder for what is built with the package, by the stub compiler."""
+    folder = tmp_path / "built"
+    monkeypatch.setattr(build, "BUILT", folder)
+    monkeypatch.setenv("CXX", str(compiler / "c++"))
+    return folder
+
+
+@pytest.mark.slow
+def test_what_is_built_is_loaded_and_no_compiler_runs(built, compiler, start, tmp_path) -> None:
+    assert main(["build"]) == 0
+    assert len(calls(compiler)) == CALLS
+    assert start(CXX="no-such-compiler").reason == COMPILED
+    assert not libraries(tmp_path)
+    assert main(["build"]) == 0
+    assert len(calls(compiler)) == CALLS, "it was there"
+
+
+@pytest.mark.slow
+def test_what_was_built_of_other_sources_is_not_loaded_and_goes_with_the_next_build(built, start, tmp_path) -> None:
+    assert main(["build"]) == 0
+    (library,) = built.glob("*.so")
+    stale = library.rename(built / f"{OWN.name}-0123456789abcdef.so")
+    assert start().reason == COMPILED
+    assert len(libraries(tmp_path)) == 1
+    assert main(["build"]) == 0
+    assert library.exists()
+    assert not stale.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(levels.runnable()) < 2, reason="there is no lower level")
+def test_a_lower_level_that_is_built_runs_where_the_own_one_cannot_be_compiled(built, start, tmp_path) -> None:
+    lower = levels.runnable()[1].name
+    assert main(["build", "--levels", lower]) == 0
+    assert start(CXX="no-such-compiler").reason == f"None {lower}"
+    assert start().reason == COMPILED
+
+
+@pytest.mark.slow
+def test_a_built_library_that_cannot_be_loaded_is_compiled_again(built, start, tmp_path) -> None:
+    assert main(["build"]) == 0
+    (library,) = built.glob("*.so")
+    library.write_bytes(library.read_bytes()[:100])
+    assert start().reason == COMPILED
+    assert len(libraries(tmp_path)) == 1
+    assert "C++ kernels" in start(CXX="no-such-compiler", TORCH_EXTENSIONS_DIR=str(tmp_path / "other")).reason
+
+
+def test_a_package_that_cannot_be_written_to_is_built_where_the_first_use_would(built, tmp_path, monkeypatch) -> None:
+    built.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    assert list(build.install([OWN]).values()) == libraries(tmp_path)
+
+
+def test_a_level_that_does_not_compile_is_said_and_the_others_are_built(built, compiler, capsys) -> None:
+    (compiler / "broken").touch()
+    assert main(["build"]) == 1
+    assert "error: no such thing" in capsys.readouterr().out
+    assert not list(built.glob("*.so"))
+
+
+def test_an_unknown_level_is_wrong_usage(built, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["build", "--levels", "avx3"])
+    assert "no instruction set is called avx3; there are" in capsys.readouterr().err
+
+
+# ---- what is in the way ------------------------------------------------------------------------------------------
 
 
 def test_without_a_compiler_that_is_the_reason(monkeypatch, tmp_path, caplog) -> None:
+    monkeypatch.setattr(build, "BUILT", tmp_path / "built")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler -pipe")
     reason = build.load.__wrapped__()
@@ -150,6 +238,7 @@ def test_without_a_compiler_that_is_the_reason(monkeypatch, tmp_path, caplog) ->
 
 
 def test_where_nothing_can_be_written_that_is_the_reason(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(build, "BUILT", tmp_path / "built")
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
     monkeypatch.setattr(folders.tempfile, "gettempdir", lambda: str(tmp_path / "file"))
@@ -159,8 +248,8 @@ def test_where_nothing_can_be_written_that_is_the_reason(monkeypatch, tmp_path) 
 
 
 def test_every_source_is_in_one_unit() -> None:
-    sources = sorted(file for file in build._files() if file.suffix == ".cpp")
+    sources = sorted(file for file in compiling.sources() if file.suffix == ".cpp")
     for count in (1, 2, 16):
-        units = build._units(count)
+        units = compiling.units(count)
         assert len(units) == min(count, len(sources))
         assert sorted(itertools.chain(*units)) == sources
