@@ -72,9 +72,9 @@ def regress(
     quiet: options.Quiet = False,
 ) -> None:
     """Fail when one revision of fastllama decodes slower than another."""
+    asked = dict(locals())
     from ..workload import Unavailable
 
-    asked = dict(locals())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that worktrees and workers go
     try:
         asked |= {"cache": (cache_dir or CACHE).resolve(), "metrics": _metrics(metrics)}
