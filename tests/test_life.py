@@ -24,6 +24,9 @@ from fastllama.config.fields import write_json
 from fastllama.generation.loop import AHEAD
 from fastllama.loading import save
 from fastllama.model import cache as caches
+from fastllama_kernels.common import build, compiling, levels
+
+BUILT = build.BUILT / compiling.file_name(levels.runnable()[0])
 
 TINY = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -332,19 +335,23 @@ def test_a_context_of_128k_starts_small(expected):
 # ---- the machine -------------------------------------------------------------------------------
 
 DECODE = """
-import sys, torch
+import pathlib, sys, torch
 from fastllama import LlamaForCausalLM
+from fastllama_kernels.common import build
+build.BUILT = pathlib.Path(sys.argv[2] or build.BUILT)
 model = LlamaForCausalLM.from_pretrained(sys.argv[1], progress=False)
 print(model.generate(torch.tensor([[5, 9, 41, 7, 30, 77]]), max_new_tokens=12)[0, 6:].tolist())
 """
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
 
 
-def decode_elsewhere(folder: Path, caches: str | Path, **changes: str | None) -> subprocess.CompletedProcess[str]:
-    """Decode in a process with caches of its own; variables that are None are not set."""
+def decode_elsewhere(
+    folder: Path, caches: str | Path, built: str = "", **changes: str | None
+) -> subprocess.CompletedProcess[str]:
+    """Decode in a process with caches of its own, and kernels built elsewhere; variables that are None are not set."""
     environment = os.environ | dict.fromkeys(CACHES, str(caches)) | changes
     environment = {name: value for name, value in environment.items() if value is not None}
-    command = [sys.executable, "-c", DECODE, str(folder)]
+    command = [sys.executable, "-c", DECODE, str(folder), built]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -357,7 +364,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_without_a_compiler_decoding_goes_on_and_says_what_to_do(folder, expected, tmp_path):
-    done = decode_elsewhere(folder, tmp_path, PATH=str(tmp_path), CXX="no-such-compiler", CC="no-such-compiler")
+    none = {"PATH": str(tmp_path), "CXX": "no-such-compiler", "CC": "no-such-compiler"}
+    done = decode_elsewhere(folder, tmp_path, str(tmp_path), **none)
     assert done.stdout.strip() == str(expected), done.stderr
     assert "no C++ compiler" in done.stderr
     assert "install g++ or clang++, or name one with CXX" in done.stderr
@@ -366,13 +374,21 @@ def test_without_a_compiler_decoding_goes_on_and_says_what_to_do(folder, expecte
 
 
 def test_without_a_writable_cache_folder_decoding_goes_on_and_says_what_to_do(folder, expected, tmp_path):
-    done = decode_elsewhere(folder, "/dev/null/caches", TMPDIR=str(tmp_path))
+    changes = {"TMPDIR": str(tmp_path), "FASTLLAMA_CPU_STEP": "compiled"}
+    done = decode_elsewhere(folder, "/dev/null/caches", str(tmp_path), **changes)
     assert done.stdout.strip() == str(expected), done.stderr
     assert "Traceback" not in done.stderr
     for variable in ("TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR"):
         assert f"compiled code goes to {tmp_path}" in done.stderr
         assert f"set {variable}" in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 3  # the third: the kernels are compiled
+
+
+@pytest.mark.skipif(not BUILT.exists(), reason="the package holds no kernels that were built for this processor")
+def test_with_kernels_that_are_built_no_compiler_and_no_cache_is_needed(folder, expected, tmp_path):
+    done = decode_elsewhere(folder, "/dev/null/caches", PATH=str(tmp_path), CXX="no-such-compiler")
+    assert done.stdout.strip() == str(expected), done.stderr
+    assert done.stderr == ""
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def test_generate_runs_in_the_engine_and_gives_the_same_tokens(theirs, ids) -> N
     fast = accelerate(theirs)
     assert fast is theirs
     assert torch.equal(fast.generate(ids, max_new_tokens=8, do_sample=False), expected)
-    assert fast.fastllama.engine.compiled_steps
+    assert fast.fastllama.engine.cache is not None
 
 
 def test_the_weights_are_shared_and_the_state_dict_stays(theirs, ids) -> None:
