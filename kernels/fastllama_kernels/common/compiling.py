@@ -99,6 +99,7 @@ def _submit_units(
 ) -> list[Future[str]]:
     """The object files of a level, as they come."""
     flags = [*FLAGS, *level.flags, f"-isystem{include}", f"-I{PACKAGE / 'common'}", f"-I{PACKAGE}"]
+    flags += [f"-ffile-prefix-map={PACKAGE}={PACKAGE.name}"]  # errors name the file, not where it was compiled
 
     def compile_one(number: int, files: Sequence[Path]) -> str:
         source, target = (workspace / f"{level.name}{number}.{suffix}" for suffix in ("cpp", "o"))
