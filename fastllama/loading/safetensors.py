@@ -1,7 +1,8 @@
 """Safetensors files: which of them make up a checkpoint, what they hold, and how they are read in blocks.
 
-Files are memory-mapped and read block by block, so loading takes a few megabytes more than the weights. Only
-safetensors is read: unpickling a ``.bin`` file can run any code.
+Files are memory-mapped. What is not used where it lies (:mod:`fastllama.loading.mapped`) is read block by block, so
+loading takes a few megabytes more than the weights. Only safetensors is read: unpickling a ``.bin`` file can run any
+code.
 """
 
 from __future__ import annotations

@@ -21,6 +21,11 @@ ALIGNMENT = 64  # bytes, of the first tensor: a line of codes, and of most proce
 def save_file(tensors: Mapping[str, torch.Tensor], file: Path, metadata: Mapping[str, str]) -> None:
     """Write tensors, of any device and strides, one behind the other.
 
+    Args:
+        tensors: by name; none of them may lie in the file itself, where that is mapped.
+        file: to write.
+        metadata: what the header says besides the tensors.
+
     Raises:
         ValueError: a tensor's dtype is not one that checkpoints are read in.
     """
