@@ -35,7 +35,7 @@ Peers = Annotated[
 GptFast = Annotated[Path | None, typer.Option("--gpt-fast", metavar="DIR", help="A checkout of gpt-fast.")]
 LlamaBench = Annotated[Path | None, typer.Option(metavar="PATH", help="llama.cpp's program.", show_default="from PATH")]
 Schemes = Annotated[str, typer.Option(help="Some of stored, none, int8 and int4, with commas.", metavar="LIST")]
-Costs = Annotated[str, typer.Option(help="Some of stored, int8, int4, int8-kv, with commas.", metavar="LIST")]
+Costs = Annotated[str, typer.Option(help="Some of stored, int8, int4, int8-kv, ./FOLDER, with commas.", metavar="LIST")]
 Record = Annotated[Path | None, typer.Option(metavar="FILE", help="File of JSON lines to append the record to.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Plot to write: .png, .svg or .pdf.")]
 Files = Annotated[list[Path] | None, typer.Argument(help="Files of records.", show_default="the committed ones")]

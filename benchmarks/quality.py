@@ -55,8 +55,8 @@ def measure(
         say(f"reading with {scheme}")
         model, cache_dtype = reference, torch.int8 if scheme == INT8_KV else None
         if scheme not in ("none", INT8_KV):
-            quantize = None if scheme == "stored" else scheme
-            model = LlamaForCausalLM.from_pretrained(name, dtype, device, quantize, progress=False)
+            source, quantize = (scheme, None) if "/" in scheme else (name, None if scheme == "stored" else scheme)
+            model = LlamaForCausalLM.from_pretrained(source, dtype, device, quantize, progress=False)
         rows[scheme] = vars(quality(model, reference, texts, cache_dtype)) | {
             "bytes_per_step": weight_bytes_per_step(model)
         }

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import shutil
+from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastllama.cli import options
 from fastllama.cli.console import errors_in_one_line, progress, stdout
+
+if TYPE_CHECKING:
+    from fastllama import LlamaForCausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +23,10 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "additional_chat_templates",
 )  # fmt: skip
+
+
+#: Of a calibration text, as many windows are read, of as many tokens each; they lie in its first characters.
+WINDOWS, WINDOW, CHARACTERS = 32, 512, 1 << 20
 
 
 def quantize(
@@ -34,6 +42,10 @@ def quantize(
     ] = False,
     head_bits: Annotated[int, typer.Option(help="Bits of the head and the embedding; 0 leaves them.")] = 8,
     exclude: Annotated[str, typer.Option(help="Modules to leave as they are, with commas.", show_default="none")] = "",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Text like the model's use, UTF-8, to choose 4-bit codes by."),
+    ] = None,
     dtype: options.Dtype = None,
     strict: options.Strict = False,
     quiet: options.Quiet = False,
@@ -58,7 +70,11 @@ def quantize(
         }
         changes |= {} if group_size is None else {"group_size": group_size or None}
         config = dataclasses.replace(config, **changes)
+        if calibrate and config.bits != 4:
+            raise ValueError(f"--calibrate chooses codes of 4 bits, and --scheme is {scheme}; leave out one of them")
         loaded = LlamaForCausalLM.from_pretrained(model, dtype, quantize=config, progress=not quiet, strict=strict)
+        if calibrate:
+            _calibrate(loaded, model, calibrate, not quiet)
         with progress(quiet) as say:
             say("writing")
             loaded.save_pretrained(folder)
@@ -68,6 +84,20 @@ def quantize(
             logger.warning("%s has no tokenizer: %s has none in files of its own, load it from there", folder, model)
         if not quiet:
             stdout().print(f"{folder}: {size / 1e9:.3g} GB of weights", markup=False, highlight=False)
+
+
+def _calibrate(quantized: LlamaForCausalLM, name: str, file: Path, shows: bool) -> None:
+    """Choose its codes by the beginning of a text: at most WINDOWS windows of it."""
+    from fastllama import LlamaForCausalLM, load_tokenizer
+    from fastllama.quantization.calibration import calibrate
+    from fastllama.quantization.quality import windows
+
+    tokenizer, length = load_tokenizer(name), min(WINDOW, quantized.config.max_position_embeddings)
+    with file.open(encoding="utf-8") as opened:
+        ids = tokenizer.encode(opened.read(CHARACTERS), add_special_tokens=False)
+    texts = list(islice(windows(ids, min(length, len(ids)), tokenizer.bos_token_id), WINDOWS)) if ids else []
+    source = LlamaForCausalLM.from_pretrained(name, quantized.dtype, quantize="none", progress=False)
+    calibrate(quantized, source, texts, shows)
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,16 @@ def test_its_options_are_in_the_config(options, expected, tmp_path) -> None:
     assert LlamaConfig.from_pretrained(tmp_path / "small").quantization == expected
 
 
+def test_a_text_chooses_the_codes(tmp_path) -> None:
+    (tmp_path / "text").write_text(Path(__file__).read_text(encoding="utf-8")[:2000], encoding="utf-8")
+    for name, options in {"plain": [], "calibrated": ["--calibrate", tmp_path / "text"]}.items():
+        assert run("demo", tmp_path / name, *options, "--quiet").exit_code == 0
+    models = [LlamaForCausalLM.from_pretrained(name) for name in ("demo", tmp_path / "plain", tmp_path / "calibrated")]
+    ids = load_tokenizer("demo")(Path(__file__).read_text(encoding="utf-8")[:1000], return_tensors="pt").input_ids
+    expected, plain, calibrated = (model(ids).logits for model in models)
+    assert (calibrated - expected).norm() < 0.8 * (plain - expected).norm()
+
+
 def test_a_source_without_tokenizer_files_is_said(tmp_path, caplog) -> None:
     shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     write_gguf(LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4)), tmp_path / "model.gguf")
@@ -58,6 +69,8 @@ def test_a_source_without_tokenizer_files_is_said(tmp_path, caplog) -> None:
         (["demo", "new", "--head-bits", "3"], "head_bits is 3"),
         (["demo", "new", "--group-size", "48"], "group_size is 48"),
         (["no-such-folder/x", "new"], "no-such-folder"),
+        (["demo", "new", "--scheme", "int8", "--calibrate", __file__], "chooses codes of 4 bits, and --scheme is int8"),
+        (["demo", "new", "--calibrate", os.devnull], "no text to calibrate with"),
     ],
     ids=str,
 )

@@ -114,8 +114,7 @@ void add_values(const float (&p)[kHeads][kSlots], const C* values, int64_t strid
   FASTLLAMA_UNROLL for (int g = 0; g < G; ++g)
     FASTLLAMA_UNROLL for (int i = 0; i < N; ++i) {
       float* to = acc + g * state + i * kPartLanes;
-      sums[g][i] += load_part(to);
-      std::memcpy(to, &sums[g][i], sizeof(FloatPart));
+      store_part(to, load_part(to) + sums[g][i]);
     }
 }
 
@@ -128,9 +127,10 @@ inline void soften(float (&p)[kSlots], int64_t dim, float* acc) {
   for (int i = 0; i < kLanes; ++i) top = std::max(top, largest[i]);
   f32x16 sums = {};
   for (int64_t s = 0; s < kSlots; s += kLanes) {
-    const f32x16 p16 = exp16(load16(p + s) - top);  // about 1e-38 where there is no slot
-    store16(p + s, p16);
-    sums += p16;
+    const auto weight = [&](FloatPart score) { return exp_part(score - top); };  // about 1e-38 where there is no slot
+    const f32x16 weights = by_parts(weight, load16(p + s));
+    store16(p + s, weights);
+    sums = sums + weights;
   }
   if (before != top) {
     const float decay = std::exp(before - top);

@@ -1,5 +1,5 @@
 // Sixteen-lane float arithmetic for the CPU kernels, in the vector extensions that gcc and clang share: one source
-// becomes AVX-512, AVX2 or NEON code, whatever -march=native finds.
+// becomes AVX-512, AVX2 or NEON code, by the flags of the level that it is compiled for.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -27,10 +27,8 @@ using torch::headeronly::Half;
 #endif
 
 constexpr int64_t kLanes = 16;
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
 
-// The registers that sixteen lanes take. Compilers split arithmetic on longer vectors well, comparisons into scalars.
+// A part is what a register takes of sixteen lanes.
 #if defined(__AVX512F__)
 constexpr int64_t kPartBytes = 64;
 #elif defined(__AVX2__)
@@ -100,54 +98,90 @@ inline FloatPart load_part(const Half* p) {
 #endif
 }
 
-template <typename T>
-inline f32x16 load16(const T* p) {
-  FloatPart parts[kParts];
-  for (int i = 0; i < kParts; ++i) parts[i] = load_part(p + i * kPartLanes);
-  f32x16 x;
-  std::memcpy(&x, parts, sizeof(x));
-  return x;
+inline void store_part(float* p, FloatPart x) { std::memcpy(p, &x, sizeof(x)); }
+
+// Rounded to nearest, ties to even; what is no number stays none.
+inline void store_part(BFloat16* p, FloatPart x) {
+  typedef uint32_t Words __attribute__((vector_size(kPartBytes)));
+  typedef uint16_t Bits __attribute__((vector_size(kPartBytes / 2)));
+  const Words bits = (Words)x, even = bits + 0x7fff + ((bits >> 16) & 1), nan = bits | 0x400000;
+  const Words rounded = (x == x ? even : nan) >> 16;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)rounded, (__m256i)rounded), 0b1000);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(words));
+#else
+  const Bits upper = __builtin_convertvector(rounded, Bits);
+  std::memcpy(p, &upper, sizeof(upper));
+#endif
 }
 
-inline void store16(float* p, f32x16 x) { std::memcpy(p, &x, sizeof(x)); }
-
-// f of the parts of a and b.
-template <typename F>
-inline f32x16 by_parts(f32x16 a, f32x16 b, const F& f) {
-  FloatPart a_p[kParts], b_p[kParts];
-  std::memcpy(a_p, &a, sizeof(a));
-  std::memcpy(b_p, &b, sizeof(b));
-  for (int i = 0; i < kParts; ++i) a_p[i] = f(a_p[i], b_p[i]);
-  std::memcpy(&a, a_p, sizeof(a));
-  return a;
-}
-
-inline f32x16 max16(f32x16 a, f32x16 b) {
-  return by_parts(a, b, [](FloatPart x, FloatPart y) { return x > y ? x : y; });
-}
-
-inline f32x16 min16(f32x16 a, f32x16 b) {
-  return by_parts(a, b, [](FloatPart x, FloatPart y) { return x < y ? x : y; });
+inline void store_part(Half* p, FloatPart x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__) && defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kPartLanes; ++i) p[i] = static_cast<Half>(x[i]);
+#endif
 }
 
 // e to the x, within two units in the last place (Cephes' polynomial), for -87 <= x <= 88; less gives about 1e-38, and
 // what is no number stays none.
-inline f32x16 exp16(f32x16 x) {
+inline FloatPart exp_part(FloatPart x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, held in the lowest bits
-  const f32x16 bounded = max16(x, f32x16{} - 87.f);
-  const f32x16 shifted = bounded * 1.44269504f + kRound, n = shifted - kRound;
-  const f32x16 r = bounded - n * 0.693359375f - n * -2.12194440e-4f;
-  f32x16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  const FloatPart least = FloatPart{} - 87.f, bounded = x > least ? x : least;
+  const FloatPart shifted = bounded * 1.44269504f + kRound, n = shifted - kRound;
+  const FloatPart r = bounded - n * 0.693359375f - n * -2.12194440e-4f;
+  FloatPart p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  const auto result = reinterpret_cast<f32x16>(reinterpret_cast<u32x16>(p) + (reinterpret_cast<u32x16>(shifted) << 23));
-  return by_parts(x, result, [](FloatPart y, FloatPart power) { return y == y ? power : y; });
+  const auto power = (FloatPart)((IntPart)p + ((IntPart)shifted << 23));
+  return x == x ? power : x;
 }
 
-inline float sum16(f32x16 x) {
+// Sixteen lanes, a part for each register: of one longer vector gcc 12 holds what a loop changes in memory, and splits
+// comparisons into scalars.
+struct f32x16 {
+  FloatPart parts[kParts];
+  float operator[](int64_t lane) const { return parts[lane / kPartLanes][lane % kPartLanes]; }
+};
+
+// f of the parts of x, and of several.
+template <typename F, typename... More>
+inline f32x16 by_parts(const F& f, const f32x16& x, const More&... more) {
+  f32x16 y;
+  FASTLLAMA_UNROLL for (int i = 0; i < kParts; ++i) y.parts[i] = f(x.parts[i], more.parts[i]...);
+  return y;
+}
+
+inline f32x16 operator+(const f32x16& x, const f32x16& y) {
+  return by_parts([](FloatPart a, FloatPart b) { return a + b; }, x, y);
+}
+
+inline f32x16 operator*(const f32x16& x, const f32x16& y) {
+  return by_parts([](FloatPart a, FloatPart b) { return a * b; }, x, y);
+}
+
+inline f32x16 max16(const f32x16& x, const f32x16& y) {
+  return by_parts([](FloatPart a, FloatPart b) { return a > b ? a : b; }, x, y);
+}
+
+template <typename T>
+inline f32x16 load16(const T* p) {
+  f32x16 x;
+  FASTLLAMA_UNROLL for (int i = 0; i < kParts; ++i) x.parts[i] = load_part(p + i * kPartLanes);
+  return x;
+}
+
+template <typename T>
+inline void store16(T* p, const f32x16& x) {
+  FASTLLAMA_UNROLL for (int i = 0; i < kParts; ++i) store_part(p + i * kPartLanes, x.parts[i]);
+}
+
+inline float sum16(const f32x16& x) {
   typedef float f32x8 __attribute__((vector_size(32)));
   typedef float f32x4 __attribute__((vector_size(16)));
   f32x8 by8[2];

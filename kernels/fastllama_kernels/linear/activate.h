@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "vec.h"
+
 namespace fastllama {
 
 enum Activation : int64_t {
@@ -34,6 +36,18 @@ inline float activate(float x, int64_t activation) {
     case kSqrtSoftplus: return std::sqrt(softplus(x));
     default: return std::max(x, 0.f);
   }
+}
+
+// x · sigmoid(x); of large negative ones at most 1e-36 instead of less.
+inline FloatPart silu(FloatPart x) {
+  const FloatPart zero = {}, e = exp_part(x > zero ? -x : x);
+  return x * ((x > zero ? zero + 1.f : e) / (e + 1.f));
+}
+
+inline FloatPart activate(FloatPart x, int64_t activation) {
+  if (activation == kSilu) return silu(x);
+  for (int i = 0; i < kPartLanes; ++i) x[i] = activate(x[i], activation);
+  return x;
 }
 
 }  // namespace fastllama

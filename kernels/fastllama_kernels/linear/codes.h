@@ -33,19 +33,38 @@ inline int32_t load_quad(const int8_t* x) {
 
 // kGroup values as codes from -127 to 127 with the scale that is returned, and the codes' sum.
 inline float encode(const float* x, int8_t* codes, int32_t& sum) {
-  float largest = 0.f;
-  bool is_number = true;
-  for (int64_t i = 0; i < kGroup; ++i) {
-    largest = std::max(largest, std::abs(x[i]));
-    is_number = is_number && std::abs(x[i]) <= 3.4028235e38f;
+  constexpr int kCount = kGroup / kPartLanes;
+  constexpr int32_t kInfinity = 0x7f800000;
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, half to even, in the lowest bits
+  FloatPart parts[kCount];
+  IntPart greatest = {};
+  for (int i = 0; i < kCount; ++i) {
+    parts[i] = load_part(x + i * kPartLanes);
+    const IntPart size = (IntPart)parts[i] & 0x7fffffff;  // of positive numbers the order is that of their bits
+    greatest = greatest > size ? greatest : size;
   }
-  const float inverse = largest > 1e-35f ? 127.f / largest : 0.f;  // of less it is too large for float32
+  int32_t top = 0;
+  for (int i = 0; i < kPartLanes; ++i) top = std::max(top, greatest[i]);
   sum = 0;
-  for (int64_t i = 0; i < kGroup; ++i) {
-    codes[i] = is_number ? static_cast<int8_t>(std::nearbyint(x[i] * inverse)) : 0;
-    sum += codes[i];
+  if (top >= kInfinity) {
+    std::memset(codes, 0, kGroup);
+    return std::nanf("");
   }
-  return is_number ? largest / 127.f : std::nanf("");
+  float largest;
+  std::memcpy(&largest, &top, sizeof(largest));
+  const float inverse = largest > 1e-35f ? 127.f / largest : 0.f;  // of less it is too large for float32
+  int32_t integers[kGroup];
+  IntPart sums = {};
+  for (int i = 0; i < kCount; ++i) {
+    FloatPart scaled = parts[i] * inverse;
+    keep(scaled);  // rounded before the sum
+    const IntPart code = (IntPart)(scaled + kRound) - 0x4b400000;  // the bits of kRound
+    std::memcpy(integers + i * kPartLanes, &code, sizeof(code));
+    sums += code;
+  }
+  for (int64_t i = 0; i < kGroup; ++i) codes[i] = static_cast<int8_t>(integers[i]);
+  for (int i = 0; i < kPartLanes; ++i) sum += sums[i];
+  return largest / 127.f;
 }
 
 // Sums of a block's products with one row of activations. `add` takes a part of a line as `Codes` has split it, and the

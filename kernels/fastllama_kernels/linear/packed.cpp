@@ -105,9 +105,8 @@ void multiply(const Panels& w, int64_t panel, const Inputs<X>& x, int64_t first,
       }
     }
   }
-  for (int m = 0; m < M; ++m)
-    for (int part = 0; part < kParts; ++part)
-      std::memcpy(reinterpret_cast<float*>(&out[m]) + part * kPartLanes, &total[part][m], sizeof(FloatPart));
+  FASTLLAMA_UNROLL for (int m = 0; m < M; ++m)
+    FASTLLAMA_UNROLL for (int part = 0; part < kParts; ++part) out[m].parts[part] = total[part][m];
 }
 
 // Calls f with each tile of rows: their number as a constant, and the first of them.
@@ -140,22 +139,18 @@ struct Call {
   double eps;
   std::optional<int64_t> activation;  // then the first half of the panels is gate, the second up
 
-  f32x16 biased(f32x16 y, int64_t column) const {
+  f32x16 biased(const f32x16& y, int64_t column) const {
     return bias.has_value() ? y + load(*bias, column) : y;
   }
 
-  f32x16 gated(f32x16 gate, f32x16 up) const {
-    for (int64_t i = 0; i < kLanes; ++i) gate[i] = activate(gate[i], *activation);
-    return gate * up;
+  f32x16 gated(const f32x16& gate, const f32x16& up) const {
+    return by_parts([&](FloatPart x) { return activate(x, *activation); }, gate) * up;
   }
 
   void store(Tensor& out, int64_t row, int64_t column, f32x16 y) const {
     const int64_t at = row * out.size(out.dim() - 1) + column;
-    if (residual.has_value()) y += load(*residual, at);
-    dispatch(out, [&](auto zero) {
-      auto* to = static_cast<decltype(zero)*>(out.mutable_data_ptr()) + at;
-      for (int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<decltype(zero)>(y[i]);
-    });
+    if (residual.has_value()) y = y + load(*residual, at);
+    dispatch(out, [&](auto zero) { store16(static_cast<decltype(zero)*>(out.mutable_data_ptr()) + at, y); });
   }
 
  private:

@@ -28,11 +28,13 @@ void normalised(const T* x, const T* norm_weight, double eps, int64_t n, float* 
   if (norm_weight == nullptr) return;
   f32x16 squares = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) squares += load16(out + i) * load16(out + i);
+  for (; i + kLanes <= n; i += kLanes) squares = squares + load16(out + i) * load16(out + i);
   float sum = sum16(squares);
   for (; i < n; ++i) sum += out[i] * out[i];
   const float scale = 1.f / std::sqrt(sum / n + static_cast<float>(eps));
-  for (i = 0; i < n; ++i) out[i] = out[i] * scale * static_cast<float>(norm_weight[i]);
+  for (i = 0; i + kPartLanes <= n; i += kPartLanes)
+    store_part(out + i, load_part(out + i) * scale * load_part(norm_weight + i));
+  for (; i < n; ++i) out[i] = out[i] * scale * static_cast<float>(norm_weight[i]);
 }
 
 // Threads get contiguous ranges of groups of matrix rows, of 128 KiB at least: less is read before another one wakes.

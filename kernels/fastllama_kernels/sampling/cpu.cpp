@@ -129,8 +129,8 @@ float weight_above(const Pool& pool, float logit) {
   f32x16 sums = {};
   int64_t i = 0;
   for (; i + kLanes <= pool.size(); i += kLanes)
-    sums += by_parts(load16(pool.logit.data() + i), load16(pool.weight.data() + i),
-                     [&](FloatPart logits, FloatPart weights) { return logits > logit ? weights : FloatPart{}; });
+    sums = sums + by_parts([&](FloatPart logits, FloatPart weights) { return logits > logit ? weights : FloatPart{}; },
+                           load16(pool.logit.data() + i), load16(pool.weight.data() + i));
   float sum = sum16(sums);
   for (; i < pool.size(); ++i) sum += pool.logit[i] > logit ? pool.weight[i] : 0.f;
   return sum;
@@ -139,8 +139,8 @@ float weight_above(const Pool& pool, float logit) {
 void weigh(Pool& pool, float top, float temperature) {
   pool.weight.resize(pool.size());
   int64_t i = 0;
-  for (; i + kLanes <= pool.size(); i += kLanes)
-    store16(pool.weight.data() + i, exp16((load16(pool.logit.data() + i) - top) / temperature));
+  for (; i + kPartLanes <= pool.size(); i += kPartLanes)
+    store_part(pool.weight.data() + i, exp_part((load_part(pool.logit.data() + i) - top) / temperature));
   for (; i < pool.size(); ++i) pool.weight[i] = std::exp((pool.logit[i] - top) / temperature);
 }
 
