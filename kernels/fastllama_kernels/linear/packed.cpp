@@ -19,8 +19,7 @@
 namespace fastllama {
 namespace {
 
-template <int kBits>
-constexpr int64_t kTile = kBits == 8 && kPartBytes == 32 ? 2 : 4;  // activation rows per pass over a panel
+constexpr int kTile = 4;  // activation rows per pass over a panel
 constexpr int64_t kAhead = 2048;  // bytes between a load and the prefetch before it
 
 // A packed matrix as the kernels read it.
@@ -109,12 +108,11 @@ void multiply(const Panels& w, int64_t panel, const Inputs<X>& x, int64_t first,
     FASTLLAMA_UNROLL for (int part = 0; part < kParts; ++part) out[m].parts[part] = total[part][m];
 }
 
-// Calls f with each tile of rows: their number as a constant, and the first of them.
-template <int kRows, typename F>
-void for_each_tile(int64_t rows, const F& f) {
-  int64_t first = 0;
+// Calls f with each tile of rows, as large as they come: their number as a constant, and the first of them.
+template <int kRows = kTile, typename F>
+void for_each_tile(int64_t rows, const F& f, int64_t first = 0) {
   for (; first + kRows <= rows; first += kRows) f(std::integral_constant<int, kRows>{}, first);
-  for (; first < rows; ++first) f(std::integral_constant<int, 1>{}, first);
+  if constexpr (kRows > 1) for_each_tile<kRows / 2>(rows, f, first);
 }
 
 // Reads rows `begin` to `end` - 1 of the activations x [rows, k], normalised when a norm weight is given.
@@ -164,18 +162,18 @@ struct Call {
 template <int kBits, bool kOffsets, typename X>
 void run(const Panels& w, const Call& call, Tensor& out) {
   const int64_t rows = call.x.numel() / w.k, parts = call.activation ? 2 : 1, count = w.count / parts;
-  const bool is_shared = rows > kTile<4>;  // few rows are read by every thread, which saves a wait for the others
+  const bool is_shared = rows > kTile;  // few rows are read by every thread, which saves a wait for the others
   Inputs<X> shared(is_shared ? rows : 0, w.k);
   if (is_shared)
     torch::stable::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
       read_inputs<X>(call.x, call.norm_weight, call.eps, begin, end, shared);
     });
-  parallel_groups(count, parts * w.bytes() * std::max<int64_t>(1, rows / kTile<4>), [&](int64_t begin, int64_t end) {
+  parallel_groups(count, parts * w.bytes() * std::max<int64_t>(1, rows / kTile), [&](int64_t begin, int64_t end) {
     Inputs<X> own(is_shared ? 0 : rows, w.k);
     if (!is_shared) read_inputs<X>(call.x, call.norm_weight, call.eps, 0, rows, own);
     const Inputs<X>& inputs = is_shared ? shared : own;
     for (int64_t panel = begin; panel < end; ++panel)
-      for_each_tile<kTile<kBits>>(rows, [&](auto tile, int64_t first) {
+      for_each_tile(rows, [&](auto tile, int64_t first) {
         constexpr int M = decltype(tile)::value;
         f32x16 y[M], up[M];
         multiply<kBits, kOffsets, M>(w, panel, inputs, first, y);
