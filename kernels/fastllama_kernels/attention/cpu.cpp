@@ -14,6 +14,7 @@
 
 #include "dispatch.h"
 #include "ops.h"
+#include "parallel.h"
 #include "vec.h"
 
 namespace fastllama {
@@ -264,8 +265,8 @@ void run(const Shape& shape, int64_t batch, const T* qkv, const float* cos, cons
   const int64_t size = shape.queries() * shape.state();
   const std::unique_ptr<float[]> states(new float[tasks.size() * size]);
   std::vector<std::atomic<int64_t>> done(batch * shape.kv_heads);
-  torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
+  parallel_each(static_cast<int64_t>(tasks.size()), 1, [&](const auto& each) {
+    each([&](int64_t i) {
       const Task& task = tasks[i];
       const int64_t b = task.head / shape.kv_heads;
       Rows<C> k{keys, shape.dim}, v{values, shape.dim};
@@ -277,7 +278,7 @@ void run(const Shape& shape, int64_t batch, const T* qkv, const float* cos, cons
       head.run(begin, std::min(begin + kChunk, shape.slots), states.get() + i * size);
       if (done[task.head].fetch_add(1) + 1 == task.chunks)
         head.join(states.get() + (i - task.chunk) * size, task.chunks, out + b * shape.tokens * shape.heads * shape.dim);
-    }
+    });
   });
 }
 

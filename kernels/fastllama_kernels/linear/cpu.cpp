@@ -17,7 +17,8 @@ namespace fastllama {
 namespace {
 
 constexpr int kWeightRows = 4;  // matrix rows streamed side by side: enough to keep the load queues full
-constexpr int kRows = kPartBytes == 32 ? 2 : 4;  // activation rows per pass over a weight tile: AVX2 has 16 registers
+// Of these, as many at once as there are registers for: AVX2 has 16.
+constexpr int at_once(int activation_rows) { return kPartBytes == 32 && activation_rows > 2 ? 2 : kWeightRows; }
 
 // The activations [rows, n] as the products take them, normalised (RMS, weighted) when a norm weight is given.
 template <typename T>
@@ -36,19 +37,22 @@ std::vector<typename Activations<T>::type> prologue(const T* x, const T* norm_we
 // Calls emit(row of x, index in w, values) with the dot products of w's kWeightRows matrix rows and every row of x.
 template <typename T, typename X, typename Emit>
 void for_each_row(const T* const (&w)[kWeightRows], const X* x, int64_t rows, int64_t n, const Emit& emit) {
-  const auto tile = [&](auto count, int64_t first) {
-    constexpr int M = decltype(count)::value;
+  for_each_tile(rows, [&](auto tile, int64_t first) {
+    constexpr int M = decltype(tile)::value, R = at_once(M);
     float out[kWeightRows][M];
-    dot_tile(w, x + first * n, n, out);
+    for (int r = 0; r < kWeightRows; r += R) {
+      const T* rows_w[R];
+      float products[R][M];
+      std::copy(w + r, w + r + R, rows_w);
+      dot_tile(rows_w, x + first * n, n, products);
+      std::copy(&products[0][0], &products[0][0] + R * M, &out[r][0]);
+    }
     for (int m = 0; m < M; ++m) {
       float values[kWeightRows];
       for (int r = 0; r < kWeightRows; ++r) values[r] = out[r][m];
       emit(first + m, values);
     }
-  };
-  int64_t first = 0;
-  for (; first + kRows <= rows; first += kRows) tile(std::integral_constant<int, kRows>{}, first);
-  for (; first < rows; ++first) tile(std::integral_constant<int, 1>{}, first);
+  });
 }
 
 template <typename T>
@@ -60,9 +64,9 @@ void linear_kernel(const Tensor& x, const Tensor& weight, const std::optional<Te
   const T *bp = maybe<T>(bias), *rp = maybe<T>(residual);
   T* op = static_cast<T*>(out.mutable_data_ptr());
   const int64_t groups = (out_features + kWeightRows - 1) / kWeightRows;
-  parallel_groups(groups, kWeightRows * n * sizeof(T), [&](int64_t begin, int64_t end) {
+  parallel_groups(groups, kWeightRows * n * sizeof(T), [&](const auto& each) {
     const auto activations = prologue(xp, np, eps, rows, n);
-    for (int64_t g = begin; g < end; ++g) {
+    each([&](int64_t g) {
       const int64_t first = g * kWeightRows, count = std::min<int64_t>(kWeightRows, out_features - first);
       const T* w[kWeightRows];
       for (int i = 0; i < kWeightRows; ++i) w[i] = wp + std::min<int64_t>(first + i, out_features - 1) * n;
@@ -75,7 +79,7 @@ void linear_kernel(const Tensor& x, const Tensor& weight, const std::optional<Te
           op[at] = static_cast<T>(y);
         }
       });
-    }
+    });
   });
 }
 
@@ -87,9 +91,9 @@ void gate_up_kernel(const Tensor& x, const Tensor& weight, const std::optional<T
   const T *xp = data<T>(x), *wp = data<T>(weight), *np = maybe<T>(norm_weight), *bp = maybe<T>(bias);
   T* op = static_cast<T*>(out.mutable_data_ptr());
   const int64_t groups = (features + kPairs - 1) / kPairs;
-  parallel_groups(groups, kWeightRows * n * sizeof(T), [&](int64_t begin, int64_t end) {
+  parallel_groups(groups, kWeightRows * n * sizeof(T), [&](const auto& each) {
     const auto activations = prologue(xp, np, eps, rows, n);
-    for (int64_t g = begin; g < end; ++g) {
+    each([&](int64_t g) {
       const int64_t first = g * kPairs, count = std::min<int64_t>(kPairs, features - first);
       const T* w[kWeightRows];
       for (int i = 0; i < kPairs; ++i) {
@@ -106,7 +110,7 @@ void gate_up_kernel(const Tensor& x, const Tensor& weight, const std::optional<T
           op[r * features + first + i] = static_cast<T>(activate(gate, activation) * up);
         }
       });
-    }
+    });
   });
 }
 

@@ -19,7 +19,6 @@
 namespace fastllama {
 namespace {
 
-constexpr int kTile = 4;  // activation rows per pass over a panel
 constexpr int64_t kAhead = 2048;  // bytes between a load and the prefetch before it
 
 // A packed matrix as the kernels read it.
@@ -108,13 +107,6 @@ void multiply(const Panels& w, int64_t panel, const Inputs<X>& x, int64_t first,
     FASTLLAMA_UNROLL for (int part = 0; part < kParts; ++part) out[m].parts[part] = total[part][m];
 }
 
-// Calls f with each tile of rows, as large as they come: their number as a constant, and the first of them.
-template <int kRows = kTile, typename F>
-void for_each_tile(int64_t rows, const F& f, int64_t first = 0) {
-  for (; first + kRows <= rows; first += kRows) f(std::integral_constant<int, kRows>{}, first);
-  if constexpr (kRows > 1) for_each_tile<kRows / 2>(rows, f, first);
-}
-
 // Reads rows `begin` to `end` - 1 of the activations x [rows, k], normalised when a norm weight is given.
 template <typename X>
 void read_inputs(const Tensor& x, const std::optional<Tensor>& norm_weight, double eps, int64_t begin, int64_t end,
@@ -168,11 +160,11 @@ void run(const Panels& w, const Call& call, Tensor& out) {
     torch::stable::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
       read_inputs<X>(call.x, call.norm_weight, call.eps, begin, end, shared);
     });
-  parallel_groups(count, parts * w.bytes() * std::max<int64_t>(1, rows / kTile), [&](int64_t begin, int64_t end) {
+  parallel_groups(count, parts * w.bytes() * std::max<int64_t>(1, rows / kTile), [&](const auto& each) {
     Inputs<X> own(is_shared ? 0 : rows, w.k);
     if (!is_shared) read_inputs<X>(call.x, call.norm_weight, call.eps, 0, rows, own);
     const Inputs<X>& inputs = is_shared ? shared : own;
-    for (int64_t panel = begin; panel < end; ++panel)
+    each([&](int64_t panel) {
       for_each_tile(rows, [&](auto tile, int64_t first) {
         constexpr int M = decltype(tile)::value;
         f32x16 y[M], up[M];
@@ -184,6 +176,7 @@ void run(const Panels& w, const Call& call, Tensor& out) {
           call.store(out, first + m, panel * kLanes, result);
         }
       });
+    });
   });
 }
 

@@ -8,8 +8,10 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <type_traits>
 
 #include "activate.h"
+#include "parallel.h"
 #include "vec.h"
 
 namespace fastllama {
@@ -37,11 +39,19 @@ void normalised(const T* x, const T* norm_weight, double eps, int64_t n, float* 
   for (; i < n; ++i) out[i] = out[i] * scale * static_cast<float>(norm_weight[i]);
 }
 
-// Threads get contiguous ranges of groups of matrix rows, of 128 KiB at least: less is read before another one wakes.
+constexpr int kTile = 4;  // rows of activations per pass over the weights
+
+// Calls f with each tile of rows, as large as they come: their number as a constant, and the first of them.
+template <int kRows = kTile, typename F>
+void for_each_tile(int64_t rows, const F& f, int64_t first = 0) {
+  for (; first + kRows <= rows; first += kRows) f(std::integral_constant<int, kRows>{}, first);
+  if constexpr (kRows > 1) for_each_tile<kRows / 2>(rows, f, first);
+}
+
+// parallel_each over groups of matrix rows, at least 128 KiB in a row: less is read before another thread wakes.
 template <typename F>
 void parallel_groups(int64_t groups, int64_t bytes_per_group, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, (128 << 10) / std::max<int64_t>(1, bytes_per_group));
-  torch::stable::parallel_for(0, groups, grain, f);
+  parallel_each(groups, std::max<int64_t>(1, (128 << 10) / std::max<int64_t>(1, bytes_per_group)), f);
 }
 
 inline void check_residual(const std::optional<Tensor>& residual, const Tensor& out) {

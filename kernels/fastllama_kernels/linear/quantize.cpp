@@ -133,9 +133,9 @@ void quantize_panels(const Tensor& weight, int64_t bits, int64_t group, Tensor& 
   auto* code = static_cast<uint8_t*>(codes.mutable_data_ptr());
   auto* scale = static_cast<Half*>(scales.mutable_data_ptr());
   auto* zero = zeros == nullptr ? nullptr : static_cast<Half*>(zeros->mutable_data_ptr());
-  parallel_groups(codes.size(0), bytes, [&](int64_t begin, int64_t end) {
+  parallel_groups(codes.size(0), bytes, [&](const auto& each) {
     std::vector<float> x(group * kLanes);
-    for (int64_t panel = begin; panel < end; ++panel)
+    each([&](int64_t panel) {
       for (int64_t g = 0; g < groups; ++g) {
         for (int64_t r = 0; r < kLanes; ++r)
           for (int64_t i = 0; i < group; ++i)
@@ -144,6 +144,7 @@ void quantize_panels(const Tensor& weight, int64_t bits, int64_t group, Tensor& 
                        scale + (panel * groups + g) * kLanes,
                        zero == nullptr ? nullptr : zero + (panel * groups + g) * kLanes);
       }
+    });
   });
 }
 

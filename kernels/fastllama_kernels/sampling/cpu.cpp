@@ -11,6 +11,7 @@
 
 #include "dispatch.h"
 #include "ops.h"
+#include "parallel.h"
 #include "vec.h"
 
 namespace fastllama {
@@ -191,14 +192,14 @@ void sample_rows(const Tensor& logits, int64_t vocab, const SamplingSettings& se
   check(settings.seed, "seed", ScalarType::Long, {batch});
   dispatch(logits, [&](auto zero) {
     using T = decltype(zero);
-    torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
+    parallel_each(batch, 1, [&](const auto& each) {
+      each([&](int64_t b) {
         const uint64_t key = mix(static_cast<uint64_t>(data<int64_t>(settings.seed)[b]) +
                                  static_cast<uint64_t>(positions[b]) * kGolden);
         const Settings row{data<float>(settings.temperature)[b], data<float>(settings.top_p)[b],
                            data<float>(settings.min_p)[b], data<int64_t>(settings.top_k)[b], key};
         tokens[b] = sample_row(data<T>(logits) + b * stride, vocab, row);
-      }
+      });
     });
   });
 }
