@@ -19,7 +19,8 @@ FIELDS = {
 }  # fmt: skip
 
 
-def test_a_record_says_when_and_where_and_is_read_back(tmp_path: Path) -> None:
+def test_a_record_says_when_and_where_and_is_read_back(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/home/me/bin/fastllama", "bench", "--record", str(tmp_path / "r.jsonl"), "./x"])
     record = new_record("decode", FIELDS, environment())
     append(record, tmp_path / "new" / "r.jsonl")
     append(record, tmp_path / "new" / "r.jsonl")
@@ -29,6 +30,7 @@ def test_a_record_says_when_and_where_and_is_read_back(tmp_path: Path) -> None:
     assert {"commit", "dirty", "packages", "cpu", "cpu_instruction_sets", "threads", "system", "device"} <= found.keys()
     assert found["threads"] == torch.get_num_threads()
     assert found["cpu"]
+    assert found["argv"] == ["fastllama", "bench", "--record", "r.jsonl", "./x"]
 
 
 def test_a_record_whose_outputs_are_wrong_is_refused(tmp_path: Path) -> None:
