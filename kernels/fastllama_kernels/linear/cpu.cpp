@@ -40,12 +40,16 @@ void for_each_row(const T* const (&w)[kWeightRows], const X* x, int64_t rows, in
   for_each_tile(rows, [&](auto tile, int64_t first) {
     constexpr int M = decltype(tile)::value, R = at_once(M);
     float out[kWeightRows][M];
-    for (int r = 0; r < kWeightRows; r += R) {
-      const T* rows_w[R];
-      float products[R][M];
-      std::copy(w + r, w + r + R, rows_w);
-      dot_tile(rows_w, x + first * n, n, products);
-      std::copy(&products[0][0], &products[0][0] + R * M, &out[r][0]);
+    if constexpr (R == kWeightRows) {
+      dot_tile(w, x + first * n, n, out);
+    } else {
+      for (int r = 0; r < kWeightRows; r += R) {
+        const T* rows_w[R];
+        float products[R][M];
+        std::copy(w + r, w + r + R, rows_w);
+        dot_tile(rows_w, x + first * n, n, products);
+        std::copy(&products[0][0], &products[0][0] + R * M, &out[r][0]);
+      }
     }
     for (int m = 0; m < M; ++m) {
       float values[kWeightRows];
