@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shapes import IDS, SHAPE
 
 from fastllama import CheckpointError, LlamaConfig, LlamaForCausalLM, QuantizationConfig
 from fastllama.engine.decoder import FusedDecoder
@@ -26,11 +27,6 @@ from fastllama.quantization.matrix import Matrix
 MAPS = Path("/proc/self/maps")
 pytestmark = pytest.mark.skipif(not MAPS.exists(), reason="reads what is mapped from /proc")
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 90, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2, "eos_token_id": None,
-}  # fmt: skip
-IDS = torch.tensor([[1, 17, 5, 60, 33, 3], [2, 2, 2, 9, 8, 7]])
 SCHEMES: dict[str, Any] = {
     "dense": None,
     "int4": "int4",

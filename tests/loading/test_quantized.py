@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shapes import IDS, SHAPE
 from torch.nn import functional as F
 
 from fastllama import CheckpointError, LlamaConfig, LlamaForCausalLM, QuantizationConfig
@@ -21,11 +22,6 @@ from fastllama.loading import safetensors as reading
 from fastllama.measure import parameter_count, weight_bytes_per_step
 from fastllama.quantization.linear import QuantizedEmbedding, QuantizedLinear, exact, packed_modules
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 90, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2, "eos_token_id": None,
-}  # fmt: skip
-IDS = torch.tensor([[1, 17, 5, 60, 33, 3], [2, 2, 2, 9, 8, 7]])
 SCHEMES: dict[str, Any] = {
     "int8": "int8",
     "int4": "int4",

@@ -105,12 +105,12 @@ def texts(module: str, tokens: int) -> list[torch.Tensor]:
 
 def test_a_calibrated_demo_is_nearer_on_a_text_that_was_not_seen(demo) -> None:
     read, model = texts("tarfile.py", 2048), LlamaForCausalLM.from_pretrained("demo", dtype="float32", quantize="int4")
-    before = quality(model, demo, read)
+    before, ids = quality(model, demo, read), read[0][:, :20]
+    model.generate(ids, max_new_tokens=1)  # what the engine has joined takes the new codes too
     calibrate(model, demo, texts("argparse.py", 4096))
     after = quality(model, demo, read)
     assert after.divergence < 0.6 * before.divergence
     assert after.perplexity < before.perplexity
-    ids = read[0][:, :20]
     greedy = model(ids).logits[:, -1].argmax(-1)
     assert model.generate(ids, max_new_tokens=1)[:, -1].tolist() == greedy.tolist()
 

@@ -40,6 +40,7 @@ constexpr int kParts = 64 / kPartBytes;
 constexpr int kPartLanes = kLanes / kParts;
 typedef float FloatPart __attribute__((vector_size(kPartBytes)));
 typedef int32_t IntPart __attribute__((vector_size(kPartBytes)));
+typedef uint32_t BitsPart __attribute__((vector_size(kPartBytes)));
 
 // Keeps the compiler from loading it again where it is used, and from reordering what it is the sum of.
 inline void keep(FloatPart& x) {
@@ -102,15 +103,14 @@ inline void store_part(float* p, FloatPart x) { std::memcpy(p, &x, sizeof(x)); }
 
 // Rounded to nearest, ties to even; what is no number stays none.
 inline void store_part(BFloat16* p, FloatPart x) {
-  typedef uint32_t Words __attribute__((vector_size(kPartBytes)));
-  typedef uint16_t Bits __attribute__((vector_size(kPartBytes / 2)));
-  const Words bits = (Words)x, even = bits + 0x7fff + ((bits >> 16) & 1), nan = bits | 0x400000;
-  const Words rounded = (x == x ? even : nan) >> 16;
+  const BitsPart bits = (BitsPart)x, even = bits + 0x7fff + ((bits >> 16) & 1), nan = bits | 0x400000;
+  const BitsPart rounded = (x == x ? even : nan) >> 16;
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)rounded, (__m256i)rounded), 0b1000);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(words));
 #else
-  const Bits upper = __builtin_convertvector(rounded, Bits);
+  typedef uint16_t Halves __attribute__((vector_size(kPartBytes / 2)));
+  const Halves upper = __builtin_convertvector(rounded, Halves);
   std::memcpy(p, &upper, sizeof(upper));
 #endif
 }
@@ -138,7 +138,7 @@ inline FloatPart exp_part(FloatPart x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  const auto power = (FloatPart)((IntPart)p + ((IntPart)shifted << 23));
+  const auto power = (FloatPart)((BitsPart)p + ((BitsPart)shifted << 23));
   return x == x ? power : x;
 }
 

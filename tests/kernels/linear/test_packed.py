@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +20,13 @@ ops = torch.ops.fastllama
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> None:
     assert build.load() is None
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def draw(n, k, bits, group, has_offsets=False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -111,6 +120,34 @@ def test_gate_up_is_the_gated_activation_of_linear(activation, bias) -> None:
     number, function = ACTIVATIONS[activation]
     gate, up = ops.linear_packed(*args, None, True).chunk(2, dim=-1)
     torch.testing.assert_close(ops.gate_up_packed(*args, number, True), function(gate) * up)
+
+
+def test_the_silu_of_any_number_is_no_larger_than_that_number_allows() -> None:
+    code_nk = torch.tensor([0, 9], dtype=torch.uint8).repeat_interleave(16)[:, None].repeat(1, 32)  # gate < 0 < up
+    codes, scales = packed.packed(code_nk, 4), packed.by_panel(torch.full((32, 1), 0.01)).half()
+    x = torch.tensor([1e-3, 1.0, 30.0, 35.0, 1e3, 1e30])[:, None].repeat(1, 32)
+    gate, up = ops.linear_packed(x, codes, scales, None, None, None, 0.0, None, False).double().chunk(2, dim=-1)
+    found = ops.gate_up_packed(x, codes, scales, None, None, None, 0.0, ACTIVATIONS["silu"][0], False)
+    assert gate.min() < -1e29
+    torch.testing.assert_close(found.double(), gate * torch.sigmoid(gate) * up, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_results_are_float32_ones_rounded_to_nearest(dtype) -> None:
+    matrix, x = draw(64, 96, 8, 96), torch.randn(7, 96).to(dtype)
+    x[2], x[3] = 3e4, -6e4  # beyond float16
+    found = ops.linear_packed(x, *matrix, None, None, 0.0, None, True)
+    assert torch.equal(found, ops.linear_packed(x.float(), *matrix, None, None, 0.0, None, True).to(dtype))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 9])
+def test_a_row_is_the_same_alone_and_on_any_number_of_threads(bits, rows, threads) -> None:
+    matrix, x = draw(16 * 137, 256, bits, 32, True), torch.randn(rows, 256)
+    alone = [ops.linear_packed(row[None], *matrix, None, None, 0.0, None, True) for row in x]
+    for count in (1, 2, 3, 5):
+        threads(count)
+        assert torch.equal(ops.linear_packed(x, *matrix, None, None, 0.0, None, True), torch.cat(alone))
 
 
 @pytest.mark.parametrize("codes_inputs", [True, False])
