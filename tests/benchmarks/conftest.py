@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ from fastllama_benchmarks.regress.rounds import SIDES, Metric, Round
 
 AUTHOR = ("-c", "user.name=somebody", "-c", "user.email=somebody@localhost")
 INFO = {"device": "cpu", "device_type": "cpu", "torch": "2.13.0", "python": "3.11.7", "threads": 2, "vocab_size": 9}
+
+
+@pytest.fixture(autouse=True)
+def terminating() -> Iterator[None]:
+    """Commands take SIGTERM as Ctrl-C for as long as their process lives; here it lives on."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
