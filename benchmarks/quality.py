@@ -49,7 +49,7 @@ def measure(
     reference = LlamaForCausalLM.from_pretrained(name, dtype, device, "none", progress=False)
     tokenizer = load_tokenizer(name)
     ids = tokenizer.encode(content, add_special_tokens=False)[:tokens]
-    texts = list(windows(ids, min(window, len(ids)), tokenizer.bos_token_id))
+    texts = list(windows(ids, window, tokenizer.bos_token_id))
     rows = {}
     for scheme in dict.fromkeys(("none", *schemes)):
         say(f"reading with {scheme}")

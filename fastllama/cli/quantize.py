@@ -14,7 +14,7 @@ from fastllama.cli import options
 from fastllama.cli.console import errors_in_one_line, progress, stdout
 
 if TYPE_CHECKING:
-    from fastllama import LlamaForCausalLM
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +72,14 @@ def quantize(
         config = dataclasses.replace(config, **changes)
         if calibrate and config.bits != 4:
             raise ValueError(f"--calibrate chooses codes of 4 bits, and --scheme is {scheme}; leave out one of them")
+        texts = _windows_of(calibrate, model) if calibrate else []
         loaded = LlamaForCausalLM.from_pretrained(model, dtype, quantize=config, progress=not quiet, strict=strict)
-        if calibrate:
-            _calibrate(loaded, model, calibrate, not quiet)
+        if texts:
+            from fastllama.quantization.calibration import calibrate as choose_codes
+
+            source = LlamaForCausalLM.from_pretrained(model, loaded.dtype, quantize="none", progress=False)
+            choose_codes(loaded, source, texts, progress=not quiet)
+            del source
         with progress(quiet) as say:
             say("writing")
             loaded.save_pretrained(folder)
@@ -86,18 +91,20 @@ def quantize(
             stdout().print(f"{folder}: {size / 1e9:.3g} GB of weights", markup=False, highlight=False)
 
 
-def _calibrate(quantized: LlamaForCausalLM, name: str, file: Path, shows: bool) -> None:
-    """Choose its codes by the beginning of a text: at most WINDOWS windows of it."""
-    from fastllama import LlamaForCausalLM, load_tokenizer
-    from fastllama.quantization.calibration import calibrate
+def _windows_of(file: Path, model: str) -> list[torch.Tensor]:
+    """The ids of the beginning of a text: at most WINDOWS windows of it."""
+    from fastllama import load_tokenizer
     from fastllama.quantization.quality import windows
 
-    tokenizer, length = load_tokenizer(name), min(WINDOW, quantized.config.max_position_embeddings)
-    with file.open(encoding="utf-8") as opened:
-        ids = tokenizer.encode(opened.read(CHARACTERS), add_special_tokens=False)
-    texts = list(islice(windows(ids, min(length, len(ids)), tokenizer.bos_token_id), WINDOWS)) if ids else []
-    source = LlamaForCausalLM.from_pretrained(name, quantized.dtype, quantize="none", progress=False)
-    calibrate(quantized, source, texts, shows)
+    tokenizer = load_tokenizer(model)
+    try:
+        with file.open(encoding="utf-8") as opened:
+            ids = tokenizer.encode(opened.read(CHARACTERS), add_special_tokens=False)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text in UTF-8: {error}") from error
+    if not ids:
+        raise ValueError(f"{file} is empty: there is no text to calibrate with")
+    return list(islice(windows(ids, WINDOW, tokenizer.bos_token_id), WINDOWS))
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> list[str]:

@@ -41,19 +41,21 @@ ALONE = (("self_attn.o_proj",), ("mlp.down_proj",))
 def calibrate(model: Llama, source: Llama, texts: Sequence[torch.Tensor], progress: bool = False) -> None:
     """Choose the 4-bit codes of a quantized model's layers again, by error feedback on a text.
 
-    The layers are gone through in order; each sees the text through those before it as they are quantized. A layer at
-    a time is in memory in float32, next to both models. Matrices of 8 bits, the head and the embedding stay as they
-    are.
+    The layers are gone through in order; each sees the text through those before it as they are quantized. Next to both
+    models, memory holds in float32 a layer, what goes into it, and ``[k, k]`` for each of its inputs; and of the matrix
+    at hand some ``[k, k]`` in float64. Matrices of 8 bits, the head and the embedding stay as they are.
 
     Args:
         model: the quantized one; its codes, scales and offsets are overwritten.
         source: what it was made from, not quantized.
-        texts: ids ``[b, t]``, as :func:`fastllama.quantization.quality.windows` makes them: some thousand tokens in
-            all.
+        texts: int64 ids ``[b, t]``, as :func:`fastllama.quantization.quality.windows` makes them: some thousand tokens
+            in all.
         progress: show a progress bar on stderr if that is a terminal.
 
     Raises:
-        ValueError: no text, or a source that is quantized or of another shape.
+        ValueError: a model without matrices of 4 bits, no text or none of int64 ids ``[b, t]``, a source that is
+            quantized or of another shape. Or one that is not finite, or whose scales are beyond float16: then the
+            layers before have new codes already.
     """
     _check(model, source, texts)
     config, device = source.config, model.device
@@ -67,6 +69,10 @@ def calibrate(model: Llama, source: Llama, texts: Sequence[torch.Tensor], progre
             for x_btm in inputs:
                 layer(x_btm, **arguments[x_btm.shape[1]])
         for names, gram_kk in grams.items():
+            if not gram_kk.isfinite().all():
+                raise ValueError(
+                    f"{names[0]} of a layer has inputs that are not finite, on the text; load the model again"
+                )
             _take_codes(layer, target, names, gram_kk)
         inputs = [layer(x_btm, **arguments[x_btm.shape[1]])[0] for x_btm in inputs]
 
@@ -119,8 +125,14 @@ def feedback_factor(gram_kk: torch.Tensor) -> torch.Tensor:
 
 
 def _check(model: Llama, source: Llama, texts: Sequence[torch.Tensor]) -> None:
-    if not any(ids.numel() for ids in texts):
+    if not any(each.bits == BITS for each in packed_modules(model.model.layers).values()):
+        raise ValueError('the model has no layers of 4 bits to calibrate: load it with quantize="int4"')
+    if not texts:
         raise ValueError("there is no text to calibrate with: expected at least one token")
+    for ids in texts:
+        if ids.dtype != torch.int64 or ids.dim() != 2 or not ids.numel():
+            got = f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
+            raise ValueError(f"got {got} as a text, expected int64 ids [b, t], at least one")
     if packed_modules(source.model.layers):
         raise ValueError('the source of a calibration is quantized: load it with quantize="none"')
     shapes = [{name: tuple(each.shape) for name, each in _linears(network)} for network in (model, source)]
@@ -174,5 +186,7 @@ def _take_codes(layer: nn.Module, target: nn.Module, names: Sequence[str], gram_
     for name, each in packed.items():
         linear = cast(nn.Linear, layer.get_submodule(name))
         if each.bits == BITS and factor_kk is not None:
-            each.take(*feedback_codes(linear.weight, factor_kk, each.group, each.offsets is not None), BITS)
+            codes = feedback_codes(linear.weight, factor_kk, each.group, each.offsets is not None)
+            if not each.take(*codes, BITS):
+                raise ValueError(f"{name} of a layer needs scales beyond float16; exclude it, and load the model again")
         linear.weight.copy_(each.dequantized(torch.float32))

@@ -8,6 +8,7 @@ Shape suffixes: ``n`` rows, ``k`` columns, ``p`` panels of 16 rows, ``l`` lines 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -19,6 +20,8 @@ from torch.nn import functional as F
 from fastllama import ops
 from fastllama.config import LlamaConfig
 from fastllama.config.quantization import QuantizationConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Packed(nn.Module):
@@ -206,6 +209,9 @@ def quantize_modules(model: nn.Module, config: LlamaConfig, quantization: Quanti
         ValueError: a group that does not divide the columns.
     """
     modules = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    for name in quantization.exclude:
+        if not any(f".{module}".endswith(f".{name}") for module in modules):
+            logger.warning("there is no module %r to exclude from quantization", name)
     schemes = {name: quantization.scheme_of(name, module.weight.shape[1]) for name, module in modules.items()}
     kept = {n for n, m in modules.items() if schemes[n] and ".layers." in n and m.weight.shape[0] % ops.PANEL}
     tied = [["model.embed_tokens", "lm_head"]] if config.tie_word_embeddings else []

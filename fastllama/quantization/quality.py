@@ -34,9 +34,12 @@ class Quality:
 
 
 def windows(ids: Sequence[int], length: int, bos: int | None = None) -> Iterator[torch.Tensor]:
-    """The ids in windows ``[1, t]`` of a length, each after the BOS id where there is one; a short rest is left out."""
+    """The ids in windows ``[1, t]`` of a length, each after the BOS id where there is one.
+
+    A rest that is shorter is left out; a text that is shorter is one window.
+    """
     start = [] if bos is None else [bos]
-    step = length - len(start)
+    step = max(1, min(length - len(start), len(ids)))
     for first in range(0, len(ids) - step + 1, step):
         yield torch.tensor([[*start, *ids[first : first + step]]])
 

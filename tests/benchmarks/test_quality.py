@@ -62,6 +62,7 @@ def test_windows_cover_the_text_once_after_bos() -> None:
     found = list(windows(range(10, 20), 4, bos=1))
     assert [window.tolist() for window in found] == [[[1, 10, 11, 12]], [[1, 13, 14, 15]], [[1, 16, 17, 18]]]
     assert [window.tolist() for window in windows([5, 6, 7], 2)] == [[[5, 6]]]
+    assert [window.tolist() for window in windows([5, 6], 8, bos=1)] == [[[1, 5, 6]]]
     with pytest.raises(ValueError, match="no text to read"):
         quality(None, None, [])  # type: ignore[arg-type]
 

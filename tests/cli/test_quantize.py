@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,12 @@ def test_a_text_chooses_the_codes(tmp_path) -> None:
     assert (calibrated - expected).norm() < 0.8 * (plain - expected).norm()
 
 
+def test_a_short_text_is_enough_and_a_wrong_name_is_said(tmp_path, caplog) -> None:
+    (tmp_path / "text").write_text("x", encoding="utf-8")
+    assert run("demo", tmp_path / "new", "--calibrate", tmp_path / "text", "--exclude", "nosuch").exit_code == 0
+    assert "there is no module 'nosuch' to exclude from quantization" in caplog.text
+
+
 def test_a_source_without_tokenizer_files_is_said(tmp_path, caplog) -> None:
     shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     write_gguf(LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4)), tmp_path / "model.gguf")
@@ -70,7 +77,8 @@ def test_a_source_without_tokenizer_files_is_said(tmp_path, caplog) -> None:
         (["demo", "new", "--group-size", "48"], "group_size is 48"),
         (["no-such-folder/x", "new"], "no-such-folder"),
         (["demo", "new", "--scheme", "int8", "--calibrate", __file__], "chooses codes of 4 bits, and --scheme is int8"),
-        (["demo", "new", "--calibrate", os.devnull], "no text to calibrate with"),
+        (["demo", "new", "--calibrate", os.devnull], "is empty: there is no text to calibrate with"),
+        (["demo", "new", "--calibrate", sys.executable], "is not a text in UTF-8"),
     ],
     ids=str,
 )

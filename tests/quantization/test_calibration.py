@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -152,5 +153,32 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path) -> None:
         calibrate(model, source, [])
     with pytest.raises(ValueError, match="the source of a calibration is quantized"):
         calibrate(model, model, [torch.ones(1, 4, dtype=torch.long)])
+    for got, ids in {
+        "int32 [1, 4]": torch.ones(1, 4, dtype=torch.int32), "int64 [4]": torch.ones(4, dtype=torch.long),
+        "int64 [1, 0]": torch.ones(1, 0, dtype=torch.long),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(f"got {got} as a text, expected int64")):
+            calibrate(model, source, [torch.ones(1, 4, dtype=torch.long), ids])
+    for other in (source, LlamaForCausalLM.from_pretrained(tmp_path / "source", quantize="int8")):
+        with pytest.raises(ValueError, match="the model has no layers of 4 bits"):
+            calibrate(other, source, [torch.ones(1, 4, dtype=torch.long)])
     with pytest.raises(ValueError, match="matrices of other shapes"):
         calibrate(model, small(attention_bias=True, num_key_value_heads=2), [torch.ones(1, 4, dtype=torch.long)])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("mlp.down_proj", float("nan"), "mlp.down_proj of a layer needs scales beyond float16"),
+        ("mlp.down_proj", 1e8, "mlp.down_proj of a layer needs scales beyond float16"),
+        ("self_attn.v_proj", float("inf"), "self_attn.v_proj of a layer needs scales"),
+    ],
+)
+def test_a_source_that_is_not_finite_enough_is_refused(tmp_path, name, value, message) -> None:
+    source = small()
+    source.save_pretrained(tmp_path / "source")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "source", quantize="int4")
+    with torch.no_grad():
+        source.model.layers[1].get_submodule(name).weight[3, 5] = value
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, source, [torch.randint(64, (2, 40))])

@@ -24,11 +24,7 @@ constexpr int64_t kSlots = 64;    // cache slots per step of the online softmax
 constexpr int64_t kChunk = 2 * kSlots;  // of a task; threads share out tasks, so a result does not depend on their number
 constexpr int kHeads = 4;         // query heads that take a key or value together, of those that share it
 // Keys, and vectors of a value, that these heads take together: as many as there are registers for.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kKeys = 4, kVectors = 4;
-#else
-constexpr int kKeys = 2, kVectors = 2;
-#endif
+constexpr int kKeys = kRegisters / 8, kVectors = kRegisters / 8;
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 struct Shape {

@@ -9,9 +9,9 @@
 
 namespace fastllama {
 
-// Calls f(each) once on each of some threads, with at least `grain` indices for each; each(body) calls body(i) for
-// indices i below count, a piece of them in a row. A thread begins with a range of its own, and takes pieces of the
-// others' when it is done: cores differ, and so does what else they have to do.
+// Calls f(each) once on each thread, or on fewer: one for every `grain` indices that there are. each(body) calls body(i)
+// for indices i below count, at most `grain` of them in a row. A thread begins with a range of its own, and takes pieces
+// of the others' when it is done: cores differ, and so does what else they have to do.
 template <typename F>
 void parallel_each(int64_t count, int64_t grain, const F& f) {
   struct alignas(64) Range {  // of pieces; a line of the cache each

@@ -37,6 +37,12 @@ constexpr int64_t kPartBytes = 32;
 constexpr int64_t kPartBytes = 16;
 #endif
 constexpr int kParts = 64 / kPartBytes;
+// Vector registers: tiles are as large as they allow.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 constexpr int kPartLanes = kLanes / kParts;
 typedef float FloatPart __attribute__((vector_size(kPartBytes)));
 typedef int32_t IntPart __attribute__((vector_size(kPartBytes)));

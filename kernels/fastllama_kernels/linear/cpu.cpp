@@ -17,8 +17,8 @@ namespace fastllama {
 namespace {
 
 constexpr int kWeightRows = 4;  // matrix rows streamed side by side: enough to keep the load queues full
-// Of these, as many at once as there are registers for: AVX2 has 16.
-constexpr int at_once(int activation_rows) { return kPartBytes == 32 && activation_rows > 2 ? 2 : kWeightRows; }
+// Of these, as many at once as there are registers for.
+constexpr int at_once(int activation_rows) { return kRegisters == 16 && activation_rows > 2 ? 2 : kWeightRows; }
 
 // The activations [rows, n] as the products take them, normalised (RMS, weighted) when a norm weight is given.
 template <typename T>
@@ -123,6 +123,7 @@ void check_arguments(const Tensor& x, const Tensor& weight, const std::optional<
   const auto dtype = x.scalar_type();
   STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous(), "fastllama: x is strided, expected a contiguous tensor");
   const int64_t n = x.size(x.dim() - 1), out_features = weight.size(0);
+  STD_TORCH_CHECK(n > 0, "fastllama: x has 0 columns, expected some");
   check(weight, "weight", dtype, {out_features, n});
   if (bias.has_value()) check(*bias, "bias", dtype, {out_features});
   if (norm_weight.has_value()) check(*norm_weight, "norm_weight", dtype, {n});

@@ -195,7 +195,7 @@ int64_t bits_of(const Tensor& codes, int64_t k) {
   STD_TORCH_CHECK(codes.scalar_type() == torch::headeronly::ScalarType::Byte && codes.is_contiguous() &&
                       codes.dim() == 3 && codes.size(2) == kLine,
                   "fastllama: expected contiguous codes of uint8 in lines of ", kLine);
-  STD_TORCH_CHECK(k % kGroup == 0, "fastllama: x has ", k, " columns, expected a multiple of ", kGroup);
+  STD_TORCH_CHECK(k > 0 && k % kGroup == 0, "fastllama: x has ", k, " columns, expected a multiple of ", kGroup);
   const int64_t bits = codes.size(1) * 32 / k;
   STD_TORCH_CHECK((bits == 4 || bits == 8) && codes.size(1) * 32 == bits * k, "fastllama: got ", codes.size(1),
                   " lines of codes for ", k, " columns, expected ", k / 8, " or ", k / 4);

@@ -95,8 +95,9 @@ def test_infinities_and_nans_are_not_swallowed(op) -> None:
         {"bias": torch.randn(5)},
         {"norm_weight": torch.randn(7)},
         {"norm_weight": torch.randn(8).bfloat16()},
+        {"x": torch.randn(2, 0), "weight": torch.randn(4, 0)},
     ],
-    ids=["x strided", "weight strided", "k differs", "dtype differs", "float64", "bias", "norm", "norm dtype"],
+    ids=["x strided", "weight strided", "k differs", "dtype differs", "float64", "bias", "norm", "norm dtype", "empty"],
 )
 def test_bad_input_is_refused_before_anything_runs(op, bad) -> None:
     with pytest.raises(RuntimeError, match="expected"):

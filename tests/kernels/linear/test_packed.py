@@ -245,6 +245,7 @@ GOOD = {
     ("changes", "message"),
     [
         ({"x": torch.zeros(1, 48)}, "x has 48 columns"),
+        ({"x": torch.zeros(1, 0)}, "x has 0 columns"),
         ({"x": torch.zeros(1, 96)}, "8 lines of codes for 96 columns, expected 12 or 24"),
         ({"x": torch.zeros(64, 2).t()}, "strided"),
         ({"codes": torch.zeros(2, 8, 64)}, "uint8"),
