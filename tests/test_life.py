@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import os
 import pickle
 import resource
@@ -12,7 +13,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import pytest
 import torch
 
 from fastllama import LlamaConfig, LlamaForCausalLM
+from fastllama.config import RopeParameters
 from fastllama.config.fields import write_json
 from fastllama.generation.loop import AHEAD
 from fastllama.loading import save
@@ -268,6 +271,40 @@ def test_an_exception_of_a_signal_handler_ends_a_call_and_leaves_the_model_usabl
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
     assert tokens(decoded) == expected
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt while an object is freed
+def test_an_interrupt_after_any_call_while_the_cache_grows_leaves_the_model_usable():
+    torch.manual_seed(1)
+    longer = replace(TINY, max_position_embeddings=10, rope=RopeParameters("dynamic", factor=2.0))
+    model = LlamaForCausalLM(longer).eval()  # whose rotary tables change with every token
+    expected = tokens(model)
+    watched = ("engine/buffers.py", "engine/runner.py", "model/cache.py")
+
+    def interrupt(at: int) -> bool:
+        """Decode, interrupted at a call in these files; whether there was that call."""
+        calls = itertools.count()
+
+        def profile(frame: Any, event: str, _: Any) -> None:
+            # Where Python looks for signals: after a call into C, and where a function begins.
+            if event in ("call", "c_return") and frame.f_code.co_filename.endswith(watched) and next(calls) == at:
+                raise KeyboardInterrupt
+
+        model.engine.release()
+        model.warmup(max_cache_len=8)
+        sys.setprofile(profile)
+        try:
+            with suppress(KeyboardInterrupt):
+                tokens(model)
+        finally:
+            sys.setprofile(None)
+        return next(calls) > at
+
+    at = 0
+    while interrupt(at):
+        assert tokens(model) == expected, f"after an interrupt at call {at}"
+        at += 1
+    assert at > 300
 
 
 def ends_well(check: Callable[[], bool]) -> bool:

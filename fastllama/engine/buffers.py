@@ -303,6 +303,7 @@ class Buffers:
             return
         slots_1s = torch.arange(self.cache.max_cache_len, device=self.device)[None]
         cos_1sd, sin_1sd = rotary_cos_sin(self.config, slots_1s, seq_len)
+        self._rope_key = None  # interrupted below, the tables are of no length
         self.memory.cos_sd.copy_(cos_1sd[0])
         self.memory.sin_sd.copy_(sin_1sd[0])
         self._rope_key, self._rope_len = key, seq_len

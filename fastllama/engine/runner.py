@@ -24,7 +24,7 @@ from fastllama.engine.decoder import FusedDecoder
 from fastllama.engine.forks import say_if_forked
 from fastllama.engine.graphs import CallOrder, StepKey, Steps, call_plainly, plain_mode
 from fastllama.engine.steps import PREFILL_CHUNKS, VERIFY_TOKENS, batch_bucket, prefill_chunks, prompt_chunks
-from fastllama.model.cache import StaticCache
+from fastllama.model.cache import CacheMemoryError, StaticCache
 from fastllama.model.llama import Llama
 from fastllama.model.rope import static_length
 
@@ -163,8 +163,18 @@ class Runner:
             logger.info("the KV cache grows to %d rows of %d slots; warmup() reserves it beforehand", more_rows, slots)
             if self.runs_ahead or more_rows > held.batch_size:
                 self._steps.clear()
-            self._buffers.resize(more_rows, slots, keep=bool(self._lengths))
+            self._grow(more_rows, slots)
         self._bind()
+
+    def _grow(self, rows: int, slots: int) -> None:
+        """Move to more memory. Interrupted halfway the memory is given up: the next call makes its own."""
+        buffers, self._buffers = self._ready, None
+        try:
+            buffers.resize(rows, slots, keep=bool(self._lengths))
+        except CacheMemoryError:  # nothing was changed
+            self._buffers = buffers
+            raise
+        self._buffers = buffers
 
     def warmup(self, max_batch_size: int = 1, max_cache_len: int | None = None, verify: bool = False) -> None:
         """Allocate for that many rows and slots, and compile every step that calls within them can need.
