@@ -9,6 +9,7 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -219,22 +220,31 @@ template <>
 struct Activations<BFloat16> { using type = BFloat16; };
 #endif
 
+constexpr int64_t kAhead = 2048;  // bytes between a load and the prefetch before it
+
 // out[r][m] = w_r · x_m for R weight rows and M activation rows (x_m = x + m * n): each weight is loaded once.
+// Weight rows that follow each other in memory are prefetched to the next rows' beginning, where a page ends.
 template <int R, int M, typename T>
 __attribute__((noinline)) void dot_tile(const T* const (&rows)[R], const float* x, int64_t n, float (&out)[R][M]) {
+  constexpr int64_t kAheadColumns = kAhead / sizeof(T);
   const T* w[R];
   std::memcpy(w, rows, sizeof(w));  // a function and pointers of its own: they stay in registers
   FloatPart acc[R][M] = {};
   int64_t i = 0;
   for (; i + kPartLanes <= n; i += kPartLanes) {
-    FloatPart x_m[M];
-    FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) {
-      x_m[m] = load_part(x + m * n + i);
-      keep(x_m[m]);
+    const int64_t ahead = i + kAheadColumns < n ? kAheadColumns : kAheadColumns + (R - 1) * n;
+    FASTLLAMA_UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + i + ahead);
+    // Of weights and activations the fewer are held while the others pass.
+    FloatPart held[std::min(R, M)];
+    const auto load = [&](bool weights, int at) { return weights ? load_part(w[at] + i) : load_part(x + at * n + i); };
+    FASTLLAMA_UNROLL for (int at = 0; at < std::min(R, M); ++at) {
+      held[at] = load(R < M, at);
+      keep(held[at]);
     }
-    FASTLLAMA_UNROLL for (int r = 0; r < R; ++r) {
-      const FloatPart w_r = load_part(w[r] + i);
-      FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) acc[r][m] += w_r * x_m[m];
+    FASTLLAMA_UNROLL for (int at = 0; at < std::max(R, M); ++at) {
+      const FloatPart passing = load(R >= M, at);
+      FASTLLAMA_UNROLL for (int other = 0; other < std::min(R, M); ++other)
+        acc[R < M ? other : at][R < M ? at : other] += passing * held[other];
     }
   }
   FASTLLAMA_UNROLL for (int r = 0; r < R; ++r)

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "activate.h"
@@ -16,9 +17,9 @@
 namespace fastllama {
 namespace {
 
-constexpr int kWeightRows = 4;  // matrix rows streamed side by side: enough to keep the load queues full
+constexpr int kWeightRows = 6;  // matrix rows streamed side by side: enough to keep the load queues full
 // Of these, as many at once as there are registers for.
-constexpr int at_once(int activation_rows) { return kRegisters == 16 && activation_rows > 2 ? 2 : kWeightRows; }
+constexpr int at_once(int activation_rows) { return kRegisters == 16 && activation_rows > 2 ? 3 : kWeightRows; }
 
 // The activations [rows, n] as the products take them, normalised (RMS, weighted) when a norm weight is given.
 template <typename T>
@@ -26,10 +27,14 @@ std::vector<typename Activations<T>::type> prologue(const T* x, const T* norm_we
                                                     int64_t n) {
   using X = typename Activations<T>::type;
   std::vector<X> out(rows * n);
-  std::vector<float> row(n);
+  std::vector<float> row(std::is_same_v<X, float> ? 0 : n);
   for (int64_t r = 0; r < rows; ++r) {
-    normalised(x + r * n, norm_weight, eps, n, row.data());
-    for (int64_t i = 0; i < n; ++i) out[r * n + i] = static_cast<X>(row[i]);
+    if constexpr (std::is_same_v<X, float>) {
+      normalised(x + r * n, norm_weight, eps, n, out.data() + r * n);
+    } else {
+      normalised(x + r * n, norm_weight, eps, n, row.data());
+      for (int64_t i = 0; i < n; ++i) out[r * n + i] = static_cast<X>(row[i]);
+    }
   }
   return out;
 }

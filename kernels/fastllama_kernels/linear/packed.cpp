@@ -19,8 +19,6 @@
 namespace fastllama {
 namespace {
 
-constexpr int64_t kAhead = 2048;  // bytes between a load and the prefetch before it
-
 // A packed matrix as the kernels read it.
 struct Panels {
   const uint8_t* codes;            // [panels, lines, kLine]
