@@ -37,6 +37,7 @@ class Level(NamedTuple):
 NOTHING = Level("", (), frozenset())
 PORTABLE = NOTHING.above("portable", "-msse4.2 -mpopcnt -mcx16", "ssse3 sse4_2 popcnt cx16")
 AVX2 = PORTABLE.above("avx2", "-mavx2 -mfma -mf16c -mbmi -mbmi2 -mlzcnt -mmovbe", "avx2 fma f16c bmi1 bmi2 abm movbe")
+AVX_VNNI = AVX2.above("avxvnni", "-mavxvnni", "avx_vnni")
 AVX512 = AVX2.above(
     "avx512",
     "-mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl",
@@ -47,7 +48,7 @@ BF16 = VNNI.above("avx512bf16", "-mavx512bf16", "avx512_bf16")
 NEON = Level("neon", ("-march=armv8-a",), frozenset({"asimd"}))
 DOTPROD = Level("dotprod", ("-march=armv8.2-a+dotprod+fp16",), NEON.needs | {"asimddp", "asimdhp"})
 #: By machine, the lowest first.
-LEVELS = {"x86_64": (PORTABLE, AVX2, AVX512, VNNI, BF16), "aarch64": (NEON, DOTPROD)}
+LEVELS = {"x86_64": (PORTABLE, AVX2, AVX_VNNI, AVX512, VNNI, BF16), "aarch64": (NEON, DOTPROD)}
 
 
 def known() -> tuple[Level, ...]:

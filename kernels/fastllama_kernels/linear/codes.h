@@ -72,7 +72,7 @@ inline float encode(const float* x, int8_t* codes, int32_t& sum) {
 template <int kBits, typename X>
 struct BlockSum;
 
-#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512F__)
 
 template <int kBits>
 struct Codes {  // the low and the high halves of bytes
@@ -86,6 +86,7 @@ struct Codes {  // the low and the high halves of bytes
 // Sixteen-bit sums: a block adds up eight pairs of products, each at most 2 * 15 * 127.
 template <int kBits>
 struct BlockSum<kBits, int8_t> {
+  static constexpr int kSums = kBits == 4 ? 1 : 2;
   __m256i low = _mm256_setzero_si256(), high = _mm256_setzero_si256();
 
   void add(const Codes<kBits>& codes, const int8_t* x) {
@@ -112,6 +113,8 @@ struct BlockSum<kBits, int8_t> {
 inline IntPart dot4(IntPart acc, IntPart codes, int32_t quad) {
 #if defined(__AVX512VNNI__)
   return (IntPart)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, _mm512_set1_epi32(quad));
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+  return (IntPart)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)codes, _mm256_set1_epi32(quad));
 #elif defined(__ARM_FEATURE_DOTPROD)
   // Signed times signed: 128 less in each code, and 128 times the activations' sum back.
   const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(quad));
@@ -133,6 +136,7 @@ struct Codes {
 
 template <int kBits>
 struct BlockSum<kBits, int8_t> {
+  static constexpr int kSums = 2;
   IntPart even = {}, odd = {};  // two chains, for an instruction's result takes some cycles
 
   void add(const Codes<kBits>& codes, const int8_t* x) {
@@ -162,6 +166,7 @@ struct FloatCodes {
 
 template <int kBits>
 struct BlockSum<kBits, float> {
+  static constexpr int kSums = 2;
   FloatPart even = {}, odd = {};
 
   void add(const FloatCodes<kBits>& codes, const float* x) {

@@ -60,7 +60,9 @@ template <int kBits, bool kOffsets, int M, typename X>
 void multiply(const Panels& w, int64_t panel, const Inputs<X>& x, int64_t first, f32x16 (&out)[M]) {
   using Split = std::conditional_t<std::is_same_v<X, float>, FloatCodes<kBits>, Codes<kBits>>;
   constexpr int64_t kColumns = 32 / kBits, kLines = kGroup / kColumns;  // of a line, of a block
-  constexpr int kTogether = kBits == 4 && !std::is_same_v<X, float> ? kParts : 1;  // parts whose sums fit the registers
+  // Parts of a line that are worked on together: all, where their sums fit half of the registers.
+  constexpr bool kFit = BlockSum<kBits, X>::kSums * kParts * M <= kRegisters / 2;
+  constexpr int kTogether = kFit && kBits == 4 && !std::is_same_v<X, float> ? kParts : 1;
   constexpr float kMiddle = 1 << (kBits - 1);
   const int64_t blocks = w.k / kGroup, blocks_a_group = w.group / kGroup;
   const uint8_t* lines = w.codes + panel * w.bytes();

@@ -21,6 +21,7 @@ BELOW = [level.name for level in levels.runnable()[1:]]
 PENRYN = "sse sse2 pni ssse3 cx16 sse4_1"
 IVY_BRIDGE = "sse sse2 pni ssse3 cx16 sse4_1 sse4_2 popcnt avx f16c"
 ZEN3 = IVY_BRIDGE + " fma movbe abm bmi1 avx2 bmi2 sha_ni vaes"
+ALDER_LAKE = ZEN3 + " avx_vnni"
 SKYLAKE_X = IVY_BRIDGE + " fma movbe abm bmi1 avx2 bmi2 avx512f avx512dq avx512cd avx512bw avx512vl"
 ICE_LAKE = SKYLAKE_X + " avx512ifma avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg"
 SAPPHIRE_RAPIDS = ICE_LAKE + " avx_vnni avx512_bf16 amx_bf16 avx512_fp16 amx_tile amx_int8"
@@ -50,6 +51,7 @@ def processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         ("x86_64", "flags", PENRYN, "native"),
         ("x86_64", "flags", IVY_BRIDGE, "portable"),
         ("x86_64", "flags", ZEN3, "avx2"),
+        ("x86_64", "flags", ALDER_LAKE, "avxvnni"),
         ("x86_64", "flags", SKYLAKE_X, "avx512"),
         ("x86_64", "flags", ICE_LAKE, "avx512vnni"),
         ("x86_64", "flags", SAPPHIRE_RAPIDS, "avx512bf16"),
