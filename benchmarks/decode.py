@@ -107,10 +107,9 @@ def open_peers(keys: Sequence[str], task: Task, stack: ExitStack) -> tuple[list[
 
 def bound_of(model: LlamaForCausalLM, workload: Workload, probe: BandwidthProbe) -> dict[str, Any]:
     """What bounds the decode: the bytes that a step reads, half way through it, and how fast the memory was."""
+    kv_bytes = (model.kv_cache_dtype or model.dtype).itemsize
     nbytes = weight_bytes_per_step(model, workload.batch)
-    nbytes += kv_cache_bytes(
-        model.config, workload.live_tokens, workload.batch, (model.kv_cache_dtype or model.dtype).itemsize
-    )
+    nbytes += kv_cache_bytes(model.config, workload.live_tokens, workload.batch, kv_bytes)
     floor_ms = 1e3 * nbytes / probe.best.bytes_per_second
     return {"bytes_per_step": nbytes, "floor_ms": floor_ms, **bandwidth(probe)}
 

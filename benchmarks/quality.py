@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from fastllama import LlamaForCausalLM, load_tokenizer
+from fastllama.config.quantization import QuantizationConfig
+from fastllama.loading.names import resolve
 from fastllama.measure import BandwidthProbe, weight_bytes_per_step
 from fastllama.quantization.quality import quality, windows
 
@@ -44,6 +46,8 @@ def measure(
     name: str, dtype: str | None, device: str, schemes: list[str], text: Path | None, tokens: int, window: int, say: Say
 ) -> dict[str, Any]:
     """The fields of a record: for each scheme, how it predicts the text, next to the model as it is."""
+    for scheme in set(schemes) - {"none", "stored", INT8_KV}:
+        resolve(scheme) if "/" in scheme else QuantizationConfig.of(scheme)  # fails before anything is read
     content = text.read_text(encoding="utf-8") if text else held_out_text(docstrings=name != "demo")
     say("loading")
     reference = LlamaForCausalLM.from_pretrained(name, dtype, device, "none", progress=False)
@@ -53,13 +57,11 @@ def measure(
     rows = {}
     for scheme in dict.fromkeys(("none", *schemes)):
         say(f"reading with {scheme}")
-        model, cache_dtype = reference, torch.int8 if scheme == INT8_KV else None
+        model, kv = reference, torch.int8 if scheme == INT8_KV else None
         if scheme not in ("none", INT8_KV):
             source, quantize = (scheme, None) if "/" in scheme else (name, None if scheme == "stored" else scheme)
             model = LlamaForCausalLM.from_pretrained(source, dtype, device, quantize, progress=False)
-        rows[scheme] = vars(quality(model, reference, texts, cache_dtype)) | {
-            "bytes_per_step": weight_bytes_per_step(model)
-        }
+        rows[scheme] = {"bytes_per_step": weight_bytes_per_step(model)} | vars(quality(model, reference, texts, kv))
     are_numbers = all(math.isfinite(row["perplexity"]) for row in rows.values())
     found = {"schemes": rows, "parity": are_numbers, "text": text.name if text else "the standard library"}
     return weight_fields(name, reference) | bandwidth(BandwidthProbe(device)) | found

@@ -200,9 +200,8 @@ def remarks(record: Record) -> list[str]:
 
 
 def _decode_remarks(record: Record) -> Iterator[str]:
-    speed = (
-        f"{record['memory_bandwidth_gb_s']:.1f} GB/s, measured in this run ({record.get('memory_bandwidth_method')})"
-    )
+    method = record.get("memory_bandwidth_method")
+    speed = f"{record['memory_bandwidth_gb_s']:.1f} GB/s, measured in this run ({method})"
     yield f"bound: {record['bytes_per_step'] / 1e6:.1f} MB of weights and live cache a step at {speed}"
     yield "MBU: memory-bandwidth utilisation, percent of the bound; start: seconds of the first run of the process"
     yield "speed-up: fastllama's tokens/s over the contender's"

@@ -13,6 +13,8 @@ from fastllama.config import GenerationConfig, LlamaConfig, QuantizationConfig
 from fastllama.engine.decoder import check_plain
 from fastllama.engine.runner import Runner
 from fastllama.generation.generate import Streamer, generate, stream
+from fastllama.generation.outside import generate_outside
+from fastllama.generation.request import start_of
 from fastllama.loading.load import load_model
 from fastllama.loading.save import save_model
 from fastllama.model.llama import Llama
@@ -58,6 +60,8 @@ class LlamaForCausalLM(Llama):
         progress: bool = True,
         strict: bool = False,
         kv_cache_dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        device_map: str | torch.device | dict[str, Any] | None = None,
     ) -> LlamaForCausalLM:
         """Load a checkpoint.
 
@@ -70,16 +74,21 @@ class LlamaForCausalLM(Llama):
                 QuantizationConfig; None for those of a checkpoint as it is, quantized or not.
             progress: show a progress bar on stderr if that is a terminal.
             strict: refuse what is otherwise named in a warning and left out: unknown keys of the configs, tensors that
-                no Llama uses, generation settings that ``generate`` does not do.
+                no Llama uses, generation settings that nobody knows.
             kv_cache_dtype: ``"int8"`` to cache keys and values in 8 bits; None for the parameters' dtype.
+            torch_dtype, device_map: transformers' names of ``dtype`` and ``device``: one device, or ``"auto"`` for a
+                GPU where there is one.
 
         Returns:
             The model in eval mode.
 
         Raises:
             CheckpointError: the checkpoint was not found, is incomplete, damaged or does not fit its config.
-            ValueError, NotImplementedError: its configs ask for something that fastllama does not support.
+            ValueError, NotImplementedError: its configs ask for something that fastllama does not support, or the model
+                is to be spread over devices.
         """
+        dtype = torch_dtype if dtype is None else dtype
+        device = device if device_map is None else device_of(device_map)
         cache_dtype = check_cache_dtype(kv_cache_dtype)
         model = load_model(cls, name, dtype=dtype, device=device, quantize=quantize, progress=progress, strict=strict)
         model.kv_cache_dtype = cache_dtype
@@ -96,34 +105,42 @@ class LlamaForCausalLM(Llama):
 
     def generate(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         *,
         generation_config: GenerationConfig | None = None,
         streamer: Streamer | None = None,
         **settings: Any,
-    ) -> torch.Tensor:
-        """Decode through the compiled engine.
+    ) -> Any:
+        """Decode through the compiled engine, or outside of it what its steps do not do.
 
         Args:
-            input_ids: prompts, integers ``[b, t]``, padded on either side.
+            input_ids: prompts, integers ``[b, t]``, padded on either side; ``inputs=`` is another name for them. Where
+                there are none, a row begins with the BOS id.
             attention_mask: ``[b, t]``, 0 where a prompt is padded. Without a mask, pad ids are padding, unless the pad
                 id is also an EOS id.
             generation_config: used instead of the model's own; of transformers' object, what it sets.
             streamer: an object with ``put`` and ``end``, as in transformers; receives the prompt, then each token.
             settings: override the generation config: ``max_new_tokens``, ``max_length`` (prompt included),
                 ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``seed``, ``eos_token_id`` (one or
-                several), ``pad_token_id``.
+                several), ``pad_token_id``. Everything else that transformers takes is done by its code over the eager
+                forward, which is slower; a warning says so once.
 
         Returns:
             int64 ``[b, t + n]`` on the device of ``input_ids``: the prompts as given, then the new tokens. A row that
-            ended early is filled with the pad id.
+            ended early is filled with the pad id. With ``return_dict_in_generate`` transformers' object.
 
         Raises:
+            NotImplementedError: what the compiled step does not do, where transformers is not installed.
             TypeError: an unknown setting, by name.
             ValueError: a setting out of range, ids outside the vocabulary, a prompt without tokens.
         """
         config = self.generation_config.under(generation_config)
+        input_ids = settings.pop("inputs", input_ids)
+        if config.outside_the_step(settings):
+            return generate_outside(self, config, input_ids, attention_mask, streamer, settings)
+        if input_ids is None:
+            input_ids = start_of(config)
         return generate(engine_of(self), input_ids, attention_mask, config, streamer, **settings)
 
     def stream(
@@ -171,6 +188,21 @@ def engine_of(model: LlamaForCausalLM) -> Runner:
         if model.engine is None or model.engine.cache_dtype != cache_dtype or not model.engine.serves(model):
             model.engine = Runner(model, cache_dtype)
         return model.engine
+
+
+def device_of(device_map: str | torch.device | dict[str, Any]) -> str | torch.device:
+    """The one device that transformers' ``device_map`` names.
+
+    Raises:
+        NotImplementedError: it names several.
+    """
+    devices = list(dict.fromkeys(device_map.values() if isinstance(device_map, dict) else [device_map]))
+    if len(devices) != 1:
+        named = ", ".join(map(str, devices))
+        raise NotImplementedError(f"device_map names {named}: fastllama keeps a model on one device")
+    if devices[0] in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{devices[0]}" if isinstance(devices[0], int) else devices[0]
 
 
 def check_cache_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +9,6 @@ import typer
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help and wrong usage answer without it
     from fastllama.causal_lm import LlamaForCausalLM
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 128
 CHECKPOINT_SETTING = "the checkpoint's setting"
@@ -142,12 +139,13 @@ def load(
     quantize: str | None = None,
     kv_cache_dtype: str | None = None,
 ) -> Loaded:
-    """Load a model and its tokenizer; generation settings that are not available are left out, with a warning."""
+    """Load a model and its tokenizer; generation settings that the compiled step does not do are left out."""
     from fastllama import LlamaForCausalLM, load_tokenizer
+    from fastllama.config.fields import tolerate
 
     how = {"dtype": dtype, "device": pick_device(device), "quantize": quantize, "kv_cache_dtype": kv_cache_dtype}
     model = LlamaForCausalLM.from_pretrained(name, **how, progress=not quiet, strict=strict)
     if left_out := sorted(model.generation_config.other):
-        logger.warning("decoding without the checkpoint's settings %s", ", ".join(left_out))
+        tolerate(f"decoding without the checkpoint's settings {', '.join(left_out)}", strict)
         model.generation_config = model.generation_config.replace(other={})
     return Loaded(name, model, load_tokenizer(name))

@@ -1,17 +1,20 @@
-"""GenerationConfig: a frozen dataclass read from ``generation_config.json``.
+"""GenerationConfig: a dataclass read from ``generation_config.json``.
 
-Nothing in a file keeps a checkpoint from loading. What ``generate()`` cannot do is kept and named in a warning, and is
-an error of the call that would use it; what nobody knows is kept and named; keys that cannot change which tokens come
-out are left out.
+Nothing in a file keeps a checkpoint from loading. What the compiled step does not do is kept for ``generate()``, which
+does it outside the step; what nobody knows is kept and named in a warning; keys that cannot change what comes out are
+left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastllama.config.fields import (
     CONFIG_NAME,
@@ -29,9 +32,9 @@ from fastllama.config.fields import (
 from fastllama.config.keys import text_part
 
 # fmt: off
-# Generation settings that fastllama does not support, each with the value (besides null) that has no effect. Older
+# Generation settings that the compiled step does not do, each with the value (besides null) that has no effect. Older
 # checkpoints have them in config.json too; they do not concern the network, so GenerationConfig reads them.
-UNSUPPORTED_GENERATION: dict[str, Any] = {
+OUTSIDE_THE_STEP: dict[str, Any] = {
     "min_length": 0, "min_new_tokens": 0, "max_time": None, "stop_strings": None, "num_beams": 1,
     "num_beam_groups": 1, "num_return_sequences": 1, "diversity_penalty": 0.0, "penalty_alpha": 0.0,
     "dola_layers": None, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
@@ -44,31 +47,51 @@ UNSUPPORTED_GENERATION: dict[str, Any] = {
     # Arguments of generate() alone.
     "logits_processor": [], "stopping_criteria": [], "prefix_allowed_tokens_fn": None, "synced_gpus": False,
     "assistant_model": None, "negative_prompt_ids": None, "negative_prompt_attention_mask": None,
-    "custom_generate": None,
+    "custom_generate": None, "inputs_embeds": None, "past_key_values": None, "cache": None, "position_ids": None,
 }
 
-# Generation settings that do not change which tokens come out: how caches and compilation are organised,
-# what is recorded on the side, and details of beam search and assisted decoding, which are off without a
-# setting above or a second model.
+# What has an effect only next to one of those.
+DETAILS: dict[str, Any] = {
+    "early_stopping": False, "length_penalty": 1.0, "renormalize_logits": False, "output_attentions": False,
+    "output_hidden_states": False, "output_scores": False, "output_logits": False, "tokenizer": None,
+}
+
+# Generation settings that do not change which tokens come out: how caches and compilation are organised, and details of
+# assisted decoding, which is off without a second model.
 INERT_GENERATION = frozenset({
     "transformers_version", "_from_model_config", "_commit_hash", "generation_kwargs", "use_cache",
     "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory",
-    "compile_config", "disable_compile", "continuous_batching_config", "renormalize_logits",
-    "early_stopping", "length_penalty", "output_attentions", "output_hidden_states", "output_scores",
-    "output_logits", "decoder_start_token_id", "is_assistant", "num_assistant_tokens",
+    "compile_config", "disable_compile", "continuous_batching_config", "decoder_start_token_id", "is_assistant",
+    "num_assistant_tokens",
     "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_early_exit",
     "assistant_lookbehind", "assistant_ensemble_weight", "target_lookbehind", "prompt_lookup_num_tokens",
     "max_matching_ngram_size", "speculation_type", "use_mtp",
 })
 # fmt: on
 
+# What null means in a call.
+OFF = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": ()}
 # Fields that matter to a call that samples only.
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
-@dataclasses.dataclass(frozen=True)
+_AT_LEAST_0, _AT_LEAST_1 = (functools.partial(check_int, at_least=least) for least in (0, 1))
+_FRACTION = functools.partial(check_number, at_least=0, at_most=1)
+CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "do_sample": check_bool, "temperature": functools.partial(check_number, at_least=0), "top_k": _AT_LEAST_0,
+    "top_p": _FRACTION, "min_p": _FRACTION, "max_length": _AT_LEAST_1, "max_new_tokens": _AT_LEAST_1,
+    "pad_token_id": _AT_LEAST_0, "bos_token_id": _AT_LEAST_0, "seed": _AT_LEAST_0,
+}  # fmt: skip
+NEUTRAL = OUTSIDE_THE_STEP | DETAILS
+KNOWN = NEUTRAL.keys() | INERT_GENERATION
+
+
+@dataclasses.dataclass
 class GenerationConfig:
     """How ``generate()`` picks tokens and when it stops. Fields and defaults are those of transformers, plus ``seed``.
+
+    Fields can be set, and are checked then too. What transformers' object has besides them can be read and set under
+    its name as well, and is kept in ``other``.
 
     Args:
         max_length: maximum number of tokens, prompt included; None where nothing says.
@@ -82,8 +105,8 @@ class GenerationConfig:
         pad_token_id: fills rows that ended early.
         bos_token_id: the id that begins a text; not used in decoding.
         seed: makes sampling reproducible; transformers has no such field.
-        other: what else a file holds, by key: settings that ``generate()`` does not do or does not know, and values
-            that are out of range. They matter to the calls that would use them only.
+        other: what else is set, by key: settings that ``generate()`` does outside the compiled step or does not know,
+            and values that are out of range. They matter to the calls that would use them only.
 
     Raises:
         ValueError: a value out of range; the message has the field, the value and what was expected.
@@ -100,28 +123,19 @@ class GenerationConfig:
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     seed: int | None = None
-    other: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    other: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        eos = plain_eos(self.eos_token_id)
-        eos = () if eos is None else (eos,) if isinstance(eos, int) else eos
-        object.__setattr__(self, "eos_token_id", eos)
-        for name in ("bos_token_id", "pad_token_id"):
-            object.__setattr__(self, name, plain_id(getattr(self, name)))
-        if self.top_k == -1:
-            object.__setattr__(self, "top_k", 0)
-        check_bool("do_sample", self.do_sample)
-        check_int("top_k", self.top_k, at_least=0)
-        check_number("top_p", self.top_p, at_least=0, at_most=1)
-        for name in ("max_length", "max_new_tokens"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), at_least=1)
-        if self.min_p is not None:
-            check_number("min_p", self.min_p, at_least=0, at_most=1)
-        for name in ("pad_token_id", "bos_token_id", "seed"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), at_least=0)
-        check_number("temperature", self.temperature, at_least=0)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in KNOWN:
+            value, name = {**self.other, name: value}, "other"
+        elif name not in self.__dataclass_fields__:
+            raise AttributeError(f"a GenerationConfig has no field {name!r}")
+        super().__setattr__(name, _checked(name, value))
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in NEUTRAL:
+            raise AttributeError(f"a GenerationConfig has no field {name!r}")
+        return self.other.get(name, NEUTRAL[name])
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], strict: bool = False) -> GenerationConfig:
@@ -136,26 +150,33 @@ class GenerationConfig:
         """
         values = {key: value for key, value in config.items() if value is not None}
         names = {field.name for field in dataclasses.fields(cls)} - {"other"}
-        unsupported = unsupported_settings(values)
-        unknown = {key: values[key] for key in values.keys() - names - UNSUPPORTED_GENERATION.keys() - INERT_GENERATION}
+        outside = set_of(NEUTRAL, values)
+        unknown = {key: values[key] for key in values.keys() - names - KNOWN}
         problems = {key: _problem_of(key, values[key]) for key in sorted(names & values.keys())}
         wrong = {key: values[key] for key, problem in problems.items() if problem}
-        other = unsupported | unknown | wrong
-        what = [f"{key}={shortened(repr(unsupported[key]), 100)} is not available" for key in sorted(unsupported)]
-        what += [f"{key}={shortened(repr(unknown[key]), 100)} is unknown" for key in sorted(unknown)]
+        other = outside | unknown | wrong
+        what = [f"{key}={shortened(repr(unknown[key]), 100)} is unknown" for key in sorted(unknown)]
         what += [problem for problem in problems.values() if problem]
         if what:
             tolerate(f"{'; '.join(what)}: kept, for calls that would use it", strict)
         return cls(**{key: values[key] for key in names & values.keys() - other.keys()}, other=other)
 
-    def check_usable(self, given: Mapping[str, Any]) -> None:
-        """Check what a call would use of ``other``.
+    def outside_the_step(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What a call sets, or else this config, that the compiled step does not do.
 
         Args:
-            given: the call's own settings, which count instead.
+            given: the call's own settings, which count instead; None is off.
+        """
+        return set_of(OUTSIDE_THE_STEP, {**self.other, **given})
+
+    def check_usable(self, given: Mapping[str, Any]) -> None:
+        """Check what a call of the compiled step would use of ``other``.
+
+        Args:
+            given: the call's own settings, which count instead; None is off.
 
         Raises:
-            NotImplementedError: a setting that would change the output and that ``generate()`` does not do.
+            NotImplementedError: a setting that would change the output and that the step does not do.
             ValueError: a value out of range.
         """
         kept = {key: value for key, value in self.other.items() if key not in given}
@@ -167,10 +188,9 @@ class GenerationConfig:
         for key, value in kept.items():
             if key in used:
                 raise ValueError(f"generation config: {_problem_of(key, value)}; give {key} to generate()")
-        if unsupported := unsupported_settings({**kept, **given}):
-            listed = ", ".join(f"{key}={value!r}" for key, value in unsupported.items())
-            neutral = ", ".join(f"{key}={UNSUPPORTED_GENERATION[key]!r}" for key in unsupported)
-            raise NotImplementedError(f"generate() does not do {listed}; pass {neutral} to go without")
+        if outside := self.outside_the_step(given):
+            neutral = ", ".join(f"{key}={OUTSIDE_THE_STEP[key]!r}" for key in outside)
+            raise NotImplementedError(f"the compiled step does not do {said(outside)}; pass {neutral} to go without")
 
     @classmethod
     def from_hf(cls, config: Any) -> GenerationConfig:
@@ -208,7 +228,7 @@ class GenerationConfig:
             except ValueError as error:
                 tolerate(f"{error}: left out", strict)
         if values is None and (file := Path(folder) / CONFIG_NAME).is_file():
-            known = {field.name for field in dataclasses.fields(cls)} | set(UNSUPPORTED_GENERATION)
+            known = {field.name for field in dataclasses.fields(cls)} | set(OUTSIDE_THE_STEP)
             content = read_json(file)
             values = {key: value for key, value in (text_part(content) or content).items() if key in known}
         values = values or {}
@@ -235,13 +255,33 @@ class GenerationConfig:
         return dataclasses.replace(self, **{"other": other} | changes)
 
 
-def unsupported_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the settings that ``generate()`` does not do and that would change what comes out."""
-    return {
-        key: values[key]
-        for key, neutral in UNSUPPORTED_GENERATION.items()
-        if values.get(key) is not None and values[key] != neutral
-    }
+def set_of(neutral: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some settings that have another value than the neutral one, or null."""
+    found = {key: values[key] for key in neutral if values.get(key) is not None}
+    return {key: value for key, value in found.items() if isinstance(value, torch.Tensor) or value != neutral[key]}
+
+
+def said(settings: Mapping[str, Any]) -> str:
+    """Settings with their values, as they are written in a call."""
+    return ", ".join(f"{key}={shortened(repr(value), 100)}" for key, value in settings.items())
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value of a field as it is held.
+
+    Raises:
+        ValueError: it is out of range.
+    """
+    if name == "eos_token_id":
+        eos = plain_eos(value)
+        return () if eos is None else (eos,) if isinstance(eos, int) else eos
+    if name in ("bos_token_id", "pad_token_id"):
+        value = plain_id(value)
+    if name == "top_k" and value == -1:
+        value = 0
+    if name in CHECKS and (value is not None or name in OFF):
+        CHECKS[name](name, value)
+    return value
 
 
 def _problem_of(name: str, value: Any) -> str | None:

@@ -29,7 +29,8 @@ from fastllama.config.fields import (
     tolerate,
     write_json,
 )
-from fastllama.config.generation import INERT_GENERATION, UNSUPPORTED_GENERATION, GenerationConfig
+from fastllama.config.generation import KNOWN as KNOWN_OF_GENERATION
+from fastllama.config.generation import GenerationConfig
 from fastllama.config.keys import INERT_KEYS, change_of, check_changing, check_own_code, text_part
 from fastllama.config.quantization import METHOD, QuantizationConfig
 from fastllama.config.rope import ROPE_KEYS, RopeParameters
@@ -169,7 +170,7 @@ class LlamaConfig:
         if model_type not in (None, "llama"):
             raise bad("model_type", model_type, "'llama': fastllama runs Llama checkpoints only")
         known = {field.name for field in dataclasses.fields(cls)} - {"quantization"}
-        inert = INERT_KEYS | INERT_GENERATION | UNSUPPORTED_GENERATION.keys() | {"auto_map"}
+        inert = INERT_KEYS | KNOWN_OF_GENERATION | {"auto_map"}
         inert |= {field.name for field in dataclasses.fields(GenerationConfig)}
         other = {key: value for key, value in values.items() if key not in known | inert}
         check_changing({key: value for key, value in other.items() if key not in QUANTIZATION_KEYS})

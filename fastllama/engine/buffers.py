@@ -55,7 +55,7 @@ class Row(Protocol):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The row ends with one of these; at most MAX_EOS_IDS."""
+        """The row ends with one of these. The device sees the first MAX_EOS_IDS; whoever reads the tokens, all."""
         ...
 
     @property
@@ -248,7 +248,8 @@ class Buffers:
         wanted = list(rows.values())
         eos_re = torch.full((len(rows), MAX_EOS_IDS), -1)
         for eos_e, row in zip(eos_re, wanted, strict=True):
-            eos_e[: len(row.eos_token_ids)] = torch.tensor(row.eos_token_ids, dtype=torch.long)
+            eos_ids = row.eos_token_ids[:MAX_EOS_IDS]
+            eos_e[: len(eos_ids)] = torch.tensor(eos_ids, dtype=torch.long)
         values = {
             "ids_b1": torch.stack([row.prompt[-1:] for row in wanted]),
             "position_b1": torch.tensor([[len(row.prompt) - 1] for row in wanted]),

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastllama.config import GenerationConfig
-from fastllama.config.generation import INERT_GENERATION, UNSUPPORTED_GENERATION
-from fastllama.engine.buffers import GREEDY, MAX_EOS_IDS, Sampling
+from fastllama.config.generation import KNOWN, OFF
+from fastllama.engine.buffers import GREEDY, Sampling
 from fastllama.ops import row_seed
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,6 @@ class Request:
             raise ValueError(NO_PROMPT)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if len(self.eos_token_ids) > MAX_EOS_IDS:
-            raise ValueError(f"at most {MAX_EOS_IDS} EOS ids are supported, got {len(self.eos_token_ids)}")
 
 
 def requests_of(
@@ -62,7 +60,7 @@ def requests_of(
 
     Raises:
         ValueError: ids or mask of another shape or dtype, ids outside the vocabulary, a row without tokens, no room for
-            a new token, more EOS ids than there is room for.
+            a new token.
     """
     if not isinstance(input_ids, torch.Tensor):
         raise TypeError(
@@ -88,6 +86,17 @@ def requests_of(
         Request(prompt, new_tokens, sampling_of(config, row_seed(seed, row)), eos, pad)
         for row, prompt in enumerate(prompts)
     ]
+
+
+def start_of(config: GenerationConfig) -> torch.Tensor:
+    """The prompt of a call that gives none, as in transformers: the BOS id.
+
+    Raises:
+        ValueError: there is no such id.
+    """
+    if config.bos_token_id is None:
+        raise ValueError(f"got no input_ids, and the generation config has no bos_token_id to begin with; {NO_PROMPT}")
+    return torch.tensor([[config.bos_token_id]])
 
 
 def sampling_of(config: GenerationConfig, seed: int) -> Sampling:
@@ -135,33 +144,41 @@ def _new_tokens(prompt_tokens: int, config: GenerationConfig) -> int:
 
 
 def merge_settings(config: GenerationConfig, settings: dict[str, Any]) -> GenerationConfig:
-    """The generation config with a call's own settings over it; None leaves the config's value, but no EOS is no EOS.
+    """The generation config with a call's own settings over it; None is off, as in transformers.
 
-    As in transformers: ``max_new_tokens``, wherever it is set, counts before ``max_length``, which counts in the call
-    where ``max_new_tokens=None`` is given with it; and where no length was set at all, 20 new tokens are decoded.
+    Also as in transformers: ``max_new_tokens``, wherever it is set, counts before ``max_length``, which counts in the
+    call where ``max_new_tokens=None`` is given with it; and where no length was set at all, 20 new tokens are decoded.
 
     Raises:
-        NotImplementedError: a setting of the call or of the config that ``generate`` does not do.
+        NotImplementedError: a setting of the call or of the config that the compiled step does not do.
         TypeError: a setting of the call that nobody knows, by name.
         ValueError: a value out of range.
     """
-    given = {name: value for name, value in settings.items() if value is not None}
-    if "eos_token_id" in settings:
-        given.setdefault("eos_token_id", ())
-    known = [field.name for field in dataclasses.fields(config) if field.name != "other"]
-    if unknown := sorted(given.keys() - known - UNSUPPORTED_GENERATION.keys() - INERT_GENERATION):
-        raise TypeError(f"generate() does not know {', '.join(unknown)}; it takes {', '.join(known)}")
-    config.check_usable(given)
-    given = {name: value for name, value in given.items() if name in known}
-    has_no_budget = "max_new_tokens" not in given and (config.max_new_tokens is None or "max_new_tokens" in settings)
-    if "max_length" in given and has_no_budget:
-        given["max_new_tokens"] = None
-    elif "max_length" in given:
-        budget = given.get("max_new_tokens", config.max_new_tokens)
-        logger.warning("max_length=%d and max_new_tokens=%d are set: the latter counts", given["max_length"], budget)
-    elif has_no_budget and config.max_length is None:
-        given["max_new_tokens"] = DEFAULT_NEW_TOKENS
+    check_known(config, settings)
+    config.check_usable(settings)
+    fields = {field.name for field in dataclasses.fields(config)} - {"other"}
+    given = {name: OFF.get(name) if value is None else value for name, value in settings.items() if name in fields}
+    lengths = {name: given.pop(name) for name in ("max_new_tokens", "max_length") if name in given}
+    length, new = lengths.get("max_length"), lengths.get("max_new_tokens")
+    has_no_budget = new is None and (config.max_new_tokens is None or "max_new_tokens" in lengths)
+    if has_no_budget and length is None and config.max_length is None:
+        new = DEFAULT_NEW_TOKENS
+    elif length is not None and not has_no_budget:
+        logger.warning(
+            "max_length=%d and max_new_tokens=%d are set: the latter counts", length, new or config.max_new_tokens
+        )
+    if new is not None or has_no_budget:
+        given["max_new_tokens"] = new
+    if length is not None:
+        given["max_length"] = length
     return config.replace(**given)
+
+
+def check_known(config: GenerationConfig, settings: Iterable[str]) -> None:
+    """Raise TypeError where a call has a setting that nobody knows, by name."""
+    fields = [field.name for field in dataclasses.fields(config) if field.name != "other"]
+    if unknown := sorted(set(settings) - {*fields} - KNOWN):
+        raise TypeError(f"generate() does not know {', '.join(unknown)}; it takes {', '.join(fields)} and more")
 
 
 def inferred_mask(input_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor | None:

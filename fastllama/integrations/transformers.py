@@ -11,13 +11,12 @@ import torch
 
 from fastllama.causal_lm import LlamaForCausalLM
 from fastllama.config import GenerationConfig, LlamaConfig
-from fastllama.config.generation import INERT_GENERATION, UNSUPPORTED_GENERATION
 from fastllama.generation.request import merge_settings
 
 logger = logging.getLogger(__name__)
 
 # Arguments of transformers' generate() that have no effect on the engine.
-INERT = frozenset({"use_cache", "return_dict_in_generate", "synced_gpus", "cache_implementation", "disable_compile"})
+INERT = frozenset({"use_cache", "synced_gpus", "cache_implementation", "disable_compile"})
 
 
 def accelerate(model: Any) -> Any:
@@ -104,16 +103,11 @@ def engine_arguments(
     Raises:
         TypeError, ValueError, NotImplementedError: an option that the engine does not support, by name.
     """
-    settings = {name: value for name, value in kwargs.items() if value is not None and name not in INERT}
-    if kwargs.get("return_dict_in_generate"):
-        raise NotImplementedError("return_dict_in_generate is not available")
+    settings = {name: value for name, value in kwargs.items() if name not in INERT}
     input_ids = settings.pop("input_ids", inputs)
     if input_ids is None:
         raise NotImplementedError("decoding without input_ids is not available")
     passed = {name: settings.pop(name) for name in ("attention_mask", "streamer") if name in settings}
-    known = GenerationConfig.__dataclass_fields__.keys() | UNSUPPORTED_GENERATION.keys() | INERT_GENERATION
-    if unknown := sorted(settings.keys() - (known - {"other"})):
-        raise TypeError(f"{', '.join(unknown)} is not available in the engine")
     chosen = {} if generation_config is None else generation_config.to_diff_dict()
     config = GenerationConfig.from_dict(model.generation_config.to_dict() | chosen)
     settings = {name: chosen[name] for name in ("max_length",) if name in chosen} | settings

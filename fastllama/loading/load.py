@@ -74,6 +74,11 @@ def load_model(
             f"{source.name} is an adapter: load it, save the model, and quantize that (quantize is {quantize!r})"
         )
     stored, config = _tensors_of(source, config, model_cls, quantize is not None, strict)
+    if wanted is not None and (source.config.quantization or any(map(is_quantized, stored.values()))):
+        logger.warning(
+            "%s: its weights are codes already, and quantizing them again rounds them twice; quantize=None keeps them",
+            source.name,
+        )
     if quantize is None and source.path is not None:
         wanted = None if source.adapter else _as_stored(stored, config)
         _say_what_is_written_out(source.name, stored, config, wanted)

@@ -76,6 +76,8 @@ def test_the_command_writes_a_record(bench, memory, tmp_path: Path) -> None:
     assert (record["memory_bandwidth_gb_s"], record["text"]) == (10, "the standard library")
     assert record["schemes"]["int8"]["bytes_per_step"] < 0.55 * record["schemes"]["none"]["bytes_per_step"]
     assert "same token" in done.output
+    wrong = bench("quality", *sizes, "--schemes", "int8,int3")
+    assert (wrong.exit_code, "quantize is 'int3'" in wrong.output, "reading" in wrong.output) == (1, True, False)
 
 
 def test_a_decode_of_quantized_weights_passes_parity(bench, memory) -> None:

@@ -185,8 +185,10 @@ def test_a_temperature_of_zero_is_greedy(model: FakeModel) -> None:
 
 
 def test_strict_reaches_the_loader_and_settings_that_are_not_available_go(model: FakeModel) -> None:
-    assert run("generate", "hello", "--strict", "--dtype", "bf16").exit_code == 0
-    assert (model.loaded["strict"], model.loaded["dtype"]) == (True, "bf16")
+    refused = run("generate", "hello", "--strict", "--dtype", "bf16")
+    assert (refused.exit_code, model.loaded["strict"], model.loaded["dtype"]) == (1, True, "bf16")
+    assert "decoding without the checkpoint's settings repetition_penalty" in refused.stderr
+    assert run("generate", "hello").exit_code == 0
     assert model.generation_config == GenerationConfig()
 
 

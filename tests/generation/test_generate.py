@@ -84,8 +84,8 @@ def test_transformers_own_config_and_empty_arguments_of_its_generate_are_taken(p
     assert ours.generate(ids, generation_config=config, **neutral).tolist() == expected
     eos = torch.tensor([expected[0][-2]])
     assert ours.generate(ids[:1], max_new_tokens=4, eos_token_id=eos).shape[1] == ids.shape[1] + 3
-    with pytest.raises(NotImplementedError, match="logits_processor"):
-        ours.generate(ids, logits_processor=[print])
+    with pytest.raises(NotImplementedError, match=r"step does not do logits_processor=\[.*pass logits_processor=\[\]"):
+        ours.stream(ids, logits_processor=[print])
     with pytest.raises(TypeError, match="generation_config is a int"):
         ours.generate(ids, generation_config=3)
     with pytest.raises(TypeError, match=r"input_ids is a list; expected a tensor"):
@@ -107,6 +107,33 @@ def test_no_eos_id_in_a_call_is_none_as_in_transformers(pair, ids) -> None:
     assert ours.generate(ids[:1], max_new_tokens=9, generation_config=config).shape[1] < 16
     free = ours.generate(ids[:1], max_new_tokens=9, generation_config=config, eos_token_id=None)
     assert free.tolist() == theirs_greedy(theirs, ids[:1], 9, eos_token_id=None)
+
+
+def test_any_number_of_eos_ids_ends_rows_as_in_transformers(pair, ids) -> None:
+    ours, theirs = pair
+    eos = list(range(20, 96))
+    expected = theirs_greedy(theirs, ids, 12, eos_token_id=eos, pad_token_id=3)
+    assert ours.generate(ids, max_new_tokens=12, eos_token_id=eos, pad_token_id=3).tolist() == expected
+    assert len(expected[0]) < 19
+
+
+def test_null_in_a_call_is_off_as_in_transformers(pair, ids) -> None:
+    ours, theirs = pair
+    config = {"max_new_tokens": 4, "do_sample": True, "top_k": 1, "pad_token_id": 0}
+    expected = theirs_greedy(theirs, ids, 4)
+    mine = GenerationConfig(**config, temperature=3.0)
+    assert ours.generate(ids, generation_config=mine, do_sample=None).tolist() == expected
+    sampled = [ours.generate(ids, generation_config=mine, top_k=None, seed=seed).tolist() for seed in range(4)]
+    assert expected not in sampled
+
+
+def test_a_call_without_ids_begins_with_the_bos_id(make_pair) -> None:
+    ours, theirs = make_pair(bos_token_id=7)
+    for asked in ({}, {"num_beams": 2}):
+        assert ours.generate(max_new_tokens=5, **asked).tolist() == theirs.generate(max_new_tokens=5, **asked).tolist()
+    assert torch.equal(ours.generate(inputs=torch.tensor([[7]]), max_new_tokens=5), ours.generate(max_new_tokens=5))
+    with pytest.raises(ValueError, match="no bos_token_id to begin with"):
+        ours.generate(max_new_tokens=5, generation_config=GenerationConfig())
 
 
 def test_the_pad_id_is_the_first_eos_id_when_there_is_none(pair, ids) -> None:
@@ -235,7 +262,6 @@ def test_a_text_beyond_the_models_positions_is_warned_about(make_pair, caplog) -
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        ({"num_beams": 4}, NotImplementedError, "does not do num_beams=4"),
         ({"num_bears": 4}, TypeError, "does not know num_bears"),
         ({"max_new_token": 4}, TypeError, "does not know max_new_token;"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens"),

@@ -34,7 +34,6 @@ def test_every_row_has_all_settings_and_a_seed_of_its_own() -> None:
         ([[]], {}, "at least one prompt token"),
         ([[96]], {}, "token id 96, outside the vocabulary of 96"),
         ([[5, 3], [2, -1]], {}, "token id -1"),
-        ([[1]], {"eos_token_id": tuple(range(17))}, "at most 16 EOS ids"),
     ],
 )
 def test_a_call_that_cannot_be_decoded_is_refused(ids, settings, message) -> None:
@@ -47,7 +46,6 @@ def test_a_call_that_cannot_be_decoded_is_refused(ids, settings, message) -> Non
     [
         ({"prompt": torch.zeros(0, dtype=torch.long)}, "at least one prompt token"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"eos_token_ids": tuple(range(17))}, "at most 16 EOS ids"),
     ],
 )
 def test_a_request_is_checked_when_it_is_made(arguments, message) -> None:

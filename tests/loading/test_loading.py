@@ -150,6 +150,15 @@ def test_a_dtype_that_is_not_supported_is_an_error(dtype, folder):
         load(folder, dtype=dtype)
 
 
+def test_dtype_and_device_go_by_their_names_in_transformers_too(folder):
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    for device, kind in (("cpu", "cpu"), ("auto", best), ({"": "cpu"}, "cpu"), (torch.device("cpu"), "cpu")):
+        model = LlamaForCausalLM.from_pretrained(folder, torch_dtype="bfloat16", device_map=device)
+        assert (model.dtype, model.device.type) == (torch.bfloat16, kind)
+    with pytest.raises(NotImplementedError, match="device_map names cpu, cuda:0: fastllama keeps a model on one"):
+        LlamaForCausalLM.from_pretrained(folder, device_map={"model": "cpu", "lm_head": "cuda:0"})
+
+
 @pytest.mark.parametrize("block_bytes", [1, 100, 1000])
 def test_the_size_of_the_blocks_read_does_not_change_the_weights(block_bytes, model, folder, monkeypatch):
     monkeypatch.setattr(reading, "BLOCK_BYTES", block_bytes)

@@ -114,7 +114,7 @@ def test_a_written_folder_loads_as_it_was(folder, scheme, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_written_folder_can_be_written_out_or_quantized_otherwise(folder, scheme, tmp_path):
+def test_a_written_folder_can_be_written_out_or_quantized_otherwise(folder, scheme, tmp_path, caplog):
     model = quantized(folder, scheme)
     model.save_pretrained(tmp_path)
     dense = LlamaForCausalLM.from_pretrained(tmp_path, quantize="none")
@@ -122,7 +122,9 @@ def test_a_written_folder_can_be_written_out_or_quantized_otherwise(folder, sche
     assert dense.config.quantization is None
     for name, module in packed_modules(model).items():
         assert torch.equal(dense.get_submodule(name).weight, module.dequantized(dense.dtype))
+    assert "rounds them twice" not in caplog.text
     other = LlamaForCausalLM.from_pretrained(tmp_path, quantize="int8")
+    assert "its weights are codes already, and quantizing them again rounds them twice" in caplog.text
     assert {module.bits for module in packed_modules(other).values()} == {8}
 
 

@@ -44,9 +44,10 @@ inline FloatPart silu(FloatPart x) {
   return x < zero - 87.f ? zero : x * ((x > zero ? zero + 1.f : e) / (e + 1.f));
 }
 
-inline FloatPart activate(FloatPart x, int64_t activation) {
+// The first `count` lanes activated.
+inline FloatPart activate(FloatPart x, int64_t activation, int64_t count = kPartLanes) {
   if (activation == kSilu) return silu(x);
-  for (int i = 0; i < kPartLanes; ++i) x[i] = activate(x[i], activation);
+  for (int64_t i = 0; i < count; ++i) x[i] = activate(x[i], activation);
   return x;
 }
 

@@ -96,6 +96,7 @@ template <typename T>
 void gate_up_kernel(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                     const std::optional<Tensor>& norm_weight, double eps, int64_t activation, Tensor& out) {
   constexpr int kPairs = kWeightRows / 2;
+  static_assert(kPairs <= kPartLanes);
   const int64_t features = weight.size(0) / 2, n = weight.size(1), rows = x.numel() / n;
   const T *xp = data<T>(x), *wp = data<T>(weight), *np = maybe<T>(norm_weight), *bp = maybe<T>(bias);
   T* op = static_cast<T*>(out.mutable_data_ptr());
@@ -110,14 +111,13 @@ void gate_up_kernel(const Tensor& x, const Tensor& weight, const std::optional<T
         w[kPairs + i] = w[i] + features * n;
       }
       for_each_row(w, activations.data(), rows, n, [&](int64_t r, const float(&values)[kWeightRows]) {
+        FloatPart gate = {}, up = {};
         for (int64_t i = 0; i < count; ++i) {
-          float gate = values[i], up = values[kPairs + i];
-          if (bp) {
-            gate += static_cast<float>(bp[first + i]);
-            up += static_cast<float>(bp[features + first + i]);
-          }
-          op[r * features + first + i] = static_cast<T>(activate(gate, activation) * up);
+          gate[i] = values[i] + (bp ? static_cast<float>(bp[first + i]) : 0.f);
+          up[i] = values[kPairs + i] + (bp ? static_cast<float>(bp[features + first + i]) : 0.f);
         }
+        const FloatPart y = activate(gate, activation, count) * up;
+        for (int64_t i = 0; i < count; ++i) op[r * features + first + i] = static_cast<T>(y[i]);
       });
     });
   });
