@@ -195,7 +195,7 @@ class GenerationConfig:
     @classmethod
     def from_hf(cls, config: Any) -> GenerationConfig:
         """Read a transformers generation config object, through its ``to_dict()``."""
-        return cls.from_dict(config.to_dict())
+        return cls.from_dict({key: value for key, value in config.to_dict().items() if not key.startswith("_")})
 
     def under(self, config: Any) -> GenerationConfig:
         """A call's own config, which may be transformers'; of that, what it leaves open is this one's.

@@ -244,27 +244,27 @@ class Buffers:
     @torch.no_grad()
     def load(self, rows: Mapping[int, Row]) -> None:
         """Set everything that belongs to these slots, each to begin with the last token of its prompt."""
-        at_r = torch.tensor(list(rows), device=self.device)
+        at_r, host = torch.tensor(list(rows), device=self.device), "cpu"  # whatever torch's default device is
         wanted = list(rows.values())
-        eos_re = torch.full((len(rows), MAX_EOS_IDS), -1)
+        eos_re = torch.full((len(rows), MAX_EOS_IDS), -1, device=host)
         for eos_e, row in zip(eos_re, wanted, strict=True):
             eos_ids = row.eos_token_ids[:MAX_EOS_IDS]
-            eos_e[: len(eos_ids)] = torch.tensor(eos_ids, dtype=torch.long)
+            eos_e[: len(eos_ids)] = torch.tensor(eos_ids, dtype=torch.long, device=host)
         values = {
             "ids_b1": torch.stack([row.prompt[-1:] for row in wanted]),
-            "position_b1": torch.tensor([[len(row.prompt) - 1] for row in wanted]),
-            "finished_b": torch.zeros(len(rows), dtype=torch.bool),
-            "step_b": torch.zeros(len(rows), dtype=torch.long),
-            "limit_b": torch.tensor([row.max_new_tokens for row in wanted]),
+            "position_b1": torch.tensor([[len(row.prompt) - 1] for row in wanted], device=host),
+            "finished_b": torch.zeros(len(rows), dtype=torch.bool, device=host),
+            "step_b": torch.zeros(len(rows), dtype=torch.long, device=host),
+            "limit_b": torch.tensor([row.max_new_tokens for row in wanted], device=host),
             "eos_be": eos_re,
             # The device embeds it; whoever reads a row's tokens puts the pad id itself there.
-            "pad_b": torch.tensor([min(row.pad_token_id, self.config.vocab_size - 1) for row in wanted]),
+            "pad_b": torch.tensor([min(row.pad_token_id, self.config.vocab_size - 1) for row in wanted], device=host),
         }
         for name, value in values.items():
             getattr(self._slots, name).index_copy_(0, at_r, value.to(self.device))
         for name in Sampling._fields:
             buffer_b = getattr(self._slots.params, name)
-            settings = torch.tensor([getattr(row.sampling, name) for row in wanted], dtype=buffer_b.dtype)
+            settings = torch.tensor([getattr(row.sampling, name) for row in wanted], dtype=buffer_b.dtype, device=host)
             buffer_b.index_copy_(0, at_r, settings.to(self.device))
 
     @torch.no_grad()
@@ -316,7 +316,7 @@ class Snapshot:
     def __init__(self, tokens_bn: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
         if tokens_bn.is_cuda:
-            self._tokens_bn = torch.empty(tokens_bn.shape, dtype=torch.long, pin_memory=True)
+            self._tokens_bn = torch.empty(tokens_bn.shape, dtype=torch.long, pin_memory=True, device="cpu")
             self._tokens_bn.copy_(tokens_bn, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()

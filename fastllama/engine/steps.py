@@ -77,11 +77,11 @@ def prompt_chunks(prompts: Sequence[torch.Tensor], short_of: int, exact: bool) -
         short_of: how many last tokens of each prompt are left out.
         exact: as :func:`prefill_chunks` takes it.
     """
-    last_b1 = torch.tensor([[max(len(prompt) - 1 - short_of, 0)] for prompt in prompts])
+    last_b1 = torch.tensor([[max(len(prompt) - 1 - short_of, 0)] for prompt in prompts], device="cpu")
     ids_bt = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
     start = 0
     for t in prefill_chunks(ids_bt.shape[1] - short_of, exact):
-        position_bt = torch.arange(start, start + t).minimum(last_b1)
+        position_bt = torch.arange(start, start + t, device="cpu").minimum(last_b1)
         yield Chunk(ids_bt.gather(1, position_bt), position_bt)
         start += t
 

@@ -81,7 +81,7 @@ def requests_of(
     eos = config.eos_token_id
     pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if eos else 0)
     new_tokens = _new_tokens(input_ids.shape[1], config)
-    seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
+    seed = int(torch.randint(2**62, (), device="cpu")) if config.seed is None else config.seed
     return [
         Request(prompt, new_tokens, sampling_of(config, row_seed(seed, row)), eos, pad)
         for row, prompt in enumerate(prompts)
@@ -96,7 +96,7 @@ def start_of(config: GenerationConfig) -> torch.Tensor:
     """
     if config.bos_token_id is None:
         raise ValueError(f"got no input_ids, and the generation config has no bos_token_id to begin with; {NO_PROMPT}")
-    return torch.tensor([[config.bos_token_id]])
+    return torch.tensor([[config.bos_token_id]], device="cpu")
 
 
 def sampling_of(config: GenerationConfig, seed: int) -> Sampling:
@@ -120,7 +120,7 @@ def sampling_of(config: GenerationConfig, seed: int) -> Sampling:
 
 def check_ids(prompts: Sequence[torch.Tensor], vocab_size: int) -> None:
     """Raise ValueError where there is no prompt, or where one holds ids outside the vocabulary."""
-    ids = torch.cat(list(prompts)) if prompts else torch.empty(0)
+    ids = torch.cat(list(prompts)) if prompts else torch.empty(0, device="cpu")
     if not len(ids):
         raise ValueError(NO_PROMPT)
     low, high = (int(end) for end in ids.aminmax())

@@ -33,7 +33,7 @@ class Stopping:
             return tokens_bn
         for index, (tokens, count) in enumerate(zip(rows, kept, strict=True)):
             tokens[count:] = [self._pad[index]] * (len(tokens) - count)
-        return torch.tensor(rows, dtype=torch.long)[:, : max(kept)]
+        return torch.tensor(rows, dtype=torch.long, device="cpu")[:, : max(kept)]
 
     def _until_the_end(self, index: int, tokens: Sequence[int]) -> int:
         """How many of the tokens the row still gives."""

@@ -1,4 +1,8 @@
-"""``accelerate``: a transformers Llama whose ``generate()`` decodes through fastllama's engine, on the same weights."""
+"""``accelerate``: a transformers Llama whose ``generate()`` decodes through fastllama's engine, on the same weights.
+
+The engine computes what a model's config describes. So before each call the model is compared with one that
+transformers would make of that config; where it differs, transformers' own ``generate`` runs.
+"""
 
 from __future__ import annotations
 
@@ -9,71 +13,169 @@ from typing import Any
 
 import torch
 
-from fastllama.causal_lm import LlamaForCausalLM
+from fastllama.causal_lm import LlamaForCausalLM, engine_of
 from fastllama.config import GenerationConfig, LlamaConfig
-from fastllama.generation.request import merge_settings
+from fastllama.generation.request import merge_settings, requests_of
+from fastllama.integrations.described import check_as_described
 
 logger = logging.getLogger(__name__)
 
 # Arguments of transformers' generate() that have no effect on the engine.
-INERT = frozenset({"use_cache", "synced_gpus", "cache_implementation", "disable_compile"})
+INERT = frozenset({"use_cache", "synced_gpus", "cache_implementation", "disable_compile", "logits_to_keep"})
+# What transformers makes of a config that the compiled step does.
+STEP_PROCESSORS = {"TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper"}
+STEP_CRITERIA = {"MaxLengthCriteria", "EosTokenCriteria"}
 
 
 def accelerate(model: Any) -> Any:
     """Make ``model.generate`` decode through the engine; everything else about the model stays as it is.
 
-    Calls with options that the engine does not support (beams, penalties, logits processors, …), and calls on a model
-    that was changed so that fastllama cannot run it, fall back to transformers' own ``generate``; the reason is logged.
+    Calls that ask for what the engine does not do (beams, penalties, logits processors, …), and calls on a model that
+    is not what its config describes (hooks, replaced modules, adapters, quantized weights, …), fall back to
+    transformers' own ``generate``; a warning says why, once for each reason.
 
     Args:
         model: a ``transformers.LlamaForCausalLM``. Its q/k/v and gate/up parameters become views of fused matrices
             when it first decodes, so no weight is held twice.
 
     Returns:
-        The same model. ``model.fastllama`` is its LlamaForCausalLM, for ``warmup`` and ``release``.
+        The same model. ``model.fastllama`` is its LlamaForCausalLM, for ``warmup`` and ``release``; None while it
+        cannot be made.
 
     Raises:
-        ValueError: the model is not a Llama that fastllama can run.
+        ValueError: the model is of another architecture.
     """
+    if getattr(model.config, "model_type", None) != "llama":
+        raise ValueError(f"model_type is {model.config.model_type!r}; fastllama runs Llama models only")
+    theirs = unaccelerate(model).generate
+    model.__dict__["generate"] = functools.partial(_generate, model, theirs)  # a copy of the model binds the copy
     # Not by setattr: as a submodule the twin would show in the model's parameters and state dict.
-    model.__dict__["fastllama"] = twin_of(model)
-    model.generate = functools.partial(_generate, model, model.generate)  # a copy of the model binds the copy
+    model.__dict__["fastllama"] = None
+    try:
+        _follow(model)
+    except (ValueError, NotImplementedError) as error:
+        _say_fallback(str(error))
     return model
+
+
+def unaccelerate(model: Any) -> Any:
+    """Undo :func:`accelerate`: ``model.generate`` is transformers' own again, and the engine is freed."""
+    for name in ("generate", "fastllama"):
+        model.__dict__.pop(name, None)
+    return model
+
+
+def generate(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any = (),
+    stopping_criteria: Any = (),
+    generation_config: Any = None,
+    streamer: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Decode through the engine, for ``model.generate(..., custom_generate=generate)``.
+
+    transformers checks and prepares a call as ever; what the engine does not do, its own decoding loops do.
+
+    Args:
+        model: a ``transformers.LlamaForCausalLM``; need not be accelerated.
+        input_ids: int64 ``[b, t]``.
+        logits_processor, stopping_criteria, generation_config, streamer, kwargs: as transformers prepares them, the
+            attention mask among the last.
+
+    Returns:
+        As the loop of transformers that it replaces: int64 ``[b, t + n]``, or its output object.
+    """
+    model.__dict__.setdefault("fastllama", None)
+    try:
+        names = {type(each).__name__ for each in (*logits_processor, *stopping_criteria)}
+        if foreign := sorted(names - STEP_PROCESSORS - STEP_CRITERIA):
+            raise NotImplementedError(f"{', '.join(foreign)}: the engine does not do it")
+        _follow(model)
+        config = GenerationConfig.from_hf(generation_config).replace(max_new_tokens=None)
+        mask = kwargs.get("attention_mask")
+        arguments = {"input_ids": input_ids, "attention_mask": mask, "generation_config": config}
+        _check(model.fastllama, **arguments)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        _say_fallback(str(error))
+        loop = model._beam_search if generation_config.num_beams > 1 else model._sample
+        kwargs |= {"streamer": streamer} if generation_config.num_beams == 1 else {}
+        processors = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+        given = {"generation_config": generation_config, **processors, **kwargs}
+        return loop(input_ids, **given)
+    if streamer is None:
+        return model.fastllama.generate(**arguments)
+    return model.fastllama.generate(**arguments, streamer=_WithoutPrompt(streamer))
+
+
+class _WithoutPrompt:
+    """A streamer that transformers has given the prompt already."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer, self._has_prompt, self.end = streamer, False, streamer.end
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._has_prompt:
+            self._streamer.put(value)
+        self._has_prompt = True
 
 
 def _generate(model: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
-        _check_hooks(model)
+        if kwargs.get("custom_generate") is not None:
+            raise NotImplementedError("custom_generate is given")
+        _follow(model)
         arguments = engine_arguments(model, *args, **kwargs)
-        if not _shares_parameters(model.fastllama, model):
-            model.__dict__["fastllama"] = twin_of(model)
+        _check(model.fastllama, **arguments)
     except (TypeError, ValueError, NotImplementedError) as error:
-        logger.warning("decoding with transformers' own generate: %s", error)
+        _say_fallback(str(error))
         return theirs(*args, **kwargs)
     return model.fastllama.generate(**arguments)
+
+
+@functools.cache
+def _say_fallback(reason: str) -> None:
+    logger.warning("decoding with transformers' own generate: %s", reason)
+
+
+def _check(
+    twin: LlamaForCausalLM,
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    attention_mask: torch.Tensor | None = None,
+    streamer: Any = None,
+    **settings: Any,
+) -> None:
+    """Raise what a call would raise before its first token."""
+    engine_of(twin)
+    requests_of(input_ids, attention_mask, merge_settings(generation_config, settings), twin.config.vocab_size)
+
+
+def _follow(model: Any) -> None:
+    """Have a twin that shares the model's parameters as they are now.
+
+    Raises:
+        ValueError, NotImplementedError: the model is not what its config describes, or fastllama cannot run that.
+    """
+    core = getattr(model, "_orig_mod", model)  # of a model that torch.compile has wrapped
+    check_as_described(core)
+    if model.__dict__["fastllama"] is None or not _shares_parameters(model.__dict__["fastllama"], core):
+        model.__dict__["fastllama"] = twin_of(core)
 
 
 def twin_of(model: Any) -> LlamaForCausalLM:
     """Build fastllama's model of the same config over the very same Parameter objects.
 
     Raises:
-        ValueError: the model's config or its modules are not those of a Llama that fastllama can run.
+        ValueError, NotImplementedError: fastllama cannot run what the model's config asks for.
     """
-    if getattr(model.config, "quantization_config", None):
-        raise ValueError("the transformers model is quantized; load its folder with fastllama's from_pretrained()")
     with torch.device("meta"):
         twin = LlamaForCausalLM(LlamaConfig.from_hf(model.config))
-    known = dict(twin.named_parameters(remove_duplicate=False))
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name not in known or known[name].shape != parameter.shape:
-            raise ValueError(
-                f"the transformers model has a parameter {name} of shape {tuple(parameter.shape)}, unlike Llama"
-            )
         path, _, leaf = name.rpartition(".")
         setattr(twin.get_submodule(path), leaf, parameter)
     twin.tie_weights()
-    if missing := [name for name, parameter in twin.named_parameters() if parameter.is_meta]:
-        raise ValueError(f"the transformers model lacks {', '.join(missing)}; expected a LlamaForCausalLM")
     return twin.eval()
 
 
@@ -86,13 +188,6 @@ def _shares_parameters(twin: LlamaForCausalLM, model: Any) -> bool:
     return ours == theirs
 
 
-def _check_hooks(model: Any) -> None:
-    """Raise NotImplementedError where a forward hook or another forward() would not run."""
-    for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            raise NotImplementedError(f"{name or 'the model'} has a forward hook, which the engine does not run")
-
-
 def engine_arguments(
     model: Any, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any
 ) -> dict[str, Any]:
@@ -101,7 +196,7 @@ def engine_arguments(
     As there, fields that a given generation config leaves unset come from the model's own.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: an option that the engine does not support, by name.
+        NotImplementedError: there are no ids.
     """
     settings = {name: value for name, value in kwargs.items() if name not in INERT}
     input_ids = settings.pop("input_ids", inputs)
@@ -111,5 +206,4 @@ def engine_arguments(
     chosen = {} if generation_config is None else generation_config.to_diff_dict()
     config = GenerationConfig.from_dict(model.generation_config.to_dict() | chosen)
     settings = {name: chosen[name] for name in ("max_length",) if name in chosen} | settings
-    merge_settings(config, settings)  # checks them
     return {"input_ids": input_ids, "generation_config": config, **passed, **settings}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 
+import peft
 import pytest
 import torch
 import transformers
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from fastllama.integrations.transformers import accelerate
+from fastllama.config import RopeParameters
+from fastllama.integrations.transformers import _say_fallback, accelerate, generate, unaccelerate
 
 
 @pytest.fixture
@@ -87,12 +91,6 @@ def test_what_a_passed_generation_config_leaves_unset_comes_from_the_models_own(
     assert theirs.generate(ids[:1], generation_config=exact).shape[1] <= 9
 
 
-def test_quantized_models_are_refused(theirs) -> None:
-    theirs.config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    with pytest.raises(ValueError, match="the transformers model is quantized"):
-        accelerate(theirs)
-
-
 def test_replaced_weights_are_followed_and_foreign_modules_fall_back(theirs, ids, caplog) -> None:
     fast = accelerate(theirs)
     fast.generate(ids, max_new_tokens=2)
@@ -104,7 +102,7 @@ def test_replaced_weights_are_followed_and_foreign_modules_fall_back(theirs, ids
     theirs.model.layers[0].mlp.extra = torch.nn.Linear(2, 2)
     with caplog.at_level(logging.WARNING, "fastllama"):
         assert torch.equal(fast.generate(ids, max_new_tokens=6, do_sample=False), expected)
-    assert "extra" in caplog.text
+    assert "model.layers.0.mlp.extra is not part of a Llama, unlike what the config describes" in caplog.text
 
 
 def test_a_copy_of_an_accelerated_model_decodes_with_its_own_weights(theirs, ids) -> None:
@@ -122,3 +120,197 @@ def test_eos_ids_in_a_tensor_are_taken(theirs, ids, caplog) -> None:
     with caplog.at_level(logging.WARNING, "fastllama"):
         assert fast.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=torch.tensor([95])).shape[1] <= 9
     assert "eos_token_id" not in caplog.text
+
+
+def test_copies_that_are_accelerated_again_and_undone_are_what_they_were(theirs, ids) -> None:
+    before = theirs.generate
+    expected = before(ids, max_new_tokens=4, do_sample=False)
+    fast = accelerate(accelerate(theirs))
+    assert torch.equal(fast.generate(ids, max_new_tokens=4, do_sample=False), expected)
+    assert unaccelerate(fast) is theirs
+    assert theirs.generate == before
+    assert not {"generate", "fastllama"} & vars(theirs).keys()
+
+
+# ---- a model that is not what its config describes -----------------------------------------------------------------
+
+
+def half(*args: torch.Tensor) -> torch.Tensor:
+    """As a hook or a forward(): half of its last argument."""
+    return args[-1] * 0.5
+
+
+class HalfMLP(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 0.5
+
+
+def replace_class(model) -> None:
+    model.model.layers[0].mlp.__class__ = HalfMLP
+
+
+def replace_weights_by_a_parametrization(model) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.parametrizations.weight.original0.mul_(0.5)
+
+
+def repeat_a_layer(model) -> None:
+    model.model.layers[1] = model.model.layers[0]
+
+
+def append_a_layer(model) -> None:
+    model.model.layers.append(LlamaDecoderLayer(model.config, 2))
+
+
+CHANGES = {
+    "hook": lambda model: model.model.layers[1].mlp.register_forward_hook(half),
+    "hook before": lambda model: model.model.norm.register_forward_pre_hook(lambda module, x: (x[0].flip(-1),)),
+    "hook of the head": lambda model: model.lm_head.register_forward_hook(lambda module, x, y: -y),
+    "own forward": lambda model: setattr(model.model.layers[0].mlp, "forward", half),
+    "class": replace_class,
+    "activation": lambda model: setattr(model.model.layers[0].mlp, "act_fn", torch.nn.ReLU()),
+    "eps": lambda model: setattr(model.model.norm, "variance_epsilon", 9.0),
+    "eps of the config": lambda model: setattr(model.config, "rms_norm_eps", 0.7),
+    "scaling": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 3.0),
+    "frequencies": lambda model: model.model.rotary_emb.inv_freq.mul_(0.1),
+    "cast frequencies": lambda model: model.bfloat16(),
+    "repeated layer": repeat_a_layer,
+    "another layer": append_a_layer,
+    "parametrization": replace_weights_by_a_parametrization,
+    "adapter": lambda model: peft.inject_adapter_in_model(
+        peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False), model
+    ),
+    "attention": lambda model: setattr(model.config, "_attn_implementation", "backwards"),
+    "quantized": lambda model: setattr(model.config, "quantization_config", {"quant_method": "gptq", "bits": 4}),
+}
+
+
+@pytest.fixture
+def backwards():
+    """An attention that transformers knows under a name, which attends to values backwards."""
+    modelling = transformers.models.llama.modeling_llama
+
+    def attend(module, query, key, value, mask, **kwargs):
+        return modelling.eager_attention_forward(module, query, key, value.flip(2), mask, **kwargs)
+
+    transformers.AttentionInterface.register("backwards", attend)
+    transformers.AttentionMaskInterface.register("backwards", transformers.masking_utils.eager_mask)
+    yield
+    del transformers.AttentionInterface._global_mapping["backwards"]
+    del transformers.AttentionMaskInterface._global_mapping["backwards"]
+
+
+@pytest.mark.usefixtures("backwards")
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_decodes_in_transformers_and_says_why(change, before, theirs, ids, caplog) -> None:
+    if before:
+        accelerate(theirs).generate(ids, max_new_tokens=2, do_sample=False)
+    CHANGES[change](theirs)
+    asked = {"max_new_tokens": 6, "do_sample": False, "use_cache": change != "repeated layer"}
+    fast = theirs if before else accelerate(theirs)
+    _say_fallback.cache_clear()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "fastllama"):
+        got = [fast.generate(ids, **asked).tolist() for _ in range(2)]
+    assert caplog.text.count("decoding with transformers' own generate: ") == 1
+    assert got == [unaccelerate(fast).generate(ids, **asked).tolist()] * 2
+
+
+def test_a_forward_that_is_put_into_a_class_of_transformers_is_seen(theirs, ids, monkeypatch, caplog) -> None:
+    fast = accelerate(theirs)
+    _say_fallback.cache_clear()
+    genuine = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", functools.wraps(genuine)(lambda self, x: genuine(self, x) * 0.5))
+    got = fast.generate(ids, max_new_tokens=6, do_sample=False)
+    assert "model.layers.0.mlp has a forward() that was put into its class" in caplog.text
+    assert torch.equal(got, unaccelerate(fast).generate(ids, max_new_tokens=6, do_sample=False))
+
+
+def test_what_the_engine_refuses_falls_back(theirs, ids, caplog) -> None:
+    expected = theirs.generate(ids, max_new_tokens=3, do_sample=False)
+    fast = accelerate(theirs)
+    _say_fallback.cache_clear()
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert torch.equal(fast.generate(ids, max_new_tokens=3, do_sample=False), expected)
+    finally:
+        hook.remove()
+    assert "a global forward hook is registered" in caplog.text
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "yarn", "linear", "llama3"])
+def test_a_model_as_its_config_describes_it_decodes_in_the_engine(rope_type, make_pair, ids, caplog) -> None:
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8}
+    rope = llama3 if rope_type == "llama3" else {}
+    theirs = make_pair(
+        rope=RopeParameters(rope_type, factor=2.0, **rope), max_position_embeddings=16, attention_bias=True
+    )[1]
+    asked = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    expected = theirs.generate(ids, **asked)
+    fast = accelerate(theirs)
+    assert torch.equal(fast.generate(ids, **asked), expected)
+    assert fast.fastllama.engine.cache is not None
+    assert "decoding with transformers" not in caplog.text
+
+
+def test_a_model_in_torch_compile_decodes_in_the_engine(theirs, ids, caplog) -> None:
+    expected = theirs.generate(ids, max_new_tokens=6, do_sample=False)
+    fast = accelerate(torch.compile(theirs))
+    assert torch.equal(fast.generate(ids, max_new_tokens=6, do_sample=False), expected)
+    assert "decoding with transformers" not in caplog.text
+
+
+def test_the_default_device_changes_nothing(theirs, ids) -> None:
+    expected = theirs.generate(ids, max_new_tokens=6, do_sample=False)
+    with torch.device("meta"):
+        assert torch.equal(accelerate(theirs).generate(ids, max_new_tokens=6, do_sample=False), expected)
+
+
+# ---- custom_generate -----------------------------------------------------------------------------------------------
+
+
+def test_transformers_hands_its_calls_to_the_engine(theirs, ids, caplog) -> None:
+    mask = torch.ones_like(ids).index_fill(1, torch.tensor([0, 1]), 0)
+    for asked in ({}, {"attention_mask": mask}, {"eos_token_id": 41}, {"do_sample": True, "top_k": 1, "top_p": 0.9}):
+        expected = theirs.generate(ids, max_new_tokens=6, **asked)
+        assert torch.equal(theirs.generate(ids, max_new_tokens=6, custom_generate=generate, **asked), expected)
+    assert "decoding with transformers" not in caplog.text
+    assert theirs.fastllama.engine.cache is not None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_beams": 2},
+        {"repetition_penalty": 1.3},
+        {"logits_processor": [lambda _, x: -x]},
+        {"max_time": 50.0},
+    ],
+    ids=str,
+)
+def test_what_the_engine_does_not_do_stays_in_transformers_loops(asked, theirs, ids, caplog) -> None:
+    expected = theirs.generate(ids, max_new_tokens=6, **asked)
+    _say_fallback.cache_clear()
+    assert torch.equal(theirs.generate(ids, max_new_tokens=6, custom_generate=generate, **asked), expected)
+    assert "decoding with transformers" in caplog.text
+
+
+def test_streamers_get_the_prompt_once(theirs, ids) -> None:
+    class Recorder(transformers.generation.streamers.BaseStreamer):
+        def __init__(self) -> None:
+            self.pieces: list[list] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.pieces.append(value.tolist())
+
+        def end(self) -> None:
+            self.pieces.append([])
+
+    expected, streamer = Recorder(), Recorder()
+    theirs.generate(ids[:1], max_new_tokens=3, do_sample=False, streamer=expected)
+    streamer.put(ids[:1])  # transformers does; some of its versions then forget to pass the streamer on
+    config = transformers.GenerationConfig(max_length=10, do_sample=False, pad_token_id=0)
+    generate(theirs, ids[:1], generation_config=config, streamer=streamer)
+    assert streamer.pieces == expected.pieces
