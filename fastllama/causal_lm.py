@@ -14,7 +14,7 @@ from fastllama.engine.decoder import check_plain
 from fastllama.engine.runner import Runner
 from fastllama.generation.generate import Streamer, generate, stream
 from fastllama.generation.outside import generate_outside
-from fastllama.generation.request import start_of
+from fastllama.generation.request import outside_the_step, start_of
 from fastllama.loading.load import load_model
 from fastllama.loading.save import save_model
 from fastllama.model.llama import Llama
@@ -122,9 +122,10 @@ class LlamaForCausalLM(Llama):
             generation_config: used instead of the model's own; of transformers' object, what it sets.
             streamer: an object with ``put`` and ``end``, as in transformers; receives the prompt, then each token.
             settings: override the generation config: ``max_new_tokens``, ``max_length`` (prompt included),
-                ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``seed``, ``eos_token_id`` (one or
-                several), ``pad_token_id``. Everything else that transformers takes is done by its code over the eager
-                forward, which is slower; a warning says so once.
+                ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
+                ``min_new_tokens``, ``min_length``, ``seed``, ``eos_token_id`` (one or several), ``pad_token_id``.
+                Everything else that transformers takes is done by its code over the eager forward, which is slower; a
+                warning says so once.
 
         Returns:
             int64 ``[b, t + n]`` on the device of ``input_ids``: the prompts as given, then the new tokens. A row that
@@ -137,7 +138,7 @@ class LlamaForCausalLM(Llama):
         """
         config = self.generation_config.under(generation_config)
         input_ids = settings.pop("inputs", input_ids)
-        if config.outside_the_step(settings):
+        if outside_the_step(config, settings):
             return generate_outside(self, config, input_ids, attention_mask, streamer, settings)
         if input_ids is None:
             input_ids = start_of(config)

@@ -35,10 +35,10 @@ from fastllama.config.keys import text_part
 # Generation settings that the compiled step does not do, each with the value (besides null) that has no effect. Older
 # checkpoints have them in config.json too; they do not concern the network, so GenerationConfig reads them.
 OUTSIDE_THE_STEP: dict[str, Any] = {
-    "min_length": 0, "min_new_tokens": 0, "max_time": None, "stop_strings": None, "num_beams": 1,
+    "max_time": None, "stop_strings": None, "num_beams": 1,
     "num_beam_groups": 1, "num_return_sequences": 1, "diversity_penalty": 0.0, "penalty_alpha": 0.0,
     "dola_layers": None, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0, "bad_words_ids": [], "force_words_ids": [], "constraints": [],
     "forced_bos_token_id": None, "forced_eos_token_id": None, "remove_invalid_values": False,
     "exponential_decay_length_penalty": None, "suppress_tokens": [], "begin_suppress_tokens": [],
@@ -70,7 +70,10 @@ INERT_GENERATION = frozenset({
 # fmt: on
 
 # What null means in a call.
-OFF = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": ()}
+OFF = {
+    "do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "min_length": 0,
+    "eos_token_id": (),
+}  # fmt: skip
 # Fields that matter to a call that samples only.
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed")
 
@@ -80,7 +83,8 @@ _FRACTION = functools.partial(check_number, at_least=0, at_most=1)
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     "do_sample": check_bool, "temperature": functools.partial(check_number, at_least=0), "top_k": _AT_LEAST_0,
     "top_p": _FRACTION, "min_p": _FRACTION, "max_length": _AT_LEAST_1, "max_new_tokens": _AT_LEAST_1,
-    "pad_token_id": _AT_LEAST_0, "bos_token_id": _AT_LEAST_0, "seed": _AT_LEAST_0,
+    "repetition_penalty": functools.partial(check_number, above=0), "min_new_tokens": _AT_LEAST_0,
+    "min_length": _AT_LEAST_0, "pad_token_id": _AT_LEAST_0, "bos_token_id": _AT_LEAST_0, "seed": _AT_LEAST_0,
 }  # fmt: skip
 NEUTRAL = OUTSIDE_THE_STEP | DETAILS
 KNOWN = NEUTRAL.keys() | INERT_GENERATION
@@ -101,6 +105,9 @@ class GenerationConfig:
         top_k: sample from the k most likely tokens; 0 or -1 for all.
         top_p: sample from the most likely tokens whose probabilities add up to p; 1.0 for all.
         min_p: sample from tokens with at least this fraction of the most likely token's probability.
+        repetition_penalty: divides positive logits of tokens that prompt and new tokens have, and multiplies others.
+        min_new_tokens: minimum number of new tokens before an EOS id; counts before ``min_length``.
+        min_length: minimum number of tokens before an EOS id, prompt included.
         eos_token_id: ids that end a row: an int, several, or None; held as a tuple.
         pad_token_id: fills rows that ended early.
         bos_token_id: the id that begins a text; not used in decoding.
@@ -119,6 +126,9 @@ class GenerationConfig:
     top_k: int = 50
     top_p: float = 1.0
     min_p: float | None = None
+    repetition_penalty: float = 1.0
+    min_new_tokens: int | None = None
+    min_length: int = 0
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -85,7 +85,7 @@ class QuantizationConfig:
         if scheme is None or isinstance(scheme, QuantizationConfig):
             return scheme
         if scheme not in SCHEMES:
-            raise bad("quantize", scheme, f"None, {', '.join(map(repr, SCHEMES))} or a QuantizationConfig")
+            raise bad("quantize", scheme, f"None, 'none', {', '.join(map(repr, SCHEMES))} or a QuantizationConfig")
         return cls(bits=8, group_size=None) if scheme == "int8" else cls()
 
     @classmethod

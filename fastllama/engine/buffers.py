@@ -35,6 +35,20 @@ class Sampling(NamedTuple):
 GREEDY = Sampling()
 
 
+class Changes(NamedTuple):
+    """What changes one row's logits: see :class:`fastllama.ops.Processing`.
+
+    repetition_penalty: of the tokens that the row has; 1 changes nothing.
+    min_new: number of new tokens before an EOS id may come.
+    """
+
+    repetition_penalty: float = 1.0
+    min_new: int = 0
+
+
+NO_CHANGES = Changes()
+
+
 class Row(Protocol):
     """What a slot is loaded with, checked: see :class:`fastllama.generation.request.Request`."""
 
@@ -51,6 +65,16 @@ class Row(Protocol):
     @property
     def sampling(self) -> Sampling:
         """How its tokens are sampled."""
+        ...
+
+    @property
+    def changes(self) -> Changes:
+        """What changes its logits."""
+        ...
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """int64 ``[tokens]`` on the CPU: what a repetition penalty takes for the row's tokens before its new ones."""
         ...
 
     @property
@@ -73,6 +97,7 @@ class Rows(NamedTuple):
     step_b: how many new tokens the row has.
     output_bn: these tokens.
     limit_b, eos_be, pad_b: when the row ends, and what it gives then; unused EOS entries are -1.
+    processing: what changes its logits.
     params: how it samples.
     """
 
@@ -84,12 +109,23 @@ class Rows(NamedTuple):
     limit_b: torch.Tensor
     eos_be: torch.Tensor
     pad_b: torch.Tensor
+    processing: ops.Processing
     params: ops.SamplingParams
 
     def cut(self, first: int, last: int) -> Rows:
         """Views of the slots from ``first`` to before ``last``."""
-        fields = {name: _static(x[first:last]) for name, x in self._asdict().items() if name != "params"}
-        return Rows(**fields, params=ops.SamplingParams(*(_static(x[first:last]) for x in self.params)))
+        plain, processing, params = ([_static(x[first:last]) for x in part] for part in self.parts)
+        return Rows(*plain, processing=ops.Processing(*processing), params=ops.SamplingParams(*params))
+
+    @property
+    def parts(self) -> tuple[tuple[torch.Tensor, ...], ops.Processing, ops.SamplingParams]:
+        """The tensors of their own, and the two groups."""
+        return self[:-2], self.processing, self.params
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them, one after the other."""
+        return [x for part in self.parts for x in part]
 
 
 class Memory(NamedTuple):
@@ -168,6 +204,11 @@ class Buffers:
             limit_b=self._new(b),
             eos_be=self._new(b, MAX_EOS_IDS),
             pad_b=self._new(b),
+            processing=ops.Processing(
+                repetition_penalty=self._new(b, dtype=torch.float32).fill_(1),
+                min_new=self._new(b),
+                seen=self._new(b, self.config.vocab_size, dtype=torch.bool),
+            ),
             params=ops.SamplingParams(**numbers, top_k=self._new(b), seed=self._new(b)),
         )
         self._rows: dict[int, Rows] = {}
@@ -191,7 +232,7 @@ class Buffers:
         self._allocate()
         self.idle()
         if keep:
-            for new, kept in zip((*self._slots[:-1], *self._slots.params), (*old[:-1], *old.params), strict=True):
+            for new, kept in zip(self._slots.tensors, old.tensors, strict=True):
                 new[tuple(map(slice, kept.shape))] = kept
         self._rope_key = None
         self.set_rope(self._rope_len)
@@ -262,9 +303,15 @@ class Buffers:
         }
         for name, value in values.items():
             getattr(self._slots, name).index_copy_(0, at_r, value.to(self.device))
-        for name in Sampling._fields:
-            buffer_b = getattr(self._slots.params, name)
-            settings = torch.tensor([getattr(row.sampling, name) for row in wanted], dtype=buffer_b.dtype, device=host)
+        self._slots.processing.seen[at_r] = False
+        for slot, row in rows.items():
+            if row.changes.repetition_penalty != 1:
+                self._slots.processing.seen[slot, row.seen.to(self.device)] = True
+        fields = [(Sampling._fields, self._slots.params, [row.sampling for row in wanted])]
+        fields += [(Changes._fields, self._slots.processing, [row.changes for row in wanted])]
+        for name, buffers, settings_of in [(name, *rest) for names, *rest in fields for name in names]:
+            buffer_b = getattr(buffers, name)
+            settings = torch.tensor([getattr(each, name) for each in settings_of], dtype=buffer_b.dtype, device=host)
             buffer_b.index_copy_(0, at_r, settings.to(self.device))
 
     @torch.no_grad()

@@ -44,8 +44,7 @@ def decode_at_once(net: FusedDecoder, rows: Rows, memory: Memory) -> Callable[[]
     """What :func:`decode` does on these arguments, as one operation."""
     weights, kinds, eps, activation = net.network()
     cos_sd, sin_sd, k_caches, v_caches, _ = memory
-    buffers = [*rows[:-1], *rows.params]
-    args = (buffers, cos_sd, sin_sd, weights, kinds, k_caches, v_caches, eps, activation, net.vocab_size)
+    args = (rows.tensors, cos_sd, sin_sd, weights, kinds, k_caches, v_caches, eps, activation, net.vocab_size)
     return functools.partial(ops.decode_step, *args)
 
 
@@ -59,10 +58,12 @@ def verify_at_once(net: FusedDecoder, chunk: Chunk, memory: Memory, logits_btv: 
 
 def _sample(net: FusedDecoder, x_bm: torch.Tensor, rows: Rows) -> None:
     """From hidden states to next tokens; every row that has not ended is one token further."""
-    token_b = ops.sample(net.logits(x_bm), rows.params, rows.position_b1[:, 0] + 1)
+    logits_bv = ops.processed(net.logits(x_bm), rows.processing, rows.eos_be, rows.step_b)
+    token_b = ops.sample(logits_bv, rows.params, rows.position_b1[:, 0] + 1)
     token_b = torch.where(rows.finished_b, rows.pad_b, token_b)
     rows.output_bn.scatter_(1, rows.step_b[:, None], token_b[:, None])
-    going_b = ~rows.finished_b
+    going_b, seen_bv = ~rows.finished_b, rows.processing.seen
+    seen_bv.scatter_(1, token_b[:, None], seen_bv.gather(1, token_b[:, None]) | going_b[:, None])
     rows.position_b1.add_(going_b[:, None])  # a row that has ended stays where it is, inside its cache
     rows.step_b.add_(going_b)
     rows.finished_b.logical_or_((token_b[:, None] == rows.eos_be).any(dim=1) | (rows.step_b >= rows.limit_b))

@@ -17,7 +17,7 @@ import torch
 from fastllama.config import GenerationConfig
 from fastllama.config.generation import said
 from fastllama.generation.generate import Streamer
-from fastllama.generation.request import check_known
+from fastllama.generation.request import check_known, outside_the_step
 from fastllama.model.llama import Llama
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def generate_outside(
         TypeError: a setting that nobody knows, by name.
     """
     check_known(config, settings)
-    asked = config.outside_the_step(settings)
+    asked = outside_the_step(config, settings)
     try:
         import transformers
     except ImportError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from fastllama.config import GenerationConfig
 from fastllama.config.generation import KNOWN, OFF
-from fastllama.engine.buffers import GREEDY, Sampling
+from fastllama.engine.buffers import GREEDY, MAX_EOS_IDS, NO_CHANGES, Changes, Sampling
 from fastllama.ops import row_seed
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ class Request:
     prompt: int64 ``[tokens]`` on the CPU, at least one token.
     max_new_tokens: steps to decode at most.
     sampling: temperature 0 is greedy.
+    changes: what changes its logits before that.
+    seen: int64 ``[tokens]`` on the CPU, what a repetition penalty takes for its tokens so far: its prompt when None.
     eos_token_ids: the row ends when it gives one of these, and gives ``pad_token_id`` from then on.
     """
 
@@ -39,8 +41,12 @@ class Request:
     sampling: Sampling = GREEDY
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int = 0
+    changes: Changes = NO_CHANGES
+    seen: torch.Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.seen is None:
+            object.__setattr__(self, "seen", self.prompt)
         if len(self.prompt) < 1:
             raise ValueError(NO_PROMPT)
         if self.max_new_tokens < 1:
@@ -82,10 +88,23 @@ def requests_of(
     pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if eos else 0)
     new_tokens = _new_tokens(input_ids.shape[1], config)
     seed = int(torch.randint(2**62, (), device="cpu")) if config.seed is None else config.seed
+    min_new = config.min_new_tokens
+    min_new = max(0, config.min_length - input_ids.shape[1]) if min_new is None else min_new
+    changes = Changes(config.repetition_penalty, min_new)
+    if changes.min_new > 0 and len(eos) > MAX_EOS_IDS:
+        raise NotImplementedError(f"the compiled step keeps at most {MAX_EOS_IDS} EOS ids back, got {len(eos)}")
     return [
-        Request(prompt, new_tokens, sampling_of(config, row_seed(seed, row)), eos, pad)
-        for row, prompt in enumerate(prompts)
+        Request(prompt, new_tokens, sampling_of(config, row_seed(seed, row)), eos, pad, changes, seen.cpu().long())
+        for row, (prompt, seen) in enumerate(zip(prompts, input_ids, strict=True))
     ]
+
+
+def outside_the_step(config: GenerationConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call asks for that the compiled step does not do."""
+    outside = config.outside_the_step(settings)
+    least = {name: settings.get(name, getattr(config, name)) for name in ("min_new_tokens", "min_length")}
+    eos = GenerationConfig(eos_token_id=settings.get("eos_token_id", config.eos_token_id)).eos_token_id
+    return outside | {name: value for name, value in least.items() if value and len(eos) > MAX_EOS_IDS}
 
 
 def start_of(config: GenerationConfig) -> torch.Tensor:

@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 # Arguments of transformers' generate() that have no effect on the engine.
 INERT = frozenset({"use_cache", "synced_gpus", "cache_implementation", "disable_compile", "logits_to_keep"})
 # What transformers makes of a config that the compiled step does.
-STEP_PROCESSORS = {"TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper"}
+STEP_PROCESSORS = {
+    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper",
+    "RepetitionPenaltyLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "MinLengthLogitsProcessor",
+}  # fmt: skip
 STEP_CRITERIA = {"MaxLengthCriteria", "EosTokenCriteria"}
 
 

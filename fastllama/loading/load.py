@@ -76,7 +76,8 @@ def load_model(
     stored, config = _tensors_of(source, config, model_cls, quantize is not None, strict)
     if wanted is not None and (source.config.quantization or any(map(is_quantized, stored.values()))):
         logger.warning(
-            "%s: its weights are codes already, and quantizing them again rounds them twice; quantize=None keeps them",
+            "%s: its weights are codes already, and quantizing them again rounds them twice; "
+            "quantize=None loads what is stored",
             source.name,
         )
     if quantize is None and source.path is not None:
@@ -276,7 +277,8 @@ def _fill(
                     clean, change = True, 0.0
                     problems.append(f"{key}: {error}")
                 worst = max(worst, (change, key))
-                problems += [] if clean else [f"{key}: holds NaN{'' if packed is None else ' or infinity'}"]
+                where_else = "" if packed is None and target.dim() < 3 else " or infinity"
+                problems += [] if clean else [f"{key}: holds NaN{where_else}"]
             filled.add(id(target))
             bar.update(math.prod(tensor.shape))
     if problems:
@@ -297,7 +299,7 @@ def _put(tensor: Stored | None, target: torch.Tensor, packed: Packed | None, kee
         ValueError: the codes' scales do not fit float16.
     """
     if tensor is None:
-        return not _holds_nan(target), 0.0
+        return _is_clean(target), 0.0
     if packed is None:
         return _copy(tensor, target), 0.0
     if not (keeps_codes and isinstance(tensor, Coded) and tensor.scheme):
@@ -316,9 +318,12 @@ def _copy(tensor: Stored, target: torch.Tensor) -> bool:
         target.data[rows].copy_(block)
         if isinstance(tensor, (CodedTensor, DecodedTensor)):
             clean = clean and bool(block.isfinite().all())  # a scale may be infinite
-        clean = clean and not _holds_nan(block)
+        clean = clean and _is_clean(block)
     return clean
 
 
-def _holds_nan(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() and bool(tensor.max().isnan())  # max propagates NaN, and is faster
+def _is_clean(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is free of NaN; and of infinity, where it holds scales of codes, one a panel and row."""
+    if not tensor.is_floating_point():
+        return True
+    return not bool(tensor.max().isnan()) if tensor.dim() < 3 else bool(tensor.isfinite().all())  # max propagates NaN

@@ -40,6 +40,8 @@ dequantized, by_panel = packed_op.dequantized, packed_op.by_panel
 packed, unpacked = packed_op.packed, packed_op.unpacked
 kv_columns, kv_encoded, kv_decoded = kv_codes.columns, kv_codes.encoded, kv_codes.decoded
 SamplingParams = sampling_op.SamplingParams
+Processing = sampling_op.Processing
+processed = sampling_op.processed
 row_seed = sampling_op.row_seed
 
 

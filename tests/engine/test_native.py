@@ -67,7 +67,7 @@ def test_what_a_step_would_misread_is_refused(make_pair) -> None:
     runner = engine_of(model)
     buffers, network = runner._ready, runner._net.network()
     cos_sd, sin_sd, k_caches, v_caches, _ = buffers.memory
-    rows = [*buffers.rows(1)[:-1], *buffers.rows(1).params]
+    rows = buffers.rows(1).tensors
     weights, kinds, eps, activation = network
     step = torch.ops.fastllama.decode_step
 

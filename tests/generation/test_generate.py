@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -134,6 +135,30 @@ def test_a_call_without_ids_begins_with_the_bos_id(make_pair) -> None:
     assert torch.equal(ours.generate(inputs=torch.tensor([[7]]), max_new_tokens=5), ours.generate(max_new_tokens=5))
     with pytest.raises(ValueError, match="no bos_token_id to begin with"):
         ours.generate(max_new_tokens=5, generation_config=GenerationConfig())
+
+
+@pytest.mark.parametrize("step", ["native", "compiled"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"repetition_penalty": 1.5},
+        {"repetition_penalty": 0.7, "attention_mask": LEFT},
+        {"repetition_penalty": 1.3, "min_new_tokens": 6, "eos_token_id": [20, 41, 60, 61, 62, 63, 64, 77]},
+        {"min_length": 11, "eos_token_id": list(range(60, 76))},
+        {"min_length": 12, "min_new_tokens": 3, "eos_token_id": list(range(0, 96, 6)), "attention_mask": LEFT},
+    ],
+    ids=lambda asked: "+".join(asked),
+)
+def test_what_changes_logits_in_the_step_equals_transformers(step, asked, pair, ids, request) -> None:
+    if step == "compiled":
+        request.getfixturevalue("compiled_steps")
+    ours, theirs = copy.deepcopy(pair[0]), pair[1]
+    mask = {"pad_token_id": 0, "attention_mask": asked.get("attention_mask")}
+    plain = theirs_greedy(theirs, ids, 14, **mask)
+    expected = theirs_greedy(theirs, ids, 14, **asked)
+    for _ in range(2):  # the second call finds what the first one has left in the slots
+        assert ours.generate(ids, max_new_tokens=14, pad_token_id=0, **asked).tolist() == expected != plain
+    assert ours.generate(ids, max_new_tokens=14, **mask).tolist() == plain
 
 
 def test_the_pad_id_is_the_first_eos_id_when_there_is_none(pair, ids) -> None:

@@ -273,7 +273,14 @@ def test_the_default_device_changes_nothing(theirs, ids) -> None:
 
 def test_transformers_hands_its_calls_to_the_engine(theirs, ids, caplog) -> None:
     mask = torch.ones_like(ids).index_fill(1, torch.tensor([0, 1]), 0)
-    for asked in ({}, {"attention_mask": mask}, {"eos_token_id": 41}, {"do_sample": True, "top_k": 1, "top_p": 0.9}):
+    penalty = {"repetition_penalty": 1.4, "min_new_tokens": 3, "eos_token_id": [41, 42]}
+    for asked in (
+        {},
+        {"attention_mask": mask},
+        {"eos_token_id": 41},
+        {"do_sample": True, "top_k": 1, "top_p": 0.9},
+        penalty,
+    ):
         expected = theirs.generate(ids, max_new_tokens=6, **asked)
         assert torch.equal(theirs.generate(ids, max_new_tokens=6, custom_generate=generate, **asked), expected)
     assert "decoding with transformers" not in caplog.text
@@ -284,11 +291,11 @@ def test_transformers_hands_its_calls_to_the_engine(theirs, ids, caplog) -> None
     "asked",
     [
         {"num_beams": 2},
-        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 1},
         {"logits_processor": [lambda _, x: -x]},
         {"max_time": 50.0},
     ],
-    ids=str,
+    ids=lambda asked: "+".join(asked),
 )
 def test_what_the_engine_does_not_do_stays_in_transformers_loops(asked, theirs, ids, caplog) -> None:
     expected = theirs.generate(ids, max_new_tokens=6, **asked)

@@ -88,7 +88,7 @@ def awq(n: int, k: int, seed: int, zero_point: bool = True) -> Written:
 
 def awq_gemv(n: int, k: int, seed: int) -> Written:
     code, scale, zero = made(n, k, 4, GROUP, seed)
-    columns = -(-(k // GROUP) // 8) * 8
+    columns = -(-(k // GROUP) // 8 // 4) * 4 * 8  # groups of 32: a multiple of four words
     padded = torch.zeros(n, columns, dtype=torch.int64)
     padded[:, : k // GROUP] = zero
     scales = torch.zeros(n, columns, dtype=torch.float16)
@@ -111,10 +111,15 @@ def packed(n: int, k: int, seed: int, bits: int = 4, symmetric: bool = True, shu
     return Written(parts, meant(code, parts["weight_scale"], middle if symmetric else zero, group_k))
 
 
-def int8(n: int, k: int, seed: int) -> Written:
-    code, scale, _ = made(n, k, 8, k, seed)
+def int8(n: int, k: int, seed: int, shuffled: bool = False) -> Written:
+    group = GROUP if shuffled else k
+    code, scale, _ = made(n, k, 8, group, seed)
     parts = {"weight": (code - 128).to(torch.int8), "weight_scale": scale}
-    return Written(parts, meant(code, scale, 128, torch.zeros(k, dtype=torch.long)))
+    group_k = torch.arange(k) // group
+    if shuffled:
+        group_k = group_k[torch.randperm(k, generator=torch.Generator().manual_seed(7))]
+        parts["weight_g_idx"] = group_k.int()
+    return Written(parts, meant(code, scale, 128, group_k))
 
 
 def float8(n: int, k: int, seed: int, name: str = "weight_scale_inv", block: int | None = 32) -> Written:
@@ -225,6 +230,9 @@ FORMATS: dict[str, Format] = {
         lambda *at: packed(*at, shuffled=True), CT | {"config_groups": groups(4, actorder="group")}, None
     ),
     "int-quantized": Format(int8, CT | {"config_groups": groups(8)}, 8),
+    "int-quantized, act-order": Format(
+        lambda *at: int8(*at, shuffled=True), CT | {"config_groups": groups(8, actorder="group")}, None
+    ),
     "float-quantized": Format(
         lambda *at: float8(*at, "weight_scale", None), CT | {"config_groups": groups(8, "float")}, None
     ),
@@ -340,6 +348,26 @@ def test_a_field_that_was_zero_borrows_where_gptqmodel_wrote_it(tmp_path) -> Non
     torch.testing.assert_close(weights["ours"] - spread * zero, weights["gptqmodel"])
 
 
+@pytest.mark.parametrize("less", [0, 1])
+def test_symmetric_codes_whose_config_says_little_are_told_apart_by_their_zero_points(
+    less, tmp_path, monkeypatch
+) -> None:
+    form = Format(lambda *at: gptq(*at, sym=True, less=less), {"quant_method": "gptq", "meta": "x"}, 4)
+    monkeypatch.setitem(FORMATS, "gptq, little said", form)
+    weights = write("gptq, little said", tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, quantize="none")
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.double(), weights[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_group_size_that_is_not_said_is_that_of_the_zero_points(tmp_path) -> None:
+    weights = write("awq gemv", tmp_path)
+    _config(tmp_path, {"quant_method": "awq", "bits": 4, "version": "gemv"})
+    model = LlamaForCausalLM.from_pretrained(tmp_path, quantize="none")
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.double(), weights[name], rtol=1e-3, atol=1e-4)
+
+
 def test_zero_points_that_readers_take_differently_are_named(tmp_path, caplog) -> None:
     write("gptq", tmp_path)
     _edit(tmp_path, lambda tensors: _fill(tensors, "qzeros", -1))
@@ -377,11 +405,14 @@ BAD: list[tuple[str, dict[str, Any], Edit, str]] = [
         "stored as nf4, but bnb_4bit_quant_type is fp4",
     ),
     ("bitsandbytes int8", {}, lambda t: t[f"{Q}.weight_format"].fill_(1), "an order for GPUs"),
+    ("gptq", {"checkpoint_format": "bitblas"}, lambda t: None, "checkpoint_format is 'bitblas'; expected 'gptq' or"),
+    ("gptq", {"sym": "false"}, lambda t: None, "sym is 'false'; expected true or false"),
+    ("awq gemv", {"group_size": 64}, lambda t: None, "4 words a row fit 64 columns in groups of 32, and the config's"),
     ("gptq", {"desc_act": True}, lambda t: _drop(t, "g_idx"), "g_idx is missing, and desc_act is true"),
     ("gptq", {"dynamic": [1]}, lambda t: None, "values are damaged"),
     ("gptq", {}, lambda t: t.pop(f"{Q}.qweight"), "the rest of this matrix"),
     ("awq", {}, lambda t: t.pop(f"{Q}.qzeros"), "qzeros is missing"),
-    ("awq gemv", {"group_size": 0}, lambda t: None, "values are damaged"),
+    ("awq gemv", {"group_size": 0}, lambda t: None, "the config's group_size is 0"),
     ("pack-quantized", {"config_groups": groups(4, group_size=64)}, lambda t: None, "groups have 32 columns, but"),
     ("pack-quantized", {"config_groups": groups(4, "float")}, lambda t: None, "codes are integers, but"),
     ("pack-quantized", {"config_groups": groups(4, symmetric=False)}, lambda t: None, "weight_zero_point is missing"),

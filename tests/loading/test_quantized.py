@@ -227,6 +227,14 @@ def test_weights_that_are_no_numbers_are_refused(folder, value, tmp_path):
     ("edit", "message"),
     [
         (lambda t: t["model.layers.0.mlp.up_proj.scales"].fill_(float("nan")), "up_proj.scales: holds NaN"),
+        (
+            lambda t: t["model.layers.0.mlp.up_proj.scales"][0, 0].fill_(float("inf")),
+            "up_proj.*: holds NaN or inf",
+        ),
+        (
+            lambda t: t["model.layers.0.mlp.up_proj.offsets"][0, 0].fill_(float("inf")),
+            "up_proj.*: holds NaN or inf",
+        ),
         (lambda t: t.pop("model.layers.0.mlp.up_proj.codes"), "up_proj.codes: missing"),
         (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(96, 64)}), "up_proj.weight: unexpected"),
         (
@@ -238,7 +246,7 @@ def test_weights_that_are_no_numbers_are_refused(folder, value, tmp_path):
             "up_proj.scales: stored as F32, expected torch.float16",
         ),
     ],
-    ids=["nan", "missing", "both", "other bits", "other dtype"],
+    ids=["nan", "infinite scale", "infinite offset", "missing", "both", "other bits", "other dtype"],
 )
 def test_a_damaged_quantized_folder_says_what_is_wrong(folder, edit, message, tmp_path):
     quantized(folder, "int4").save_pretrained(tmp_path)

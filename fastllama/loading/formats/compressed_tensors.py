@@ -5,6 +5,7 @@ Layouts: ``compressors/pack_quantized`` and ``compressors/naive_quantized`` of i
     pack-quantized    weight_packed [n, k · bits / 32], along k   weight_scale [n, g]   weight_shape [2]
                       weight_zero_point [n · bits / 32, g], along n, or none            weight_g_idx [k] or none
     int-quantized     weight int8 [n, k]   weight_scale [n, g] or [1]   weight_zero_point int8 likewise or none
+                      weight_g_idx [k] or none
     float-quantized   weight float8 [n, k]; see :mod:`fastllama.loading.formats.fp8`
 
 All stand for scale · (code - zero); packed codes and zero points are stored plus 2^(bits - 1).
@@ -49,13 +50,7 @@ def packed(parts: Parts) -> Stored:
         parts.check("weight_zero_point", (-(-n * bits // 32), groups), ("I32",))
     if k % groups:
         raise parts.error(f"scales of {groups} groups do not fit {k} columns")
-    group_k = None
-    if "weight_g_idx" in parts:
-        parts.check("weight_g_idx", (k,), ("I32", "I64"))
-        group_k = parts.whole("weight_g_idx").long()
-        if group_k.min() < 0 or group_k.max() >= groups:
-            raise parts.error(f"weight_g_idx names groups up to {group_k.max()}, there are {groups}")
-        group_k = None if torch.equal(group_k, torch.arange(k) // (k // groups)) else group_k
+    group_k = _columns_out_of_order(parts, k, groups)
 
     def read() -> Codes:
         zero_ng: torch.Tensor | float = 2.0 ** (bits - 1)
@@ -87,7 +82,8 @@ def plain(parts: Parts) -> Stored:
     if k % groups:
         raise parts.error(f"scales of {groups} groups do not fit {k} columns")
     has_zeros = "weight_zero_point" in parts
-    _check_weights(parts, k, groups, has_zeros, False)
+    _check_weights(parts, k, groups, has_zeros, "weight_g_idx" in parts)
+    group_k = _columns_out_of_order(parts, k, groups)
     if has_zeros and parts.shape("weight_zero_point") != parts.shape("weight_scale"):
         raise parts.error(f"weight_zero_point has the shape {list(parts.shape('weight_zero_point'))}")
 
@@ -97,10 +93,21 @@ def plain(parts: Parts) -> Stored:
         zero_ng: torch.Tensor | float = 128.0
         if has_zeros:
             zero_ng = 128 + parts.whole("weight_zero_point").float().reshape(-1, groups).expand(n, groups)
-        return Codes.around(code_nk, scale_ng, zero_ng, None)
+        return Codes.around(code_nk, scale_ng, zero_ng, group_k)
 
-    scheme = Scheme(8, k // groups, has_zeros)
+    scheme = Scheme(8, k // groups, has_zeros) if group_k is None else None
     return CodedTensor((n, k), "int-quantized", parts.natural_dtype("weight_scale"), scheme, read)
+
+
+def _columns_out_of_order(parts: Parts, k: int, groups: int) -> torch.Tensor | None:
+    """The group of each column where columns of a group do not lie next to each other; else None."""
+    if "weight_g_idx" not in parts:
+        return None
+    parts.check("weight_g_idx", (k,), ("I32", "I64"))
+    group_k = parts.whole("weight_g_idx").long()
+    if group_k.min() < 0 or group_k.max() >= groups:
+        raise parts.error(f"weight_g_idx names groups up to {group_k.max()}, there are {groups}")
+    return None if torch.equal(group_k, torch.arange(k) // (k // groups)) else group_k
 
 
 def _check_transforms(parts: Parts) -> None:

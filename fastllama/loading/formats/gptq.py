@@ -13,6 +13,7 @@ All stand for scale · (code - zero).
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 GPTQ_BITS, AWQ_BITS = (2, 4, 8), (4,)
 AWQ_ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # the place in a word of each of 8 columns
 REFUSED = ("gemv_fast", "llm-awq", "marlin", "gptq_p", "exllama")
+GPTQ_ORDERS = ("", "gptq", "gptq_v2")
+GEMV_GROUPS = {128: 1, 64: 2, 32: 4}  # columns of a group, and words of which its zero points take a multiple
 
 
 def tensor(parts: Parts) -> Stored:
@@ -71,11 +74,15 @@ def _group(parts: Parts, columns: int, groups: int) -> int:
 
 def _gptq(parts: Parts, n: int, order: str) -> CodedTensor:
     parts.check_method("gptq", "auto-round")
+    if order not in GPTQ_ORDERS:
+        raise parts.error(f"checkpoint_format is {order!r}; expected 'gptq' or 'gptq_v2'")
     bits = _bits(parts, GPTQ_BITS)
     k, groups = parts.shape("qweight")[0] * 32 // bits, parts.shape("scales")[0]
     parts.check("qweight", (k * bits // 32, n), ("I32",))
     parts.check("scales", (groups, n), FLOATS)
-    is_symmetric = bool((parts.declared.override(parts.module) or {}).get("sym", parts.declared.get("sym")))
+    is_symmetric = (parts.declared.override(parts.module) or {}).get("sym", parts.declared.get("sym", default=False))
+    if not isinstance(is_symmetric, bool):
+        raise parts.error(f"sym is {is_symmetric!r}; expected true or false")
     has_zeros = "qzeros" in parts and parts.shape("qzeros") != (0,)
     if not is_symmetric or has_zeros:
         parts.check("qzeros", (groups, n * bits // 32), ("I32",))
@@ -118,10 +125,11 @@ def _gptq_zeros(parts: Parts, bits: int, order: str) -> torch.Tensor:
 
     GPTQModel takes 1 from whole words, so that a field that was 0 borrows from its neighbour; others from each field.
     """
-    words = parts.whole("qzeros")
-    if order == "gptq_v2":
-        return unpacked_words(words, bits, 1).float()
-    quantizer = (parts.declared.get("meta") or {}).get("quantizer", "")
+    words, middle = parts.whole("qzeros"), 2 ** (bits - 1)
+    if order == "gptq_v2" or (not order and bool((unpacked_words(words, bits, 1) == middle).all())):
+        return unpacked_words(words, bits, 1).float()  # symmetric codes are written so in version 2 alone
+    meta = parts.declared.get("meta")
+    quantizer = meta.get("quantizer", "") if isinstance(meta, dict) else ""
     if str(quantizer[0] if isinstance(quantizer, list) and quantizer else quantizer).startswith("gptqmodel"):
         ones = sum(1 << shift for shift in range(0, 32, bits))
         return unpacked_words(words + (ones - (1 << 32) * (ones >> 31)), bits, 1).float()
@@ -156,14 +164,19 @@ def _awq_gemm(parts: Parts, k: int) -> CodedTensor:
 def _awq_gemv(parts: Parts, n: int) -> CodedTensor:
     parts.check_method("awq")
     bits = _bits(parts, AWQ_BITS)
-    k = parts.shape("qweight")[1] * 32 // bits
-    group = parts.declared.get("group_size", "q_group_size", default=128)
-    group = k if group == -1 else group
-    groups, words = -(-k // group), parts.shape("qzeros")[1]
+    k, words = parts.shape("qweight")[1] * 32 // bits, parts.shape("qzeros")[1]
     parts.check("scales", (n, words * 8), FLOATS)
     parts.check("qzeros", (n, words), ("I32",))
-    if k % group or groups > words * 8:
-        raise parts.error(f"scales of {words * 8} groups do not fit {k} columns and the config's group_size {group!r}")
+    fitting = [group for group in (*GEMV_GROUPS, k) if k % group == 0 and _gemv_words(k // group, group) == words]
+    group = parts.declared.get("group_size", "q_group_size", default=fitting[0] if fitting else None)
+    group = k if group == -1 else group
+    if group not in fitting:
+        sizes = " or ".join(map(str, fitting)) or "no size"
+        raise parts.error(
+            f"qzeros of {words} words a row fit {k} columns in groups of {sizes}, "
+            f"and the config's group_size is {group!r}"
+        )
+    groups = k // group
 
     def read() -> Codes:
         zero_ng = unpacked_words(parts.whole("qzeros"), bits, 1)[:, :groups].float()
@@ -171,6 +184,12 @@ def _awq_gemv(parts: Parts, n: int) -> CodedTensor:
         return Codes.around(unpacked_words(parts.whole("qweight"), bits, 1), scale_ng, zero_ng, None)
 
     return _coded(parts, "AWQ gemv", (n, k), groups, bits, False, True, read)
+
+
+def _gemv_words(groups: int, group: int) -> int:
+    """Words that AutoAWQ gives the zero points of a row."""
+    step = GEMV_GROUPS.get(group, 1)
+    return math.ceil(groups / (8 * step)) * step
 
 
 def _coded(parts, name, shape, groups, bits, is_symmetric, is_in_order, read) -> CodedTensor:

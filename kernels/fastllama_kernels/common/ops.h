@@ -30,6 +30,14 @@ struct SamplingSettings {
   Tensor temperature, top_k, top_p, min_p, seed;  // of each row
 };
 
+struct ProcessingSettings {
+  Tensor repetition_penalty, min_new, seen;  // of each row
+};
+
+// Float32 logits [rows, vocab] after what changes them; the same logits where nothing does.
+Tensor processed(const Tensor& logits, int64_t vocab, const ProcessingSettings& settings, const Tensor& eos,
+                 const Tensor& steps);
+
 // A token of each row of logits [rows, ..., at least vocab], at these positions.
 void sample_rows(const Tensor& logits, int64_t vocab, const SamplingSettings& settings, const int64_t* positions,
                  int64_t* tokens);

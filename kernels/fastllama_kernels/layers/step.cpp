@@ -94,13 +94,15 @@ void verify_step(Tensor ids, Tensor positions, Tensor cos, Tensor sin, std::vect
 // The buffers of some rows, in the order of step.py.
 struct RowBuffers {
   Tensor ids, positions, finished, steps, output, limit, eos, pad;
+  ProcessingSettings processing;
   SamplingSettings sampling;
 
   explicit RowBuffers(const std::vector<Tensor>& all) {
-    STD_TORCH_CHECK(all.size() == 13, "fastllama: got ", all.size(), " buffers of rows, expected 13");
+    STD_TORCH_CHECK(all.size() == 16, "fastllama: got ", all.size(), " buffers of rows, expected 16");
     ids = all[0], positions = all[1], finished = all[2], steps = all[3];
     output = all[4], limit = all[5], eos = all[6], pad = all[7];
-    sampling = {all[8], all[9], all[10], all[11], all[12]};
+    processing = {all[8], all[9], all[10]};
+    sampling = {all[11], all[12], all[13], all[14], all[15]};
     const int64_t b = ids.size(0);
     check(positions, "positions", ScalarType::Long, {b, 1});
     check(finished, "finished", ScalarType::Bool, {b});
@@ -122,6 +124,7 @@ struct RowBuffers {
       of<int64_t>(output)[b * n + step[b]] = token;
       of<int64_t>(ids)[b] = token;
       if (ended) continue;  // it stays where it is, inside its cache
+      if (token < processing.seen.size(1)) of<bool>(processing.seen)[b * processing.seen.size(1) + token] = true;
       ++of<int64_t>(positions)[b];
       ++step[b];
       const int64_t* ends = data<int64_t>(eos) + b * count;
@@ -145,7 +148,8 @@ void decode_step(std::vector<Tensor> buffers, Tensor cos, Tensor sin, std::vecto
   const int64_t batch = rows.ids.size(0);
   std::vector<int64_t> positions(batch), tokens(batch);
   for (int64_t b = 0; b < batch; ++b) positions[b] = data<int64_t>(rows.positions)[b] + 1;
-  sample_rows(all, vocab, rows.sampling, positions.data(), tokens.data());
+  const Tensor changed = processed(all, vocab, rows.processing, rows.eos, rows.steps);
+  sample_rows(changed, vocab, rows.sampling, positions.data(), tokens.data());
   rows.advance(tokens);
 }
 
