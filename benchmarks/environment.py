@@ -43,7 +43,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
             for name, value in sorted(os.environ.items())
             if name.startswith(VARIABLES) and not name.endswith(PLACES)
         },
-        "argv": [Path(word).name if Path(word).is_absolute() else word for word in sys.argv],  # no places
+        "argv": [Path(word).name if Path(word).is_absolute() or word is sys.argv[0] else word for word in sys.argv],
     }
 
 

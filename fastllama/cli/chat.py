@@ -118,5 +118,9 @@ def _answer(
         conversation.say("assistant", reply.text)
     else:
         conversation.take_back()
+    tokens = reply.decode.tokens
+    ended = not tokens or tokens[-1] in loaded.model.generation_config.eos_token_id
+    if not (ended or reply.interrupted) and len(tokens) == arguments["max_new_tokens"]:
+        stderr().print(f"cut after {len(tokens)} tokens; --max-new-tokens allows more", style="dim")
     if not quiet:
         stderr().print(("stopped: " if reply.interrupted else "") + reply.speed(), style="dim")

@@ -60,7 +60,7 @@ class FakeModel:
     dtype = torch.float32
 
     def __init__(self) -> None:
-        self.generation_config = GenerationConfig(other={"repetition_penalty": 1.1})
+        self.generation_config = GenerationConfig(other={"typical_p": 1.1})
         self.prompts: list[str] = []
         self.settings: list[dict[str, Any]] = []
         self.loaded: dict[str, Any] = {}
@@ -187,14 +187,14 @@ def test_a_temperature_of_zero_is_greedy(model: FakeModel) -> None:
 def test_strict_reaches_the_loader_and_settings_that_are_not_available_go(model: FakeModel) -> None:
     refused = run("generate", "hello", "--strict", "--dtype", "bf16")
     assert (refused.exit_code, model.loaded["strict"], model.loaded["dtype"]) == (1, True, "bf16")
-    assert "decoding without the checkpoint's settings repetition_penalty" in refused.stderr
+    assert "decoding without the checkpoint's settings typical_p" in refused.stderr
     assert run("generate", "hello").exit_code == 0
     assert model.generation_config == GenerationConfig()
 
 
 def test_what_is_left_out_is_said(model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:
     run("generate", "hello")
-    assert "decoding without the checkpoint's settings repetition_penalty" in caplog.text
+    assert "decoding without the checkpoint's settings typical_p" in caplog.text
 
 
 def test_without_options_the_checkpoint_decides_how_to_sample() -> None:
@@ -293,6 +293,16 @@ def test_chat_continues_plain_text_without_a_template(model: FakeModel) -> None:
     assert result.stdout == f"{ANSWER}\n{ANSWER}\n"
     assert model.prompts == ["one", f"one\n{ANSWER}\ntwo"]
     assert "no chat template" in result.stderr
+
+
+def test_chat_says_when_the_limit_has_cut_an_answer(model: FakeModel) -> None:
+    assert (
+        "cut after 3 tokens; --max-new-tokens allows more"
+        in run("chat", "-q", "--max-new-tokens", "3", stdin="one\n").stderr
+    )
+    assert "cut after" not in run("chat", stdin="one\n").stderr
+    model.generation_config = GenerationConfig(eos_token_id=ord(ANSWER[2]))
+    assert "cut after" not in run("chat", "--max-new-tokens", "3", stdin="one\n").stderr
 
 
 def test_chat_uses_the_template_and_remembers_every_turn(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
