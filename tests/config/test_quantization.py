@@ -36,7 +36,9 @@ def test_schemes_by_name() -> None:
     assert int8 is not None
     assert (int8.bits, int8.group_size) == (8, None)
     assert QuantizationConfig.of(int8) is int8
-    with pytest.raises(ValueError, match="quantize is 'int3'; expected None, 'int8', 'int4' or a QuantizationConfig"):
+    with pytest.raises(
+        ValueError, match="quantize is 'int3'; expected None, 'none', 'int8', 'int4' or a QuantizationConfig"
+    ):
         QuantizationConfig.of("int3")
 
 

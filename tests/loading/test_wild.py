@@ -252,9 +252,9 @@ def test_strict_refuses_what_is_otherwise_named_in_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "call", "neutral"),
     [
-        ({"repetition_penalty": 1.1, "stop_token_ids": [5], "presence_penalty": 0.0}, {}, {"repetition_penalty": 1.0}),
+        ({"no_repeat_ngram_size": 1, "stop_token_ids": [5], "presence_penalty": 0.0}, {}, {"no_repeat_ngram_size": 0}),
         ({"num_beams": 4, "early_stopping": True}, {}, {"num_beams": 1}),
-        ({"min_new_tokens": 3}, {}, {"min_new_tokens": 0}),
+        ({"typical_p": 0.5}, {"do_sample": True}, {"typical_p": 1.0}),
     ],
     ids=str,
 )

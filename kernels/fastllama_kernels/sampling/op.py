@@ -86,8 +86,8 @@ def processed(
     x_bv = logits_bv.float()
     x_bv = torch.where(processing.seen, torch.where(x_bv < 0, x_bv * penalty_b1, x_bv / penalty_b1), x_bv)
     vocab = x_bv.shape[1]
-    may_not_end_b1 = (step_b < processing.min_new)[:, None] & (eos_be >= 0) & (eos_be < vocab)
-    least_be = torch.where(may_not_end_b1, -torch.inf, torch.inf)
+    may_not_end_be = (step_b < processing.min_new)[:, None] & (eos_be >= 0) & (eos_be < vocab)
+    least_be = torch.full_like(eos_be, torch.inf, dtype=torch.float32).masked_fill(may_not_end_be, -torch.inf)
     return x_bv.scatter_reduce(1, eos_be.clamp(0, vocab - 1), least_be, "amin")
 
 
