@@ -84,6 +84,8 @@ def _gptq(parts: Parts, n: int, order: str) -> CodedTensor:
     if not isinstance(is_symmetric, bool):
         raise parts.error(f"sym is {is_symmetric!r}; expected true or false")
     has_zeros = "qzeros" in parts and parts.shape("qzeros") != (0,)
+    if has_zeros and (stored := parts.shape("qzeros")[-1] * 32 // n) in GPTQ_BITS and stored != bits:
+        raise parts.error(f"its codes have {stored} bits, but the config's bits is {bits}; correct the config")
     if not is_symmetric or has_zeros:
         parts.check("qzeros", (groups, n * bits // 32), ("I32",))
     group_k = _columns_out_of_order(parts, k, groups)
