@@ -137,7 +137,10 @@ class LlamaForCausalLM(Llama):
             ValueError: a setting out of range, ids outside the vocabulary, a prompt without tokens.
         """
         config = self.generation_config.under(generation_config)
-        input_ids = settings.pop("inputs", input_ids)
+        if (inputs := settings.pop("inputs", None)) is not None:
+            if input_ids is not None:
+                raise ValueError("got input_ids and inputs, which are two names for the prompts; give one of them")
+            input_ids = inputs
         if outside_the_step(config, settings):
             return generate_outside(self, config, input_ids, attention_mask, streamer, settings)
         if input_ids is None:

@@ -90,12 +90,14 @@ def requests_of(
     seed = int(torch.randint(2**62, (), device="cpu")) if config.seed is None else config.seed
     min_new = config.min_new_tokens
     min_new = max(0, config.min_length - input_ids.shape[1]) if min_new is None else min_new
+    # As in transformers, padding has been seen; but not what fills up a row and is no token.
+    all_seen = [ids[(ids >= 0) & (ids < vocab_size)] for ids in input_ids.cpu().long()]
     changes = Changes(config.repetition_penalty, min_new)
     if changes.min_new > 0 and len(eos) > MAX_EOS_IDS:
         raise NotImplementedError(f"the compiled step keeps at most {MAX_EOS_IDS} EOS ids back, got {len(eos)}")
     return [
-        Request(prompt, new_tokens, sampling_of(config, row_seed(seed, row)), eos, pad, changes, seen.cpu().long())
-        for row, (prompt, seen) in enumerate(zip(prompts, input_ids, strict=True))
+        Request(prompt, new_tokens, sampling_of(config, row_seed(seed, row)), eos, pad, changes, seen)
+        for row, (prompt, seen) in enumerate(zip(prompts, all_seen, strict=True))
     ]
 
 

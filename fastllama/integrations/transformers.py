@@ -95,6 +95,9 @@ def generate(
         names = {type(each).__name__ for each in (*logits_processor, *stopping_criteria)}
         if foreign := sorted(names - STEP_PROCESSORS - STEP_CRITERIA):
             raise NotImplementedError(f"{', '.join(foreign)}: the engine does not do it")
+        cache = kwargs.get("past_key_values", kwargs.get("cache"))
+        if cache is not None and cache.get_seq_length():
+            raise NotImplementedError("a cache that holds tokens is given")
         _follow(model)
         config = GenerationConfig.from_hf(generation_config).replace(max_new_tokens=None)
         mask = kwargs.get("attention_mask")

@@ -8,20 +8,9 @@ import logging
 import pytest
 import torch
 import transformers
+from shapes import LEFT
 
 from fastllama import GenerationConfig
-
-LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
-
-
-@pytest.fixture(scope="module")
-def pair(make_pair_once):
-    return make_pair_once()
-
-
-@pytest.fixture(scope="module")
-def ids() -> torch.Tensor:
-    return torch.randint(1, 96, (2, 7), generator=torch.Generator().manual_seed(5))
 
 
 def theirs_greedy(theirs, ids, new, **kwargs) -> list:
@@ -133,6 +122,10 @@ def test_a_call_without_ids_begins_with_the_bos_id(make_pair) -> None:
     for asked in ({}, {"num_beams": 2}):
         assert ours.generate(max_new_tokens=5, **asked).tolist() == theirs.generate(max_new_tokens=5, **asked).tolist()
     assert torch.equal(ours.generate(inputs=torch.tensor([[7]]), max_new_tokens=5), ours.generate(max_new_tokens=5))
+    ids = torch.tensor([[5, 6]])
+    assert torch.equal(ours.generate(ids, inputs=None, max_new_tokens=5), ours.generate(ids, max_new_tokens=5))
+    with pytest.raises(ValueError, match="got input_ids and inputs"):
+        ours.generate(ids, inputs=ids)
     with pytest.raises(ValueError, match="no bos_token_id to begin with"):
         ours.generate(max_new_tokens=5, generation_config=GenerationConfig())
 
@@ -159,6 +152,15 @@ def test_what_changes_logits_in_the_step_equals_transformers(step, asked, pair, 
     for _ in range(2):  # the second call finds what the first one has left in the slots
         assert ours.generate(ids, max_new_tokens=14, pad_token_id=0, **asked).tolist() == expected != plain
     assert ours.generate(ids, max_new_tokens=14, **mask).tolist() == plain
+
+
+@pytest.mark.parametrize("filler", [-100, 96])
+def test_what_fills_up_a_prompt_and_is_no_token_is_not_penalised(filler, pair, ids) -> None:
+    ours, _ = pair
+    expected = ours.generate(ids[:1, 3:], max_new_tokens=12, repetition_penalty=1.5)[0, 4:]
+    filled = ids[:1].masked_fill(LEFT[:1] == 0, filler)
+    out = ours.generate(filled, attention_mask=LEFT[:1], max_new_tokens=12, repetition_penalty=1.5)
+    assert out[0, 7:].tolist() == expected.tolist()
 
 
 def test_the_pad_id_is_the_first_eos_id_when_there_is_none(pair, ids) -> None:

@@ -11,24 +11,14 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shapes import LEFT
 from transformers import LogitsProcessorList, StoppingCriteriaList, WatermarkingConfig
 
 from fastllama import GenerationConfig, StaticCache
 from fastllama.generation import outside
 
-LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 EOS = 41
 SAMPLED = {"do_sample": True, "temperature": 1.7, "top_k": 20}
-
-
-@pytest.fixture(scope="module")
-def pair(make_pair_once):
-    return make_pair_once()
-
-
-@pytest.fixture(scope="module")
-def ids() -> torch.Tensor:
-    return torch.randint(1, 96, (2, 7), generator=torch.Generator().manual_seed(5))
 
 
 def both(pair: Any, ids: torch.Tensor | None, **asked: Any) -> tuple[Any, Any]:
