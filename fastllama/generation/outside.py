@@ -17,7 +17,7 @@ import torch
 from fastllama.config import GenerationConfig
 from fastllama.config.generation import said
 from fastllama.generation.generate import Streamer
-from fastllama.generation.request import check_known, outside_the_step
+from fastllama.generation.request import check_ids, check_known, check_tensor, outside_the_step, unpad
 from fastllama.model.llama import Llama
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ def generate_outside(
 
     Raises:
         NotImplementedError: transformers is not installed.
-        TypeError: a setting that nobody knows, by name.
+        TypeError: a setting that nobody knows, by name; ids that are no tensor.
+        ValueError: ids of another shape or dtype, or outside the vocabulary; what transformers refuses.
     """
     check_known(config, settings)
     asked = outside_the_step(config, settings)
@@ -59,6 +60,11 @@ def generate_outside(
             f"generate() does {said(asked)} with transformers' code, which is not installed: "
             "pip install 'fastllama[transformers]'"
         ) from error
+    if input_ids is not None and settings.get("inputs_embeds") is None:
+        check_tensor(input_ids)
+        check_ids(
+            unpad(input_ids.cpu(), None if attention_mask is None else attention_mask.cpu()), model.config.vocab_size
+        )
     _say_outside(tuple(asked))
     host = _host_class()(model)
     values, given = config.to_dict(), dict(settings)

@@ -68,18 +68,7 @@ def requests_of(
         ValueError: ids or mask of another shape or dtype, ids outside the vocabulary, a row without tokens, no room for
             a new token.
     """
-    if not isinstance(input_ids, torch.Tensor):
-        raise TypeError(
-            f"input_ids is a {type(input_ids).__name__}; expected a tensor of integers [batch, tokens]: tokenize with "
-            'return_tensors="pt"'
-        )
-    if input_ids.dim() == 2 and not input_ids.numel():
-        raise ValueError(NO_PROMPT)
-    if input_ids.dim() != 2 or input_ids.dtype not in (torch.long, torch.int):
-        raise ValueError(
-            f"input_ids must be integers [batch, tokens], got {input_ids.dtype} of shape {tuple(input_ids.shape)}; "
-            'tokenize with return_tensors="pt"'
-        )
+    check_tensor(input_ids)
     if attention_mask is None:
         attention_mask = inferred_mask(input_ids, config)
     prompts = unpad(input_ids.cpu().long(), None if attention_mask is None else attention_mask.cpu())
@@ -137,6 +126,22 @@ def sampling_of(config: GenerationConfig, seed: int) -> Sampling:
         min_p=config.min_p or 0.0,
         seed=seed,
     )
+
+
+def check_tensor(input_ids: Any) -> None:
+    """Raise TypeError or ValueError where prompts are no tensor of integers ``[b, t]``, or an empty one."""
+    if not isinstance(input_ids, torch.Tensor):
+        raise TypeError(
+            f"input_ids is a {type(input_ids).__name__}; expected a tensor of integers [batch, tokens]: tokenize with "
+            'return_tensors="pt"'
+        )
+    if input_ids.dim() == 2 and not input_ids.numel():
+        raise ValueError(NO_PROMPT)
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.long, torch.int):
+        raise ValueError(
+            f"input_ids must be integers [batch, tokens], got {input_ids.dtype} of shape {tuple(input_ids.shape)}; "
+            'tokenize with return_tensors="pt"'
+        )
 
 
 def check_ids(prompts: Sequence[torch.Tensor], vocab_size: int) -> None:

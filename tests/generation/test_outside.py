@@ -183,6 +183,19 @@ def test_a_warning_says_once_what_goes_outside_the_step(pair, ids, caplog) -> No
     assert caplog.text.count("the compiled step does not do typical_p: decoding with transformers' code") == 1
 
 
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ([[1, 2]], TypeError, "input_ids is a list; expected a tensor"),
+        (torch.tensor([1, 2]), ValueError, r"input_ids must be integers \[batch, tokens\]"),
+        (torch.tensor([[1, 96]]), ValueError, "token id 96, outside the vocabulary of 96"),
+    ],
+)
+def test_bad_ids_are_named_here_too(pair, bad, error, message) -> None:
+    with pytest.raises(error, match=message):
+        pair[0].generate(bad, num_beams=2, max_new_tokens=2)
+
+
 def test_without_transformers_the_error_names_what_needs_it(pair, ids, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(NotImplementedError, match=r"does num_beams=4 with transformers' code.*pip install"):
