@@ -35,6 +35,8 @@ class LlamaForCausalLM(Llama):
         generation_config: what :meth:`generate` does where a call does not say.
         kv_cache_dtype: of the keys and values that the engine caches: None for the parameters' dtype, or torch.int8 for
             8 bits with a scale for each head of each token, on a CPU. Can be set at any time.
+        prefix_caching: whether a prompt that begins like what the engine has computed before is computed from where it
+            differs, so that a turn of a chat costs its own tokens. Can be set at any time.
 
     Source: arXiv 2302.13971, 2307.09288 and 2407.21783; parameter names and layouts of the checkpoints on the
     Hugging Face hub.
@@ -45,6 +47,7 @@ class LlamaForCausalLM(Llama):
         ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         self.generation_config = GenerationConfig(**ids)
         self.kv_cache_dtype: torch.dtype | None = None
+        self.prefix_caching = True
         self.engine: Runner | None = None  # made by the first call that decodes
 
     def __getstate__(self) -> dict[str, Any]:
@@ -191,6 +194,7 @@ def engine_of(model: LlamaForCausalLM) -> Runner:
     with _making_an_engine:
         if model.engine is None or model.engine.cache_dtype != cache_dtype or not model.engine.serves(model):
             model.engine = Runner(model, cache_dtype)
+        model.engine.reuses_prefixes = model.prefix_caching
         return model.engine
 
 

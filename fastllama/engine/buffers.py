@@ -149,6 +149,11 @@ class Chunk(NamedTuple):
     ids_bt: torch.Tensor
     position_bt: torch.Tensor
 
+    def fill(self, chunk: Chunk) -> None:
+        """Take the first rows' tokens from another one."""
+        for mine_bt, taken_bt in zip(self, chunk, strict=True):
+            mine_bt[: len(taken_bt)] = taken_bt.to(mine_bt.device)
+
 
 class Buffers:
     """Every buffer of an engine, allocated once.
@@ -279,8 +284,19 @@ class Buffers:
         """Let every slot idle in its first cache slot, whatever was going on, and no kernel have begun to count."""
         self._slots.finished_b.fill_(True)
         self._slots.position_b1.zero_()
-        self._slots.ids_b1.zero_()
         self.memory.arrived_p.zero_()
+
+    @torch.no_grad()
+    def keep(self, first_tokens: Mapping[int, int]) -> None:
+        """Let idle slots keep what they hold, though every step writes the keys and values of a token there.
+
+        Args:
+            first_tokens: of each slot, the first token that it holds.
+        """
+        if first_tokens:
+            slots, tokens = (torch.tensor(list(x), device=self.device) for x in (first_tokens, first_tokens.values()))
+            self._slots.ids_b1[slots, 0] = tokens
+            self._slots.pad_b[slots] = tokens
 
     @torch.no_grad()
     def load(self, rows: Mapping[int, Row]) -> None:
@@ -313,6 +329,33 @@ class Buffers:
             buffer_b = getattr(buffers, name)
             settings = torch.tensor([getattr(each, name) for each in settings_of], dtype=buffer_b.dtype, device=host)
             buffer_b.index_copy_(0, at_r, settings.to(self.device))
+
+    @torch.no_grad()
+    def written(self, prompts: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """The tokens of some slots whose keys and values are in the cache, int64 ``[tokens]`` on the CPU.
+
+        Args:
+            prompts: of the slots, which have been prefilled.
+        """
+        slots = self._slots
+        steps, positions = slots.step_b.tolist(), slots.position_b1[:, 0].tolist()
+        output_bn = slots.output_bn[: max(prompts) + 1, : max(steps[slot] for slot in prompts)].cpu()
+        return {
+            slot: torch.cat((prompt, output_bn[slot, : steps[slot]]))[: positions[slot]]
+            for slot, prompt in prompts.items()
+        }
+
+    @torch.no_grad()
+    def copy(self, moved: Mapping[int, int], tokens: int) -> None:
+        """Let slots hold the first tokens of others.
+
+        Args:
+            moved: for each slot the one it takes them from.
+            tokens: how many.
+        """
+        to, taken = list(moved), list(moved.values())
+        for cache_bksd in (*self.memory.k_caches, *self.memory.v_caches):
+            cache_bksd[to, :, :tokens] = cache_bksd[taken, :, :tokens]
 
     @torch.no_grad()
     def free(self, slot: int) -> None:

@@ -130,6 +130,10 @@ class FusedDecoder(nn.Module):
         self.eps, self.activation = decoder.norm.eps, model.config.hidden_act
         self.vocab_size = model.config.vocab_size
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The memory of all weights."""
+        return [*self.network()[0]]
+
     def network(self) -> tuple[Any, ...]:
         """Weights, kinds, eps and activation, as the steps that are one operation take them."""
         embedding, head = (ops.Weights(matrix.kind, matrix.tensors) for matrix in (self.embedding, self.head))

@@ -21,7 +21,7 @@ class _Fork:
     happened = False  # from such a parent, and not said yet
 
 
-runners: weakref.WeakSet[Any] = weakref.WeakSet()  # whose callers do not exist in a new process
+callers: weakref.WeakSet[Any] = weakref.WeakSet()  # of engines; in a new process they do not exist
 
 
 def _before() -> None:
@@ -35,8 +35,8 @@ def _after_in_child() -> None:
     if _Fork.had_threads:
         _Fork.happened = True
         torch.set_num_threads(1)
-    for runner in list(runners):
-        runner.forget_callers()
+    for those in list(callers):
+        those.forget()
 
 
 def say_if_forked() -> None:

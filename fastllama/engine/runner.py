@@ -10,20 +10,22 @@ Shape suffixes: ``b`` batch, ``t`` query tokens, ``v`` vocabulary, ``n`` output 
 
 from __future__ import annotations
 
+import functools
 import logging
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from fastllama.engine import forks, steps
+from fastllama.engine import steps
 from fastllama.engine.buffers import Buffers, Row, Snapshot
+from fastllama.engine.callers import Callers
 from fastllama.engine.decoder import FusedDecoder
-from fastllama.engine.forks import say_if_forked
-from fastllama.engine.graphs import CallOrder, StepKey, Steps, call_plainly, plain_mode
-from fastllama.engine.steps import PREFILL_CHUNKS, VERIFY_TOKENS, batch_bucket, prefill_chunks, prompt_chunks
+from fastllama.engine.graphs import StepKey, Steps, plain_mode
+from fastllama.engine.prefill import PREFILL_CHUNKS, fill_compiled, fill_eagerly, last_chunk, prefill_chunks
+from fastllama.engine.prefixes import LEAST_REUSED, Prefixes, WeightsWatch
+from fastllama.engine.steps import VERIFY_TOKENS, batch_bucket
 from fastllama.model.cache import CacheMemoryError, StaticCache
 from fastllama.model.llama import Llama
 from fastllama.model.rope import static_length
@@ -38,11 +40,15 @@ class Runner:
     """Decodes rows of one model, through steps that are compiled once per batch bucket.
 
     One caller at a time, in a :meth:`session`; others wait, from any thread. A session that is interrupted leaves
-    nothing behind: the next one begins with every slot idle.
+    nothing behind: the next one begins with every slot idle. What slots have computed stays in the cache, and a prompt
+    that begins like it is computed from where it differs.
 
     Args:
         model: shares its weights with the engine; its q/k/v and gate/up parameters become views of fused matrices.
         cache_dtype: of keys and values; the weights' when None. See :class:`StaticCache`.
+
+    Attributes:
+        reuses_prefixes: whether that is done. Never where rotary frequencies depend on a sequence's length.
 
     Raises:
         NotImplementedError: a cache in 8 bits on a GPU.
@@ -63,14 +69,12 @@ class Runner:
         self._buffers: Buffers | None = None
         self._lengths: dict[int, int] = {}  # of the loaded slots, in tokens; followed where rotary tables depend on it
         self._rope_follows_length = static_length(model.config) is not None
+        self._prefixes = Prefixes(WeightsWatch(model.parameters(), self._net.tensors()))
+        self._prompts: dict[int, torch.Tensor] = {}  # of the slots that have been prefilled
+        self.reuses_prefixes = True
         self._batch = 1  # the bucket that holds every loaded slot
         self._decode: Callable[[], None] = _nothing_is_loaded
-        self._lock = threading.Lock()
-        self._owner: int | None = None
-        self._session: object | None = None
-        self._order = CallOrder(self.device)
-        self._stream: torch.cuda.Stream | None = None
-        forks.runners.add(self)
+        self._callers = Callers(self.device)
 
     # ---- memory and compilation ------------------------------------------------------------------------------------
 
@@ -107,39 +111,30 @@ class Runner:
         Raises:
             RuntimeError: this thread holds it already, in an unfinished iteration.
         """
-        if self._owner == threading.get_ident() and self._lock.locked():
-            raise RuntimeError(
-                "this thread is still iterating over an earlier stream of this model; exhaust it or close() it first"
-            )
-        say_if_forked()
-        with self._lock, self._order.call() as stream:
-            session = self._session = object()
-            self.hold(session)
-            self._stream = stream
-            self._lengths.clear()
-            self._bind()
+        with self._callers.session() as session:
             try:
-                if self._buffers:
-                    with self._launching():
-                        self._buffers.idle()
+                with self._callers.launching():
+                    self._idle()
                 yield session
             finally:
-                if self._session is session:
-                    self._owner = self._stream = self._session = None
-
-    def forget_callers(self) -> None:
-        """In a forked process: whoever held the engine does not exist here."""
-        self._lock, self._owner, self._session = threading.Lock(), None, None
+                self._prefixes.note_weights()
 
     def hold(self, session: object) -> None:
-        """From now on it is this thread that holds the engine: an iterator may be handed to another thread.
+        """Hold the engine in this thread from now on, see :meth:`Callers.hold`."""
+        self._callers.hold(session)
 
-        Raises:
-            RuntimeError: the session began in another process, from which this one was forked.
-        """
-        if self._session is not session:
-            raise RuntimeError("this stream was begun in another process, which goes on with it; begin one of your own")
-        self._owner = threading.get_ident()
+    def _idle(self) -> None:
+        """Let every slot idle, and note what the last session has left in them."""
+        self._lengths.clear()
+        self._bind()
+        prompts, self._prompts = self._prompts, {}
+        if self._buffers is None:
+            return
+        if prompts and not self._rope_follows_length:
+            self._prefixes.hold(self._buffers.written(prompts))
+        self._prefixes.follow_weights()
+        self._buffers.idle()
+        self._buffers.keep(self._prefixes.first_tokens)
 
     def reserve(self, rows: int, slots: int) -> None:
         """Have memory for this number of rows, and of tokens in each, prompt and new together.
@@ -153,8 +148,9 @@ class Runner:
         rows, held = batch_bucket(rows), self.cache
         if held and held.batch_size >= rows and held.max_cache_len >= slots:
             return
-        with plain_mode(), self._launching():
+        with plain_mode(), self._callers.launching():
             if held is None or self._buffers is None:
+                self._prefixes.clear()
                 dtypes = (self.dtype, self.cache_dtype)
                 self._buffers = Buffers(self.config, rows, slots, CHUNK_SIZES, self.device, *dtypes)
                 return
@@ -170,7 +166,7 @@ class Runner:
         """Move to more memory. Interrupted halfway the memory is given up: the next call makes its own."""
         buffers, self._buffers = self._ready, None
         try:
-            buffers.resize(rows, slots, keep=bool(self._lengths))
+            buffers.resize(rows, slots, keep=bool(self._lengths or self._prefixes))
         except CacheMemoryError:  # nothing was changed
             self._buffers = buffers
             raise
@@ -208,6 +204,7 @@ class Runner:
     def _drop(self) -> None:
         self._steps.clear()
         self._lengths.clear()
+        self._prefixes.clear()
         self._bind()
         self._buffers = None
 
@@ -249,7 +246,7 @@ class Runner:
 
     @torch.no_grad()
     def prefill(self, rows: Mapping[int, Row]) -> int:
-        """Load rows into slots and fill the cache with their prompts; what other slots hold is not changed.
+        """Load rows into slots and fill the cache with their prompts; what other rows have is not changed.
 
         Where the prefill is compiled it stops short of each prompt's last token, which takes the decode step: so there
         are no graphs that prefill and sample. Elsewhere the last chunk samples the first new token.
@@ -265,23 +262,21 @@ class Runner:
         """
         samples, held = not self._compiles_prefill, self._ready.cache.batch_size
         assert max(rows) < held, f"slot {max(rows)} of {held}: reserve() comes first"
-        with self._launching():
-            self._lengths |= {slot: len(row.prompt) for slot, row in rows.items()}
+        with self._callers.launching():
+            prompts = {slot: row.prompt for slot, row in rows.items()}
+            self._lengths |= {slot: len(prompt) for slot, prompt in prompts.items()}
             self._bind()  # compiles before the first token, not after it
+            starts = self._reuse(prompts, LEAST_REUSED)
             self._ready.load(rows)
             self._set_rope()
-            prompts = {slot: row.prompt for slot, row in rows.items()}
-            if samples:
-                for first, last in _runs(prompts):
-                    self._prefill_eagerly(first, [prompts[slot] for slot in range(first, last)])
-            else:
-                self._prefill_compiled(prompts)
+            self._fill(prompts, starts, samples)
+            self._prompts |= prompts
         self._lengths |= {slot: self._lengths[slot] + samples for slot in rows}
         return int(samples)
 
     def step(self) -> None:
         """Every loaded row that has not ended is one token further."""
-        with self._launching():
+        with self._callers.launching():
             if self._rope_follows_length:
                 self._set_rope()
                 self._lengths = {slot: length + 1 for slot, length in self._lengths.items()}
@@ -300,7 +295,7 @@ class Runner:
         """
         (count, t), b, buffers = ids_bt.shape, self._batch, self._ready
         bucket = min(size for size in VERIFY_TOKENS if size >= t)
-        with self._launching():
+        with self._callers.launching():
             self._set_rope(ahead=t - 1)
             call, chunk = self._compiled("verify", b, bucket), buffers.chunk(b, bucket)
             buffers.repeat_newest(chunk)
@@ -310,21 +305,53 @@ class Runner:
             call()
         return buffers.logits(b, bucket)[:count, :t]
 
+    @torch.no_grad()
+    def logits_after(self, sequences: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Logits ``[b, v]`` of what follows some sequences, in the weights' dtype; the next call overwrites them.
+
+        What slots hold of them is not computed again, whatever order they come in: beams may change places.
+
+        Args:
+            sequences: of slots from 0 on, none of which is loaded: int64 ``[tokens]`` on the CPU, at least one token.
+        """
+        count, buffers = len(sequences), self._ready
+        prompts, self._batch = dict(enumerate(sequences)), batch_bucket(count)
+        with self._callers.launching():
+            starts = self._reuse(prompts, least=1)
+            buffers.keep({slot: int(prompt[0]) for slot, prompt in prompts.items()})
+            buffers.set_rope(1)
+            rest = max(len(prompt) - starts[slot] for slot, prompt in prompts.items())
+            if rest > max(VERIFY_TOKENS):
+                self._fill(prompts, starts, samples=False)
+                starts, rest = {slot: len(prompt) - 1 for slot, prompt in prompts.items()}, 1
+            t = min(size for size in VERIFY_TOKENS if size >= rest)
+            call, chunk = self._compiled("verify", self._batch, t), buffers.chunk(self._batch, t)
+            buffers.repeat_newest(chunk)
+            chunk.fill(last_chunk(sequences, list(starts.values()), t))
+            call()
+        self._prefixes.hold(prompts)
+        return buffers.logits(self._batch, t)[:count, -1]
+
     def free(self, slot: int) -> None:
         """Let a slot idle, so that it can be loaded again."""
-        with self._launching():
+        with self._callers.launching():
+            prompt = {slot: self._prompts.pop(slot)}
+            if not self._rope_follows_length:
+                self._prefixes.note_weights()
+                self._prefixes.hold(self._ready.written(prompt))
             self._ready.free(slot)
+            self._ready.keep({slot: int(prompt[slot][0])})
         del self._lengths[slot]
         self._bind()
 
     def newest(self) -> Snapshot:
         """A copy of the newest token of every slot up to the last loaded one, ``[b, 1]``."""
-        with self._launching():
+        with self._callers.launching():
             return Snapshot(self._ready.rows(self._batch).ids_b1)
 
     def output(self, first: int, last: int) -> Snapshot:
         """A copy of the new tokens from ``first`` to before ``last`` of the same slots, ``[b, last - first]``."""
-        with self._launching():
+        with self._callers.launching():
             return Snapshot(self._ready.rows(self._batch).output_bn[:, first:last])
 
     # ---- the parts of a call ---------------------------------------------------------------------------------------
@@ -347,47 +374,30 @@ class Runner:
         """Not on a CPU: compiling saves it a tenth, but each chunk size compiles and padding costs like tokens."""
         return self.device.type != "cpu"
 
-    def _launching(self) -> Any:
-        """Everything inside goes to the session's stream."""
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
     def _set_rope(self, ahead: int = 0) -> None:
         """Where frequencies depend on the length, the longest loaded row decides, as in transformers."""
         self._ready.set_rope(max(self._lengths.values()) + ahead)
 
-    def _prefill_eagerly(self, first: int, prompts: list[torch.Tensor]) -> None:
-        """Fill the slots from ``first`` on in chunks of exact lengths, and sample their first new tokens."""
-        last = first + len(prompts)
-        memory, rows = self._ready.memory.cut(first, last), self._ready.slots(first, last)
-        *chunks, final = prompt_chunks(prompts, short_of=0, exact=True)
-        for chunk in chunks:
-            call_plainly(self.device.type, steps.prefill, (self._net, chunk, memory))
-        call_plainly(self.device.type, steps.prefill_and_sample, (self._net, final, memory, rows))
+    def _reuse(self, prompts: Mapping[int, torch.Tensor], least: int) -> dict[int, int]:
+        """How many tokens of each prompt are in its slot, moved there where another slot holds them."""
+        found = self._prefixes.find(prompts, least) if self.reuses_prefixes else {}
+        self._prefixes.drop(prompts)
+        moved = {slot: at.slot for slot, at in found.items() if at.slot != slot}
+        if moved:
+            self._ready.copy(moved, max(found[slot].tokens for slot in moved))
+        return {slot: found[slot].tokens if slot in found else 0 for slot in prompts}
 
-    def _prefill_compiled(self, prompts: Mapping[int, torch.Tensor]) -> None:
-        """Fill the slots in padded chunks, up to each prompt's last token; other slots repeat their newest one."""
-        slot_r = torch.tensor(list(prompts), device=self.device)
-        for chunk in prompt_chunks(list(prompts.values()), short_of=1, exact=False):
-            b, t = self._batch, chunk.ids_bt.shape[1]
-            call, static = self._compiled("prefill", b, t), self._ready.chunk(b, t)
-            self._ready.repeat_newest(static)
-            static.ids_bt.index_copy_(0, slot_r, chunk.ids_bt.to(self.device))
-            static.position_bt.index_copy_(0, slot_r, chunk.position_bt.to(self.device))
-            call()
+    def _fill(self, prompts: Mapping[int, torch.Tensor], starts: Mapping[int, int], samples: bool) -> None:
+        """Compute prompts from where each starts, and their first new tokens; or short of each prompt's last token."""
+        if self._compiles_prefill:
+            step_of = functools.partial(self._compiled, "prefill", self._batch)
+            fill_compiled(step_of, self._ready, self._batch, prompts, starts)
+        else:
+            fill_eagerly(self._net, self._ready, prompts, starts, samples)
 
 
 def _nothing_is_loaded() -> None:
     raise RuntimeError("no row is loaded: prefill() comes before step()")
-
-
-def _runs(slots: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Slots that are neighbours, as ranges: the first, and the one after the last."""
-    ordered = sorted(slots)
-    first = ordered[0]
-    for slot, following in zip(ordered, [*ordered[1:], None], strict=True):
-        if following != slot + 1:
-            yield first, slot + 1
-            first = following or 0
 
 
 def weights_fingerprint(model: Llama) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ Shape suffixes: ``b`` batch, ``t`` query tokens, ``m`` model dim, ``v`` vocabula
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -16,7 +16,6 @@ from fastllama import ops
 from fastllama.engine.buffers import Chunk, Memory, Rows
 from fastllama.engine.decoder import FusedDecoder
 
-PREFILL_CHUNKS = (8, 32, 128, 512)  # tokens a row
 VERIFY_TOKENS = (1, 2, 4, 8)
 
 
@@ -68,32 +67,6 @@ def _sample(net: FusedDecoder, x_bm: torch.Tensor, rows: Rows) -> None:
     rows.step_b.add_(going_b)
     rows.finished_b.logical_or_((token_b[:, None] == rows.eos_be).any(dim=1) | (rows.step_b >= rows.limit_b))
     rows.ids_b1.copy_(token_b[:, None])
-
-
-def prompt_chunks(prompts: Sequence[torch.Tensor], short_of: int, exact: bool) -> Iterator[Chunk]:
-    """The chunks that prefill these prompts, on the CPU.
-
-    Args:
-        prompts: of each row, int64 ``[tokens]``.
-        short_of: how many last tokens of each prompt are left out.
-        exact: as :func:`prefill_chunks` takes it.
-    """
-    last_b1 = torch.tensor([[max(len(prompt) - 1 - short_of, 0)] for prompt in prompts], device="cpu")
-    ids_bt = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
-    start = 0
-    for t in prefill_chunks(ids_bt.shape[1] - short_of, exact):
-        position_bt = torch.arange(start, start + t, device="cpu").minimum(last_b1)
-        yield Chunk(ids_bt.gather(1, position_bt), position_bt)
-        start += t
-
-
-def prefill_chunks(tokens: int, exact: bool) -> list[int]:
-    """Sizes of the chunks that a prefill of ``tokens`` tokens takes; unless ``exact``, the last one is padded."""
-    longest = max(PREFILL_CHUNKS)
-    full, rest = divmod(tokens, longest)
-    if rest and not exact:
-        rest = min(size for size in PREFILL_CHUNKS if size >= rest)
-    return [longest] * full + [rest] * (rest > 0)
 
 
 def batch_bucket(rows: int) -> int:

@@ -21,8 +21,9 @@ from fastllama.config import RopeParameters
 from fastllama.engine import graphs as graphs_module
 from fastllama.engine import runner as runner_module
 from fastllama.engine.buffers import Sampling
+from fastllama.engine.prefill import PREFILL_CHUNKS, prefill_chunks
 from fastllama.engine.runner import Runner
-from fastllama.engine.steps import PREFILL_CHUNKS, batch_bucket, prefill_chunks
+from fastllama.engine.steps import batch_bucket
 from fastllama.generation.loop import decode as decode_rows
 from fastllama.generation.request import Request
 from fastllama.ops import row_seed
@@ -147,6 +148,7 @@ def test_a_copy_decodes_with_weights_and_engine_of_its_own(model) -> None:
 def test_stale_and_unused_slots_are_never_read(model) -> None:
     model.warmup(max_batch_size=2, max_cache_len=64)
     engine, rows = model.engine, prompts(9, 17)
+    engine.reuses_prefixes = False
     expected = decode(engine, rows, 6)
     for cache in engine.cache.key_cache + engine.cache.value_cache:
         cache.fill_(float("nan"))
