@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Generator
 from pathlib import Path
@@ -145,7 +146,8 @@ class LlamaForCausalLM(Llama):
                 raise ValueError("got input_ids and inputs, which are two names for the prompts; give one of them")
             input_ids = inputs
         if outside_the_step(config, settings):
-            return generate_outside(self, config, input_ids, attention_mask, streamer, settings)
+            runner_of = functools.partial(engine_of, self)
+            return generate_outside(self, runner_of, config, input_ids, attention_mask, streamer, settings)
         if input_ids is None:
             input_ids = start_of(config)
         return generate(engine_of(self), input_ids, attention_mask, config, streamer, **settings)

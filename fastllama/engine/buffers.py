@@ -149,11 +149,6 @@ class Chunk(NamedTuple):
     ids_bt: torch.Tensor
     position_bt: torch.Tensor
 
-    def fill(self, chunk: Chunk) -> None:
-        """Take the first rows' tokens from another one."""
-        for mine_bt, taken_bt in zip(self, chunk, strict=True):
-            mine_bt[: len(taken_bt)] = taken_bt.to(mine_bt.device)
-
 
 class Buffers:
     """Every buffer of an engine, allocated once.
@@ -353,6 +348,8 @@ class Buffers:
             moved: for each slot the one it takes them from.
             tokens: how many.
         """
+        if not moved:
+            return
         to, taken = list(moved), list(moved.values())
         for cache_bksd in (*self.memory.k_caches, *self.memory.v_caches):
             cache_bksd[to, :, :tokens] = cache_bksd[taken, :, :tokens]

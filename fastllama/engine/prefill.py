@@ -33,8 +33,8 @@ def fill_eagerly(
     """
     for first, last in _runs(prompts):
         slots, memory, rows = range(first, last), buffers.memory.cut(first, last), buffers.slots(first, last)
-        rest = ([prompts[slot] for slot in slots], [starts[slot] for slot in slots])
-        chunks = list(prompt_chunks(*rest, short_of=1 - samples, exact=True))
+        texts, begun = [prompts[slot] for slot in slots], [starts[slot] for slot in slots]
+        chunks = list(prompt_chunks(texts, begun, short_of=1 - samples, exact=True))
         for chunk in chunks[: len(chunks) - samples]:
             call_plainly(buffers.device.type, steps.prefill, (net, chunk, memory))
         if samples:
@@ -57,7 +57,7 @@ def fill_compiled(
         prompts, starts: by slot: int64 ``[tokens]`` on the CPU, and how many of them are in the cache already.
     """
     slot_r = torch.tensor(list(prompts), device=buffers.device)
-    for chunk in prompt_chunks(list(prompts.values()), list(starts.values()), short_of=1, exact=False):
+    for chunk in prompt_chunks(list(prompts.values()), [starts[slot] for slot in prompts], short_of=1, exact=False):
         t = chunk.ids_bt.shape[1]
         call, static = step_of(t), buffers.chunk(b, t)
         buffers.repeat_newest(static)
@@ -82,20 +82,9 @@ def prompt_chunks(
     ids_bt = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
     longest = max(len(prompt) - short_of - start for prompt, start in zip(prompts, starts, strict=True))
     for t in prefill_chunks(longest, exact):
-        yield _chunk(ids_bt, start_b1, last_b1, t)
+        position_bt = (start_b1 + torch.arange(t, device="cpu")).minimum(last_b1)
+        yield Chunk(ids_bt.gather(1, position_bt), position_bt)
         start_b1 = start_b1 + t
-
-
-def last_chunk(sequences: Sequence[torch.Tensor], starts: Sequence[int], t: int) -> Chunk:
-    """What is left of some sequences from where each starts, as t tokens a row: at the end the last one again."""
-    last_b1 = torch.tensor([[len(sequence) - 1] for sequence in sequences], device="cpu")
-    ids_bt = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
-    return _chunk(ids_bt, torch.tensor(starts, device="cpu")[:, None], last_b1, t)
-
-
-def _chunk(ids_bt: torch.Tensor, start_b1: torch.Tensor, last_b1: torch.Tensor, t: int) -> Chunk:
-    position_bt = (start_b1 + torch.arange(t, device="cpu")).minimum(last_b1)
-    return Chunk(ids_bt.gather(1, position_bt), position_bt)
 
 
 def prefill_chunks(tokens: int, exact: bool) -> list[int]:

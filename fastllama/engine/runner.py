@@ -23,7 +23,7 @@ from fastllama.engine.buffers import Buffers, Row, Snapshot
 from fastllama.engine.callers import Callers
 from fastllama.engine.decoder import FusedDecoder
 from fastllama.engine.graphs import StepKey, Steps, plain_mode
-from fastllama.engine.prefill import PREFILL_CHUNKS, fill_compiled, fill_eagerly, last_chunk, prefill_chunks
+from fastllama.engine.prefill import PREFILL_CHUNKS, fill_compiled, fill_eagerly, prefill_chunks
 from fastllama.engine.prefixes import LEAST_REUSED, Prefixes, WeightsWatch
 from fastllama.engine.steps import VERIFY_TOKENS, batch_bucket
 from fastllama.model.cache import CacheMemoryError, StaticCache
@@ -266,7 +266,7 @@ class Runner:
             prompts = {slot: row.prompt for slot, row in rows.items()}
             self._lengths |= {slot: len(prompt) for slot, prompt in prompts.items()}
             self._bind()  # compiles before the first token, not after it
-            starts = self._reuse(prompts, LEAST_REUSED)
+            starts = self._reuse(prompts, LEAST_REUSED if self.reuses_prefixes else None)
             self._ready.load(rows)
             self._set_rope()
             self._fill(prompts, starts, samples)
@@ -306,31 +306,43 @@ class Runner:
         return buffers.logits(b, bucket)[:count, :t]
 
     @torch.no_grad()
-    def logits_after(self, sequences: Sequence[torch.Tensor]) -> torch.Tensor:
+    def logits_after(self, sequences: Sequence[torch.Tensor], least: int | None = 1) -> torch.Tensor:
         """Logits ``[b, v]`` of what follows some sequences, in the weights' dtype; the next call overwrites them.
 
-        What slots hold of them is not computed again, whatever order they come in: beams may change places.
+        What slots hold of them is not computed again, whatever order they come in: beams may change places. Sequences
+        that are equal are computed once.
 
         Args:
             sequences: of slots from 0 on, none of which is loaded: int64 ``[tokens]`` on the CPU, at least one token.
+            least: number of tokens below which what a slot holds does not count; None where nothing does.
         """
         count, buffers = len(sequences), self._ready
         prompts, self._batch = dict(enumerate(sequences)), batch_bucket(count)
         with self._callers.launching():
-            starts = self._reuse(prompts, least=1)
+            starts = self._reuse(prompts, least)
             buffers.keep({slot: int(prompt[0]) for slot, prompt in prompts.items()})
             buffers.set_rope(1)
-            rest = max(len(prompt) - starts[slot] for slot, prompt in prompts.items())
-            if rest > max(VERIFY_TOKENS):
-                self._fill(prompts, starts, samples=False)
-                starts, rest = {slot: len(prompt) - 1 for slot, prompt in prompts.items()}, 1
-            t = min(size for size in VERIFY_TOKENS if size >= rest)
-            call, chunk = self._compiled("verify", self._batch, t), buffers.chunk(self._batch, t)
+            if any(len(prompt) - starts[slot] > 1 for slot, prompt in prompts.items()):
+                texts = [prompt.tolist() for prompt in sequences]
+                firsts = [texts.index(text) for text in texts]
+                self._fill({slot: prompts[slot] for slot in sorted({*firsts})}, starts, samples=False)
+                moved = {slot: first for slot, first in enumerate(firsts) if first != slot}
+                buffers.copy(moved, max((len(prompts[slot]) for slot in moved), default=0))
+            call, chunk = self._compiled("verify", self._batch, 1), buffers.chunk(self._batch, 1)
             buffers.repeat_newest(chunk)
-            chunk.fill(last_chunk(sequences, list(starts.values()), t))
+            chunk.ids_bt[:count] = torch.stack([prompt[-1:] for prompt in sequences]).to(self.device)
+            chunk.position_bt[:count] = torch.tensor([[len(prompt) - 1] for prompt in sequences], device=self.device)
             call()
         self._prefixes.hold(prompts)
-        return buffers.logits(self._batch, t)[:count, -1]
+        return buffers.logits(self._batch, 1)[:count, 0]
+
+    def why_no_logits(self, rows: int) -> str | None:
+        """Why :meth:`logits_after` does not take that many sequences; None where it does."""
+        if self._rope_follows_length:
+            return "rotary frequencies depend on the length"
+        if self.device.type == "cpu" and not self._steps.is_one_operation(self.dtype, batch_bucket(rows), 1):
+            return f"{rows} rows at once are no single operation of the CPU's kernels"
+        return None
 
     def free(self, slot: int) -> None:
         """Let a slot idle, so that it can be loaded again."""
@@ -378,13 +390,12 @@ class Runner:
         """Where frequencies depend on the length, the longest loaded row decides, as in transformers."""
         self._ready.set_rope(max(self._lengths.values()) + ahead)
 
-    def _reuse(self, prompts: Mapping[int, torch.Tensor], least: int) -> dict[int, int]:
+    def _reuse(self, prompts: Mapping[int, torch.Tensor], least: int | None) -> dict[int, int]:
         """How many tokens of each prompt are in its slot, moved there where another slot holds them."""
-        found = self._prefixes.find(prompts, least) if self.reuses_prefixes else {}
+        found = {} if least is None else self._prefixes.find(prompts, least)
         self._prefixes.drop(prompts)
         moved = {slot: at.slot for slot, at in found.items() if at.slot != slot}
-        if moved:
-            self._ready.copy(moved, max(found[slot].tokens for slot in moved))
+        self._ready.copy(moved, max((found[slot].tokens for slot in moved), default=0))
         return {slot: found[slot].tokens if slot in found else 0 for slot in prompts}
 
     def _fill(self, prompts: Mapping[int, torch.Tensor], starts: Mapping[int, int], samples: bool) -> None:

@@ -1,14 +1,15 @@
-"""Calls that ask for what the compiled step does not do: transformers' own ``generate`` over the model's forward.
+"""Calls that ask for what the compiled step does not do: transformers' own ``generate`` over the engine's logits.
 
-Beams, processors, stopping criteria, scores and the rest are transformers' code, so they mean what they mean there. The
-network is the model's own forward, eager, whatever its weights are held in.
+Beams, processors, stopping criteria, scores and the rest are transformers' code, so they mean what they mean there.
+Where a call needs more than logits (attentions, states, embeddings, a cache of its own) the network is the model's own
+forward, eager.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +17,23 @@ import torch
 
 from fastllama.config import GenerationConfig
 from fastllama.config.generation import said
+from fastllama.engine.runner import Runner
 from fastllama.generation.generate import Streamer
-from fastllama.generation.request import check_ids, check_known, check_tensor, outside_the_step, unpad
+from fastllama.generation.request import (
+    check_ids,
+    check_known,
+    check_tensor,
+    inferred_mask,
+    outside_the_step,
+    unpad,
+)
+from fastllama.generation.transformers_loop import cache_of, over_engine, why_not
 from fastllama.model.llama import Llama
 
 logger = logging.getLogger(__name__)
 
+# How caches are organised: without a meaning where the engine's is used.
+ORGANISES_CACHES = ("cache_implementation", "cache_config", "prefill_chunk_size")
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
@@ -30,6 +42,7 @@ SIZES = (
 
 def generate_outside(
     model: Llama,
+    runner_of: Callable[[], Runner],
     config: GenerationConfig,
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
@@ -39,7 +52,8 @@ def generate_outside(
     """Decode as ``transformers.LlamaForCausalLM.generate`` does.
 
     Args:
-        model: its forward is called.
+        model: whose forward is called where the engine's logits are not enough.
+        runner_of: gives its engine.
         config: what counts where the call says nothing.
         input_ids, attention_mask, streamer, settings: of the call.
 
@@ -65,21 +79,48 @@ def generate_outside(
         check_ids(
             unpad(input_ids.cpu(), None if attention_mask is None else attention_mask.cpu()), model.config.vocab_size
         )
-    _say_outside(tuple(asked))
     host = _host_class()(model)
     values, given = config.to_dict(), dict(settings)
     seed = given.pop("seed", values.pop("seed", None))
+    reason = _why_eager(runner_of, values | given, input_ids, attention_mask)
+    _say_outside(tuple(asked), reason)
+    if reason is None:
+        host = over_engine(host, runner_of)
+        for name in ORGANISES_CACHES:
+            values.pop(name, None)
+            given.pop(name, None)
     host.generation_config = transformers.GenerationConfig(**values | {"disable_compile": True})
     with _seeded(seed, model.device):
-        return host.generate(input_ids, attention_mask=attention_mask, streamer=streamer, **given)
+        done = host.generate(input_ids, attention_mask=attention_mask, streamer=streamer, **given)
+    returns_cache = hasattr(done, "past_key_values") and not hasattr(done, "beam_indices")
+    if reason is None and returns_cache and (values | given).get("use_cache", True) and done.sequences.shape[1] > 1:
+        if attention_mask is None and input_ids is not None:
+            attention_mask = inferred_mask(input_ids, config)
+        done.past_key_values = cache_of(runner_of(), done.sequences, attention_mask)
+    return done
+
+
+def _why_eager(
+    runner_of: Callable[[], Runner], asked: Mapping[str, Any], input_ids: torch.Tensor | None, attention_mask: Any
+) -> str | None:
+    """Why the eager forward has to do it; None where the engine's logits are enough."""
+    try:
+        return why_not(runner_of(), asked, 1 if input_ids is None else len(input_ids), attention_mask)
+    except NotImplementedError as error:  # the engine does not run this model
+        return str(error)
 
 
 @functools.cache
-def _say_outside(names: tuple[str, ...]) -> None:
-    logger.warning(
-        "the compiled step does not do %s: decoding with transformers' code over the eager forward, which is slower",
-        ", ".join(names),
-    )
+def _say_outside(names: tuple[str, ...], reason: str | None) -> None:
+    what = ", ".join(names)
+    if reason is None:
+        logger.info("the compiled step does not do %s: transformers' loop does, with the engine's logits", what)
+    else:
+        logger.warning(
+            "the compiled step does not do %s: transformers' loop does, over the eager forward, which is slower: %s",
+            what,
+            reason,
+        )
 
 
 @contextmanager
