@@ -20,11 +20,12 @@ from fastllama.config.fields import CONFIG_NAME, tolerate
 from fastllama.config.quantization import LEAST_GROUP, QuantizationConfig, Scheme
 from fastllama.loading import adapter, formats
 from fastllama.loading.coded import Coded, CodedTensor, DecodedTensor, is_quantized
+from fastllama.loading.formats import ours
 from fastllama.loading.mapped import MappedFiles
 from fastllama.loading.match import EMBEDDING, HEAD, layers_in, listed, matched, missing_hint
 from fastllama.loading.names import Source, resolve
 from fastllama.loading.random import random_tensors
-from fastllama.loading.stored import CheckpointError, Stored
+from fastllama.loading.stored import CheckpointError, Stored, said_once
 from fastllama.quantization.linear import Packed, left_dense, multiplied_together, quantize_modules, together
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,10 @@ def _checked(
     message, layers = f"the weights in {where} do not fit its {CONFIG_NAME}:", layers_in(stored)
     if layers < config.num_hidden_layers:  # before a network of as many layers is made
         raise CheckpointError(message, [f"num_hidden_layers is {config.num_hidden_layers}, the weights have {layers}"])
-    wanted = _tensors(on_meta(model_cls, config))
+    model = on_meta(model_cls, config)
+    if config.quantization and (wrong := ours.contradictions(stored, model, config.quantization)):
+        raise CheckpointError(message, said_once(wrong))
+    wanted = _tensors(model)
     found, problems = matched(stored, wanted, config.num_hidden_layers, str(where), strict)
     present = {id(wanted[key]) for key in found}
     for key, tensor in wanted.items():
@@ -162,14 +166,15 @@ def _checked(
             present.add(id(tensor))
     for key, tensor in found.items():
         if tensor.shape != tuple(wanted[key].shape):
-            problems.append(f"{key}: shape {list(tensor.shape)}, expected {list(wanted[key].shape)}")
+            how = f"; read as {tensor.dtype}: are the config's bits right?" if isinstance(tensor, CodedTensor) else ""
+            problems.append(f"{key}: shape {list(tensor.shape)}, expected {list(wanted[key].shape)}{how}")
         if key.endswith((".codes", ".scales", ".offsets")):
             if tensor.natural_dtype != wanted[key].dtype:
                 problems.append(f"{key}: stored as {tensor.dtype}, expected {wanted[key].dtype}")
         elif not tensor.is_float:
             problems.append(f"{key}: stored as {tensor.dtype}, which is not read")
     if problems:
-        raise CheckpointError(message, problems)
+        raise CheckpointError(message, said_once(problems, by_layer=True))
     return found
 
 
@@ -263,6 +268,7 @@ def _fill(
     With ``keeps_codes``, matrices that are stored as codes stay the codes that they are.
     """
     tensors, filled, problems, worst = _tensors(model), set[int](), list[str](), (0.0, "")
+    unread: list[str] = []
     total = sum(math.prod(tensor.shape) for tensor in stored.values())
     disable = None if progress else True  # None: shown on a terminal only
     with tqdm(total=total, unit="weights", unit_scale=True, desc="loading", leave=False, disable=disable) as bar:
@@ -275,14 +281,14 @@ def _fill(
                     clean, change = _put(None if is_there else tensor, target, packed, keeps_codes)
                 except ValueError as error:  # what reading the tensor finds wrong with it
                     clean, change = True, 0.0
-                    problems.append(f"{key}: {error}")
+                    unread += getattr(error, "problems", ()) or [f"{key}: {error}"]
                 worst = max(worst, (change, key))
                 where_else = "" if packed is None and target.dim() < 3 else " or infinity"
                 problems += [] if clean else [f"{key}: holds NaN{where_else}"]
             filled.add(id(target))
             bar.update(math.prod(tensor.shape))
-    if problems:
-        raise CheckpointError(f"the weights in {where} are damaged:", problems)
+    if problems or unread:
+        raise CheckpointError(f"the weights in {where} are damaged:", [*said_once(unread), *problems])
     if worst[0]:
         logger.warning(
             "%s: scales and offsets of codes are kept in float16, which moves a weight by up to %.2g of a step (%s)",

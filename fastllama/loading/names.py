@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import os
 import re
@@ -123,7 +124,7 @@ def resolve(name: str | os.PathLike[str], strict: bool = False) -> Source:
     if not is_whole:
         raise CheckpointNotFoundError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}")
     config, generation = LlamaConfig.from_pretrained(path, strict), GenerationConfig.from_pretrained(path, strict)
-    return Source(str(name), path, config, generation, lambda: _tensors_of(path, config))
+    return Source(str(name), path, config, generation, functools.cache(lambda: _tensors_of(path, config)))
 
 
 def _tensors_of(folder: Path, config: LlamaConfig) -> Mapping[str, Stored]:

@@ -24,6 +24,20 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """No checkpoint was found under a name."""
 
 
+def said_once(problems: Iterable[str], by_layer: bool = False) -> list[str]:
+    """Problems, each ``name: what``, where those that say the same have become one, with how many more there are.
+
+    Args:
+        problems: in any order.
+        by_layer: join only those of the same parameter in several layers.
+    """
+    names: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        name, _, what = problem.partition(": ")
+        names.setdefault((re.sub(r"\d+", "", name) if by_layer else "", what), []).append(name)
+    return [f"{each[0]}{f' and {len(each) - 1} more' * (len(each) > 1)}: {what}" for (_, what), each in names.items()]
+
+
 class Stored(Protocol):
     """A tensor that can be read block by block."""
 

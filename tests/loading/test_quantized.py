@@ -239,7 +239,7 @@ def test_weights_that_are_no_numbers_are_refused(folder, value, tmp_path):
         (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(96, 64)}), "up_proj.weight: unexpected"),
         (
             lambda t: t.update({"model.layers.0.mlp.up_proj.codes": torch.zeros(6, 16, 64, dtype=torch.uint8)}),
-            r"up_proj.codes: shape \[6, 16, 64\], expected \[6, 8, 64\]",
+            "up_proj: its codes have 8 bits, but bits in quantization_config is 4; correct it",
         ),
         (
             lambda t: t.update({"model.layers.0.mlp.up_proj.scales": torch.zeros(6, 2, 16)}),
@@ -261,6 +261,34 @@ def test_a_config_that_contradicts_the_tensors_is_refused(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
     with pytest.raises(CheckpointError, match="the weights are quantized"):
         LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "changes", "message"),
+    [
+        (
+            "int4",
+            {"bits": 8},
+            r"_proj and 13 more: its codes have 4 bits, but bits in quantization_config is 8; corr",
+        ),
+        ("int8", {"bits": 4}, r"and 13 more: its codes have 8 bits, but bits in quantization_config is 4; correct it"),
+        ("int4", {"head_bits": 4}, r"its codes have 8 bits, but head_bits in quantization_config is 4; correct it"),
+        ("int4", {"head_bits": None}, r"it has codes, but quantization_config leaves it as it is \(exclude, head_bits"),
+        (
+            "int8 in groups",
+            {"group_size": None},
+            r"its groups have 32 columns, but group_size in .* makes them 64; corr",
+        ),
+    ],
+)
+def test_a_config_with_other_bits_or_groups_is_named_once(folder, scheme, changes, message, tmp_path):
+    quantized(folder, scheme).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message) as error:
+        LlamaForCausalLM.from_pretrained(tmp_path)
+    assert len(error.value.problems) <= 3
 
 
 def test_a_group_that_does_not_divide_is_refused(folder):
