@@ -164,6 +164,7 @@ class LlamaConfig:
 
         Raises:
             ValueError: it is not a Llama, or sets something that fastllama does not compute.
+            NotImplementedError: its weights are quantized in a way that is not read.
         """
         values = _text_part(config, strict)
         model_type = values.pop("model_type", None)
@@ -199,7 +200,7 @@ class LlamaConfig:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: as :meth:`from_dict`, with the file's name before the message.
+            ValueError, NotImplementedError: as :meth:`from_dict`, with the file's name before the message.
         """
         file = Path(path)
         file = file / CONFIG_NAME if file.is_dir() else file
@@ -208,8 +209,8 @@ class LlamaConfig:
         content = read_json(file)
         try:
             return cls.from_dict(content, strict)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+        except (ValueError, NotImplementedError) as error:
+            raise type(error)(f"{file}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object of a ``config.json`` in both spellings, which transformers v4 and v5 both read."""

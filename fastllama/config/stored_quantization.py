@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastllama.config.fields import CONFIG_NAME, bad, read_json
+from fastllama.config.fields import CONFIG_NAME, bad, read_json, shortened
 from fastllama.config.keys import TEXT_CONFIGS
 from fastllama.config.quantization import METHOD
 
@@ -22,6 +22,16 @@ READ_METHODS = (
     "gptq", "awq", "auto-round", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "bitsandbytes", "torchao",
     "mlx",
 )  # fmt: skip
+#: By method: which of its values names a kind of codes, and what begins the kinds that are read.
+READ_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "compressed-tensors": (
+        "format",
+        ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense"),
+    ),
+    "modelopt": ("quant_algo", ("FP8", "MIXED_PRECISION")),
+    "auto-round": ("data_type", ("int", "fp8")),
+    "mlx": ("mode", ("affine",)),
+}
 
 
 class Declared(NamedTuple):
@@ -76,10 +86,11 @@ def declared_in(folder: Path) -> Declared:
 
 
 def check_method(config: Mapping[str, Any]) -> None:
-    """Refuse a config whose weights are quantized in a way that is not read.
+    """Refuse a config.json whose weights are quantized in a way that is not read.
 
     Raises:
-        ValueError: naming the method.
+        ValueError: it names no method.
+        NotImplementedError: naming the method.
     """
     for key in KEYS:
         values = config.get(key)
@@ -90,8 +101,30 @@ def check_method(config: Mapping[str, Any]) -> None:
         method = _method(key, values)
         if method is None and values == config.get("quantization"):  # mlx_lm's, under a second key
             continue
-        if method not in (METHOD, *READ_METHODS):
-            raise bad(f"{key}.quant_method", method, f"one of {', '.join(READ_METHODS)}: others are not read")
+        if method is None:
+            raise bad(f"{key}.quant_method", method, f"one of {', '.join(READ_METHODS)}")
+        if method != METHOD:
+            check_read(Declared(method, values, key))
+
+
+def check_read(declared: Declared) -> None:
+    """Refuse a method, or a kind of codes of it, that is not read.
+
+    Raises:
+        NotImplementedError: naming it, what is read, and what to do.
+    """
+    name, read = READ_KINDS.get(declared.method or "", ("", ()))
+    groups = declared.get("config_groups") or {}
+    parts = [declared.values, *(groups.values() if isinstance(groups, Mapping) else ())]
+    kinds = [part[name] for part in parts if isinstance(part, Mapping) and part.get(name)]
+    got = next((kind for kind in kinds if not str(kind).startswith(read)), None)
+    if declared.method not in (None, *READ_METHODS):
+        name, got, read = "quant_method", declared.method, READ_METHODS
+    if got is not None:
+        raise NotImplementedError(
+            f"{declared.place}: {name} {shortened(repr(got))} is not read, only {', '.join(read)}; load the original, "
+            "which is not quantized, with quantize='int4' or 'int8'"
+        )
 
 
 def _method(place: str, values: Mapping[str, Any]) -> str | None:

@@ -96,8 +96,10 @@ def test_a_folder_of_a_newer_version_or_a_damaged_one_is_refused(changes, messag
 
 @pytest.mark.parametrize("key", ["quantization_config", "quantization", "compression_config"])
 def test_methods_that_are_not_read_are_refused(key) -> None:
-    with pytest.raises(ValueError, match=f"{key}.quant_method is 'hqq'; expected one of gptq, awq"):
+    with pytest.raises(NotImplementedError, match=f"{key}: quant_method 'hqq' is not read, only gptq, awq.*original"):
         LlamaConfig.from_dict({"model_type": "llama", key: {"quant_method": "hqq", "bits": 4}})
+    with pytest.raises(ValueError, match=r"quantization_config\.quant_method is None; expected one of gptq"):
+        LlamaConfig.from_dict({"model_type": "llama", "quantization_config": {"bits": 4}})
 
 
 def test_how_others_store_weights_is_not_the_models_config() -> None:

@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable, Mapping
 
 from fastllama.config import LlamaConfig
-from fastllama.config.stored_quantization import FILES, Declared
+from fastllama.config.stored_quantization import FILES, Declared, check_read
 from fastllama.loading.formats import bitsandbytes, compressed_tensors, fp8, gptq, mlx, ours, torchao
 from fastllama.loading.formats.parts import FLOATS, Parts
 from fastllama.loading.safetensors import SafeTensor
-from fastllama.loading.stored import CheckpointError, Stored
+from fastllama.loading.stored import CheckpointError, Stored, said_once
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +48,17 @@ def decoded(stored: Mapping[str, SafeTensor], declared: Declared, config: LlamaC
 
     Raises:
         CheckpointError: a matrix is stored in a way that is not read, or that contradicts the config.
+        NotImplementedError: the config names a way that is not read.
     """
     modules: dict[str, dict[str, SafeTensor]] = {}
     for key, tensor in stored.items():
         if match := PART.match(key):
             modules.setdefault(match["module"], {})[match["part"]] = tensor
     found: dict[str, Stored] = {key: tensor for key, tensor in stored.items() if not PART.match(key)}
-    problems = []
+    if modules:
+        check_read(declared)
+    problems: list[str] = []
+    said: set[str] = set()
     for module, parts in modules.items():
         if module + WEIGHT in stored:
             parts["weight"] = stored[module + WEIGHT]
@@ -62,7 +66,7 @@ def decoded(stored: Mapping[str, SafeTensor], declared: Declared, config: LlamaC
         read = None if is_plain else next((read for name, read in FORMATS if name in parts), None)
         try:
             if read is not None:
-                found[module + WEIGHT] = read(Parts(module, parts, declared))
+                found[module + WEIGHT] = read(Parts(module, parts, declared, said))
                 bias, has_bias = f"{module}.bias", config.mlp_bias if ".mlp." in module else config.attention_bias
                 if bias in stored and not has_bias and not stored[bias].whole().any():
                     del found[bias]
@@ -80,7 +84,7 @@ def decoded(stored: Mapping[str, SafeTensor], declared: Declared, config: LlamaC
     if declared.method is not None:
         problems += [f"{key}: 8-bit floating point without its scale" for key in without]
     if problems:
-        raise CheckpointError(f"quantized weights that are not read ({declared}):", problems)
+        raise CheckpointError(f"quantized weights that are not read ({declared}):", said_once(problems))
     if declared.get("kv_cache_scheme", "kv_cache_quant_algo"):
         logger.warning("keys and values are cached in the model's dtype, not in 8 bits as the config says")
     if declared.method is not None and found.keys() == stored.keys():

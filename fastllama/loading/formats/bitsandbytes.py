@@ -29,7 +29,7 @@ def four_bits(parts: Parts) -> Stored:
     Raises:
         CheckpointError: it is damaged or contradicts the config.
     """
-    parts.check_method("bitsandbytes")
+    _check_config(parts, 4)
     names = parts.named(STATE)
     if len(names) != 1:
         raise parts.error(f"{len(names)} tensors are named {STATE}…, expected one")
@@ -45,6 +45,9 @@ def four_bits(parts: Parts) -> Stored:
     declared = parts.declared.get("bnb_4bit_quant_type")
     if declared not in (None, state.get("quant_type")):
         raise parts.error(f"it is stored as {state.get('quant_type')}, but bnb_4bit_quant_type is {declared}")
+    if parts.declared.get("bnb_4bit_use_double_quant", default=is_nested) != is_nested:
+        found = "in 8 bits" if is_nested else "in float32"
+        raise parts.error(f"its maxima are stored {found}, but bnb_4bit_use_double_quant is {not is_nested}")
     if is_nested:
         parts.check("weight.nested_absmax", (outer_blocks,), ("F32",))
         parts.check("weight.nested_quant_map", (256,), ("F32",))
@@ -79,7 +82,7 @@ def eight_bits(parts: Parts) -> Stored:
     Raises:
         CheckpointError: it is damaged or contradicts the config.
     """
-    parts.check_method("bitsandbytes")
+    _check_config(parts, 8)
     n, k = parts.shape("weight")
     parts.check("weight", (n, k), ("I8",))
     parts.check("SCB", (n,), ("F32",))
@@ -91,3 +94,12 @@ def eight_bits(parts: Parts) -> Stored:
         return Codes.around(code_nk, (parts.whole("SCB") / 127).unsqueeze(1), 128.0, None)
 
     return CodedTensor((n, k), "bitsandbytes int8", torch.float16, Scheme(8, k, False), read)
+
+
+def _check_config(parts: Parts, bits: int) -> None:
+    """Refuse codes of other bits than the config says."""
+    parts.check_method("bitsandbytes")
+    said = [each for each in (4, 8) if parts.declared.get(f"load_in_{each}bit")]
+    if said and said != [bits]:
+        names = " and ".join(f"load_in_{each}bit" for each in said)
+        raise parts.error(f"its codes have {bits} bits, but the config says {names}; correct it to load_in_{bits}bit")

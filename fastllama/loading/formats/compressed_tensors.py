@@ -13,14 +13,13 @@ All stand for scale · (code - zero); packed codes and zero points are stored pl
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from fastllama.config.quantization import Scheme
 from fastllama.loading.coded import CodedTensor, Codes, unpacked_words
 from fastllama.loading.formats import fp8
 from fastllama.loading.formats.parts import FLOATS, Parts
+from fastllama.loading.formats.targets import group_of
 from fastllama.loading.stored import Stored
 
 BITS = (2, 4, 8)
@@ -43,9 +42,8 @@ def packed(parts: Parts) -> Stored:
     parts.check("weight_packed", (n, k * bits // 32), ("I32",))
     groups = parts.shape("weight_scale")[-1]
     parts.check("weight_scale", (n, groups), FLOATS)
-    _check_bits(parts, bits)
     has_zeros = "weight_zero_point" in parts
-    _check_weights(parts, k, groups, has_zeros, "weight_g_idx" in parts)
+    _check_config(parts, bits, k, groups, has_zeros)
     if has_zeros:
         parts.check("weight_zero_point", (-(-n * bits // 32), groups), ("I32",))
     if k % groups:
@@ -78,11 +76,10 @@ def plain(parts: Parts) -> Stored:
     is_one = parts.shape("weight_scale") in ((), (1,), (1, 1))
     if not is_one:
         parts.check("weight_scale", (n, groups), FLOATS)
-    _check_bits(parts, 8)
     if k % groups:
         raise parts.error(f"scales of {groups} groups do not fit {k} columns")
     has_zeros = "weight_zero_point" in parts
-    _check_weights(parts, k, groups, has_zeros, "weight_g_idx" in parts)
+    _check_config(parts, 8, k, groups, has_zeros)
     group_k = _columns_out_of_order(parts, k, groups)
     if has_zeros and parts.shape("weight_zero_point") != parts.shape("weight_scale"):
         raise parts.error(f"weight_zero_point has the shape {list(parts.shape('weight_zero_point'))}")
@@ -119,37 +116,20 @@ def _check_transforms(parts: Parts) -> None:
         raise parts.error(f"its weights are stored sparsely ({sparsity['format']}), which is not read")
 
 
-def _schemes(parts: Parts) -> list[dict[str, Any]]:
-    """What the config's groups say of weights; presets, which are lists of targets, say nothing here."""
-    groups = (parts.declared.get("config_groups") or {}).values()
-    return [group["weights"] for group in groups if isinstance(group, dict) and isinstance(group.get("weights"), dict)]
-
-
-def _check_bits(parts: Parts, bits: int) -> None:
-    """Refuse bits, or a type, that no group of the config has."""
-    known = {scheme["num_bits"] for scheme in _schemes(parts) if "num_bits" in scheme}
-    if known and bits not in known:
-        raise parts.error(f"its codes have {bits} bits, but config_groups has {' and '.join(map(str, known))}")
-    kinds = {scheme["type"] for scheme in _schemes(parts) if "type" in scheme}
-    if kinds and "int" not in kinds:
-        raise parts.error(f"its codes are integers, but config_groups has {' and '.join(kinds)}")
-
-
-def _check_weights(parts: Parts, k: int, groups: int, has_zeros: bool, has_order: bool) -> None:
-    """Refuse what all groups of the config contradict: group sizes, zero points, an order of columns."""
-    schemes = _schemes(parts)
-    sizes = {
-        scheme["group_size"]
-        for scheme in schemes
-        if scheme.get("strategy") in (None, "group") and scheme.get("group_size")
-    }
-    if groups > 1 and sizes and k // groups not in sizes:
-        raise parts.error(
-            f"its groups have {k // groups} columns, but config_groups has {' and '.join(map(str, sizes))}"
-        )
-    symmetric = {scheme["symmetric"] for scheme in schemes if "symmetric" in scheme}
-    if symmetric == {has_zeros}:
+def _check_config(parts: Parts, bits: int, k: int, groups: int, has_zeros: bool) -> None:
+    """Refuse what the config contradicts, in the group that the matrix belongs to."""
+    place, scheme = group_of(parts)
+    if (kind := scheme.get("type") or "int") != "int":
+        raise parts.error(f"its codes are integers, but {place} says {kind}")
+    if (known := scheme.get("num_bits") or bits) != bits:
+        raise parts.error(f"its codes have {bits} bits, but {place} says {known}; correct the config")
+    strategy, size = scheme.get("strategy") or "group", scheme.get("group_size")
+    if strategy != "group" and groups > 1:
+        raise parts.error(f"its groups have {k // groups} columns, but {place} says strategy {strategy}")
+    if strategy == "group" and size and (k if size == -1 else size) != k // groups:
+        raise parts.error(f"its groups have {k // groups} columns, but {place} says {size}; correct the config")
+    if scheme.get("symmetric") is has_zeros:
         found = "there is a weight_zero_point" if has_zeros else "weight_zero_point is missing"
-        raise parts.error(f"{found}, and config_groups says symmetric: {str(has_zeros).lower()}")
-    if not has_order and groups > 1 and schemes and all(scheme.get("actorder") == "group" for scheme in schemes):
-        raise parts.error("weight_g_idx is missing, and config_groups says actorder: group")
+        raise parts.error(f"{found}, and {place} says symmetric: {str(has_zeros).lower()}")
+    if "weight_g_idx" not in parts and groups > 1 and scheme.get("actorder") == "group":
+        raise parts.error(f"weight_g_idx is missing, and {place} says actorder: group")

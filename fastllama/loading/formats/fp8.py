@@ -11,6 +11,7 @@ import torch
 
 from fastllama.loading.coded import DecodedTensor
 from fastllama.loading.formats.parts import EXPONENTS, FLOATS, Parts
+from fastllama.loading.formats.targets import group_of
 from fastllama.loading.stored import Stored
 
 DTYPES = ("F8_E4M3", "F8_E5M2")
@@ -25,10 +26,10 @@ def tensor(parts: Parts) -> Stored:
     """
     parts.check_method("compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "gptq", "auto-round")
     name = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
-    if parts.dtype("weight") not in DTYPES:
-        raise parts.error(f"weight is stored as {parts.dtype('weight')} next to {name}, which is not read")
     if "weight_scale_2" in parts:
         raise parts.error("4-bit floating point (nvfp4) is not read; quantize its original with fastllama")
+    if parts.dtype("weight") not in DTYPES:
+        raise parts.error(f"weight is stored as {parts.dtype('weight')} next to {name}, which is not read")
     n, k = parts.shape("weight")
     if parts.dtype(name) not in (*FLOATS, EXPONENTS):
         raise parts.error(f"{name} is stored as {parts.dtype(name)}, expected {' or '.join((*FLOATS, EXPONENTS))}")
@@ -44,15 +45,30 @@ def tensor(parts: Parts) -> Stored:
 
 def _block(parts: Parts, name: str, n: int, k: int) -> tuple[int, int]:
     """Rows and columns that share a scale."""
-    shape, block = parts.shape(name), parts.declared.get("weight_block_size")
-    for group in (parts.declared.get("config_groups") or {}).values():
-        if isinstance(group, dict):
-            block = (group.get("weights") or {}).get("block_structure") or block
-    if shape in ((), (1,), (1, 1)) and (block is None or (n <= block[0] and k <= block[1])):
+    shape, (group, scheme) = parts.shape(name), group_of(parts)
+    kind, bits, strategy = scheme.get("type") or "float", scheme.get("num_bits") or 8, scheme.get("strategy")
+    if (kind, bits) != ("float", 8):
+        raise parts.error(f"its weights are 8-bit floating point, but {group} says {kind} with {bits} bits")
+    block, place = parts.declared.get("weight_block_size"), "weight_block_size"
+    if scheme.get("block_structure"):
+        block, place = scheme["block_structure"], f"{group}.weights.block_structure"
+    is_one, is_by_row = shape in ((), (1,), (1, 1)), shape in ((n,), (n, 1))
+    if strategy in ("tensor", "channel") and not (is_one if strategy == "tensor" else is_by_row):
+        raise parts.error(f"{name} has the shape {list(shape)}, but {group} says strategy {strategy}")
+    if is_one and (block is None or (n <= block[0] and k <= block[1])):
         return n, k
-    if shape in ((n,), (n, 1)) and block is None:
+    if is_by_row and block is None:
         return 1, k
-    block = block or [BLOCK, BLOCK]
-    if len(block) != 2 or shape != (-(-n // block[0]), -(-k // block[1])):
-        raise parts.error(f"{name} has the shape {list(shape)}, which blocks of {block} of [{n}, {k}] do not have")
-    return block[0], block[1]
+    height, width = block or (BLOCK, BLOCK)
+    expected = (-(-n // height), -(-k // width))
+    if shape == expected:
+        return height, width
+    if block is not None:
+        raise parts.error(
+            f"{name} has the shape {list(shape)} for a weight of [{n}, {k}], but {place} {list(block)} makes it "
+            f"{list(expected)}; correct the config"
+        )
+    raise parts.error(
+        f"{name} has the shape {list(shape)} for a weight of [{n}, {k}]; where the config names no block, expected one "
+        f"scale, one a row, or {list(expected)}, one for each {BLOCK} rows and columns"
+    )

@@ -12,7 +12,6 @@ All stand for scale · (code - zero).
 
 from __future__ import annotations
 
-import logging
 import math
 
 import torch
@@ -21,8 +20,6 @@ from fastllama.config.quantization import Scheme
 from fastllama.loading.coded import CodedTensor, Codes, unpacked_words
 from fastllama.loading.formats.parts import FLOATS, Parts
 from fastllama.loading.stored import Stored
-
-logger = logging.getLogger(__name__)
 
 GPTQ_BITS, AWQ_BITS = (2, 4, 8), (4,)
 AWQ_ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # the place in a word of each of 8 columns
@@ -52,9 +49,12 @@ def tensor(parts: Parts) -> Stored:
     return _awq_gemm(parts, rows)
 
 
-def _bits(parts: Parts, allowed: tuple[int, ...]) -> int:
+def _bits(parts: Parts, allowed: tuple[int, ...], stored: int | None) -> int:
+    """Bits of a code: what the config says, which those that the tensors have do not contradict."""
     override = parts.declared.override(parts.module)
-    bits = (override or {}).get("bits") or parts.declared.get("bits", "w_bit", default=4)
+    bits = (override or {}).get("bits") or parts.declared.get("bits", "w_bit", default=stored or 4)
+    if bits != stored and stored in allowed:
+        raise parts.error(f"its codes have {stored} bits, but the config's bits is {bits!r}; correct the config")
     if bits not in allowed:
         raise parts.error(f"codes of {bits!r} bits are not read; expected {' or '.join(map(str, allowed))}")
     return bits
@@ -64,11 +64,11 @@ def _group(parts: Parts, columns: int, groups: int) -> int:
     """Columns of a group, which the config does not contradict."""
     override = parts.declared.override(parts.module)
     size = (override or {}).get("group_size") or parts.declared.get("group_size", "q_group_size")
-    size = columns if size == -1 else size
-    if columns % groups or (size is not None and size * groups != columns):
-        raise parts.error(
-            f"scales of {groups} groups do not fit {columns} columns and the config's group_size {size!r}"
-        )
+    if columns % groups:
+        raise parts.error(f"scales of {groups} groups do not fit {columns} columns")
+    if size is not None and size not in (columns // groups, -1 if groups == 1 else None):
+        found = columns // groups
+        raise parts.error(f"its groups have {found} columns, but the config's group_size is {size!r}; correct it")
     return columns // groups
 
 
@@ -76,16 +76,18 @@ def _gptq(parts: Parts, n: int, order: str) -> CodedTensor:
     parts.check_method("gptq", "auto-round")
     if order not in GPTQ_ORDERS:
         raise parts.error(f"checkpoint_format is {order!r}; expected 'gptq' or 'gptq_v2'")
-    bits = _bits(parts, GPTQ_BITS)
+    has_zeros, stored = "qzeros" in parts and parts.shape("qzeros") != (0,), None
+    if has_zeros:
+        stored = parts.shape("qzeros")[-1] * 32 // n
+    elif "g_idx" in parts:
+        stored = parts.shape("qweight")[0] * 32 // max(1, parts.shape("g_idx")[0])
+    bits = _bits(parts, GPTQ_BITS, stored)
     k, groups = parts.shape("qweight")[0] * 32 // bits, parts.shape("scales")[0]
     parts.check("qweight", (k * bits // 32, n), ("I32",))
     parts.check("scales", (groups, n), FLOATS)
     is_symmetric = (parts.declared.override(parts.module) or {}).get("sym", parts.declared.get("sym", default=False))
     if not isinstance(is_symmetric, bool):
         raise parts.error(f"sym is {is_symmetric!r}; expected true or false")
-    has_zeros = "qzeros" in parts and parts.shape("qzeros") != (0,)
-    if has_zeros and (stored := parts.shape("qzeros")[-1] * 32 // n) in GPTQ_BITS and stored != bits:
-        raise parts.error(f"its codes have {stored} bits, but the config's bits is {bits}; correct the config")
     if not is_symmetric or has_zeros:
         parts.check("qzeros", (groups, n * bits // 32), ("I32",))
     group_k = _columns_out_of_order(parts, k, groups)
@@ -119,17 +121,24 @@ def _say_zeros_that_are_not_read(parts: Parts, bits: int) -> None:
     """Warn where ``sym`` is true and zero points are neither version's 2^(bits - 1)."""
     stored, middle = unpacked_words(parts.whole("qzeros"), bits, 1), 2 ** (bits - 1)
     if not bool(((stored == middle) | (stored == middle - 1)).all()):
-        logger.warning("%s: its zero points are not read, as the config says sym; %d is taken", parts.module, middle)
+        parts.warn(f"its zero points are not read, as the config says sym; {middle} is taken")
 
 
 def _gptq_zeros(parts: Parts, bits: int, order: str) -> torch.Tensor:
     """The zero points ``[g, n]``: stored as they are in version 2, less 1 in version 1.
 
     GPTQModel takes 1 from whole words, so that a field that was 0 borrows from its neighbour; others from each field.
+    Without a config nothing says which version it is.
     """
     words, middle = parts.whole("qzeros"), 2 ** (bits - 1)
     if order == "gptq_v2" or (not order and bool((unpacked_words(words, bits, 1) == middle).all())):
         return unpacked_words(words, bits, 1).float()  # symmetric codes are written so in version 2 alone
+    if parts.declared.method is None:
+        parts.warn(
+            "no config says whether its zero points are stored less 1 (GPTQ's version 1) or as they are (version 2); "
+            "version 1 is assumed. If that is wrong, put quant_method 'gptq' and checkpoint_format 'gptq_v2' into "
+            "config.json's quantization_config"
+        )
     meta = parts.declared.get("meta")
     quantizer = meta.get("quantizer", "") if isinstance(meta, dict) else ""
     if str(quantizer[0] if isinstance(quantizer, list) and quantizer else quantizer).startswith("gptqmodel"):
@@ -137,17 +146,16 @@ def _gptq_zeros(parts: Parts, bits: int, order: str) -> torch.Tensor:
         return unpacked_words(words + (ones - (1 << 32) * (ones >> 31)), bits, 1).float()
     stored = unpacked_words(words, bits, 1)
     if bool((stored == 2**bits - 1).any()):
-        logger.warning(
-            "%s: zero points of %d before 1 is added, which readers of GPTQ understand differently; taken as 0",
-            parts.module, 2**bits - 1,
-        )  # fmt: skip
+        parts.warn(
+            f"zero points of {2**bits - 1} before 1 is added, which readers of GPTQ understand differently; taken as 0"
+        )
     return ((stored.int() + 1) & (2**bits - 1)).float()
 
 
 def _awq_gemm(parts: Parts, k: int) -> CodedTensor:
     parts.check_method("awq", "auto-round")
-    bits = _bits(parts, AWQ_BITS)
     groups, n = parts.shape("scales")
+    bits = _bits(parts, AWQ_BITS, parts.shape("qweight")[1] * 32 // n)
     parts.check("qweight", (k, n * bits // 32), ("I32",))
     parts.check("scales", (groups, n), FLOATS)
     _group(parts, k, groups)
@@ -165,7 +173,7 @@ def _awq_gemm(parts: Parts, k: int) -> CodedTensor:
 
 def _awq_gemv(parts: Parts, n: int) -> CodedTensor:
     parts.check_method("awq")
-    bits = _bits(parts, AWQ_BITS)
+    bits = _bits(parts, AWQ_BITS, None)
     k, words = parts.shape("qweight")[1] * 32 // bits, parts.shape("qzeros")[1]
     parts.check("scales", (n, words * 8), FLOATS)
     parts.check("qzeros", (n, words), ("I32",))

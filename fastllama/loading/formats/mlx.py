@@ -29,8 +29,13 @@ def tensor(parts: Parts) -> Stored:
     mode = override.get("mode") or parts.declared.get("mode", default="affine")
     if mode != "affine" or bits not in BITS:
         raise parts.error(f"{mode} codes of {bits!r} bits are not read; expected affine ones of 2, 4 or 8")
-    n, k = parts.shape("weight")[0], parts.shape("weight")[1] * 32 // bits
-    groups = k // group
+    n, k, groups = parts.shape("weight")[0], parts.shape("weight")[1] * 32 // bits, parts.shape("scales")[-1]
+    if k != groups * group and (n, groups) == parts.shape("scales"):
+        fit = parts.shape("weight")[1] * 32 / (groups * group)
+        raise parts.error(
+            f"its tensors have {fit:g} bits in groups of {group}, or {bits} bits in groups of {k / groups:g}, but the "
+            f"config says {bits} bits in groups of {group}; correct its bits or its group_size"
+        )
     parts.check("weight", (n, k * bits // 32), ("U32",))
     parts.check("scales", (n, groups), FLOATS)
     parts.check("biases", (n, groups), FLOATS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from fastllama.config.stored_quantization import Declared
 from fastllama.loading.safetensors import SafeTensor
 from fastllama.loading.stored import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 class Parts:
@@ -18,10 +21,14 @@ class Parts:
         module: the name of the linear map or embedding.
         tensors: by part.
         declared: what the checkpoint's configs say of quantization.
+        said: warnings of the checkpoint's other matrices, which are not repeated.
     """
 
-    def __init__(self, module: str, tensors: Mapping[str, SafeTensor], declared: Declared) -> None:
+    def __init__(
+        self, module: str, tensors: Mapping[str, SafeTensor], declared: Declared, said: set[str] | None = None
+    ) -> None:
         self.module, self.declared, self._tensors = module, declared, tensors
+        self._said = set() if said is None else said
 
     def __contains__(self, part: str) -> bool:
         return part in self._tensors
@@ -77,6 +84,12 @@ class Parts:
     def error(self, message: str) -> CheckpointError:
         """An error about this matrix."""
         return CheckpointError("a quantized matrix is not read:", [f"{self.module}: {message}"])
+
+    def warn(self, message: str) -> None:
+        """Warn about this matrix, unless the same has been said of another."""
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning("%s: %s (said once)", self.module, message)
 
     def _of(self, part: str) -> SafeTensor:
         if part not in self._tensors:
