@@ -27,7 +27,7 @@ from fastllama.generation.request import (
     outside_the_step,
     unpad,
 )
-from fastllama.generation.transformers_loop import cache_of, over_engine, why_not
+from fastllama.generation.transformers_loop import over_engine, why_not, with_cache
 from fastllama.model.llama import Llama
 
 logger = logging.getLogger(__name__)
@@ -92,12 +92,11 @@ def generate_outside(
     host.generation_config = transformers.GenerationConfig(**values | {"disable_compile": True})
     with _seeded(seed, model.device):
         done = host.generate(input_ids, attention_mask=attention_mask, streamer=streamer, **given)
-    returns_cache = hasattr(done, "past_key_values") and not hasattr(done, "beam_indices")
-    if reason is None and returns_cache and (values | given).get("use_cache", True) and done.sequences.shape[1] > 1:
-        if attention_mask is None and input_ids is not None:
-            attention_mask = inferred_mask(input_ids, config)
-        done.past_key_values = cache_of(runner_of(), done.sequences, attention_mask)
-    return done
+    if reason is not None or not (values | given).get("use_cache", True):
+        return done
+    if attention_mask is None and input_ids is not None:
+        attention_mask = inferred_mask(input_ids, config)
+    return with_cache(done, runner_of(), attention_mask)
 
 
 def _why_eager(

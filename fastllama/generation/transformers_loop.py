@@ -77,6 +77,20 @@ def over_engine(model: Any, runner_of: Callable[[], Runner]) -> Any:
     return twin
 
 
+def with_cache(done: Any, runner: Runner, attention_mask: torch.Tensor | None) -> Any:
+    """What such a loop has returned, with the cache that it would have over the eager forward, but for beams.
+
+    Args:
+        done: tokens, or transformers' output object.
+        runner: of the model.
+        attention_mask: of the prompts.
+    """
+    name = next((name for name in ("past_key_values", "cache") if hasattr(done, name)), None)
+    if name is not None and not hasattr(done, "beam_indices") and done.sequences.shape[1] > 1:
+        setattr(done, name, cache_of(runner, done.sequences, attention_mask))
+    return done
+
+
 def cache_of(runner: Runner, whole_bt: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
     """A ``transformers.DynamicCache`` of sequences that the engine has decoded, all but their last tokens.
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from fastllama.causal_lm import LlamaForCausalLM, engine_of
 from fastllama.config import GenerationConfig, LlamaConfig
-from fastllama.generation.request import merge_settings, requests_of
+from fastllama.generation.outside import ORGANISES_CACHES
+from fastllama.generation.request import check_ids, check_tensor, inferred_mask, merge_settings, requests_of, unpad
+from fastllama.generation.transformers_loop import over_engine, why_not, with_cache
 from fastllama.integrations.described import check_as_described
 
 logger = logging.getLogger(__name__)
@@ -27,15 +29,17 @@ STEP_PROCESSORS = {
     "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper",
     "RepetitionPenaltyLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "MinLengthLogitsProcessor",
 }  # fmt: skip
+PADDING = ("pad_token_id", "eos_token_id")
 STEP_CRITERIA = {"MaxLengthCriteria", "EosTokenCriteria"}
 
 
 def accelerate(model: Any) -> Any:
     """Make ``model.generate`` decode through the engine; everything else about the model stays as it is.
 
-    Calls that ask for what the engine does not do (beams, penalties, logits processors, …), and calls on a model that
-    is not what its config describes (hooks, replaced modules, adapters, quantized weights, …), fall back to
-    transformers' own ``generate``; a warning says why, once for each reason.
+    Calls that ask for what the compiled step does not do (beams, logits processors, …) run in transformers' own loops,
+    with logits from the engine. Calls that need more than logits, and calls on a model that is not what its config
+    describes (hooks, replaced modules, adapters, quantized weights, …), fall back to transformers' own ``generate``; a
+    warning says why, once for each reason.
 
     Args:
         model: a ``transformers.LlamaForCausalLM``. Its q/k/v and gate/up parameters become views of fused matrices
@@ -57,7 +61,7 @@ def accelerate(model: Any) -> Any:
     try:
         _follow(model)
     except (ValueError, NotImplementedError) as error:
-        _say_fallback(str(error))
+        _say_fallback(str(error), str(error))
     return model
 
 
@@ -79,7 +83,8 @@ def generate(
 ) -> Any:
     """Decode through the engine, for ``model.generate(..., custom_generate=generate)``.
 
-    transformers checks and prepares a call as ever; what the engine does not do, its own decoding loops do.
+    transformers checks and prepares a call as ever; what the compiled step does not do, its own decoding loops do, with
+    logits from the engine where those are enough.
 
     Args:
         model: a ``transformers.LlamaForCausalLM``; need not be accelerated.
@@ -104,12 +109,16 @@ def generate(
         arguments = {"input_ids": input_ids, "attention_mask": mask, "generation_config": config}
         _check(model.fastllama, **arguments)
     except (TypeError, ValueError, NotImplementedError) as error:
-        _say_fallback(str(error))
-        loop = model._beam_search if generation_config.num_beams > 1 else model._sample
+        asked = {**generation_config.to_dict(), **kwargs, "input_ids": input_ids}
+        for name in ("past_key_values", "cache"):
+            if asked.get(name) is not None and not asked[name].get_seq_length():
+                del asked[name]  # it has been made for this call
+        loops, with_engine = _loops_of(model, str(error), asked)
+        loop = loops._beam_search if generation_config.num_beams > 1 else loops._sample
         kwargs |= {"streamer": streamer} if generation_config.num_beams == 1 else {}
         processors = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
         given = {"generation_config": generation_config, **processors, **kwargs}
-        return loop(input_ids, **given)
+        return with_engine(loop(input_ids, **given))
     if streamer is None:
         return model.fastllama.generate(**arguments)
     return model.fastllama.generate(**arguments, streamer=_WithoutPrompt(streamer))
@@ -135,14 +144,60 @@ def _generate(model: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any)
         arguments = engine_arguments(model, *args, **kwargs)
         _check(model.fastllama, **arguments)
     except (TypeError, ValueError, NotImplementedError) as error:
-        _say_fallback(str(error))
-        return theirs(*args, **kwargs)
+        loops, with_engine = _loops_of(model, str(error), _asked(model, *args, **kwargs))
+        if loops is model or getattr(theirs, "__func__", None) is not type(loops).generate:
+            return theirs(*args, **kwargs)
+        return with_engine(type(loops).generate(loops, *args, **kwargs))
     return model.fastllama.generate(**arguments)
 
 
+def _asked(model: Any, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> dict[str, Any]:
+    """What a call of transformers' ``generate`` and the configs set."""
+    chosen = {} if generation_config is None else generation_config.to_diff_dict()
+    return {**model.generation_config.to_dict(), **chosen, "input_ids": inputs, **kwargs}
+
+
+def _loops_of(model: Any, reason: str, asked: Mapping[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
+    """The model whose loops do what the compiled step does not, and what completes their result.
+
+    Args:
+        model: decodes by itself where logits of the engine are not enough.
+        reason: why the step does not do it.
+        asked: by the call and the configs.
+    """
+    core: Any = getattr(model, "_orig_mod", model)
+    ids: Any = asked.get("input_ids")
+    mask: Any = asked.get("attention_mask")
+    try:
+        _follow(model)
+        runner = engine_of(model.fastllama)
+        check_tensor(ids)
+        check_ids(unpad(ids.cpu(), None if mask is None else mask.cpu()), core.config.vocab_size)
+        organised = [name for name in ORGANISES_CACHES if asked.get(name) is not None]
+        eager = f"{', '.join(organised)} is given" if organised else why_not(runner, asked, len(ids), mask)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        eager = str(error)
+    _say_fallback(reason, eager)
+    if eager is not None:
+        return model, lambda done: done
+    if mask is None:
+        mask = inferred_mask(ids, GenerationConfig.from_dict({name: asked.get(name) for name in PADDING}))
+    returns_cache = asked.get("use_cache", True) is not False
+
+    def completed(done: Any) -> Any:
+        return with_cache(done, runner, mask) if returns_cache else done
+
+    return over_engine(core, lambda: engine_of(model.fastllama)), completed
+
+
 @functools.cache
-def _say_fallback(reason: str) -> None:
-    logger.warning("decoding with transformers' own generate: %s", reason)
+def _say_fallback(reason: str, eager: str | None) -> None:
+    if eager is None:
+        logger.info("decoding in transformers' loop with the engine's logits: %s", reason)
+    else:
+        logger.warning(
+            "decoding with transformers' own generate: %s", reason if reason == eager else f"{reason}; {eager}"
+        )
 
 
 def _check(
