@@ -7,6 +7,7 @@ forward, eager.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Generator, Mapping
@@ -28,6 +29,7 @@ from fastllama.generation.request import (
     unpad,
 )
 from fastllama.generation.transformers_loop import over_engine, why_not, with_cache
+from fastllama.model.cache import one_cache
 from fastllama.model.llama import Llama
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,9 @@ def generate_outside(
         )
     host = _host_class()(model)
     values, given = config.to_dict(), dict(settings)
+    cache = one_cache(given.pop("past_key_values", None), given.pop("cache", None))
+    if cache is not None:
+        given[_cache_name()] = cache
     seed = given.pop("seed", values.pop("seed", None))
     reason = _why_eager(runner_of, values | given, input_ids, attention_mask)
     _say_outside(tuple(asked), reason)
@@ -134,6 +139,15 @@ def _seeded(seed: int | None, device: torch.device) -> Generator[None, None, Non
 
 
 @functools.cache
+def _cache_name() -> str:
+    """What the installed transformers calls a cache: ``cache`` from 5.24 on."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    names = [field.name for field in dataclasses.fields(CausalLMOutputWithPast)]
+    return "cache" if "cache" in names else "past_key_values"
+
+
+@functools.cache
 def _host_class() -> type[Any]:
     """A model of transformers whose forward is one of ours."""
     import transformers
@@ -174,7 +188,8 @@ def _host_class() -> type[Any]:
                 return_dict=True,
                 logits_to_keep=logits_to_keep,
             )
-            return CausalLMOutputWithPast(**vars(done))
+            values = dict(vars(done))
+            return CausalLMOutputWithPast(**{_cache_name(): values.pop("past_key_values")}, **values)
 
         def get_input_embeddings(self) -> torch.nn.Module:
             return self.network.get_input_embeddings()

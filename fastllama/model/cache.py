@@ -43,6 +43,8 @@ class StaticCache:
         ValueError: ``batch_size`` or ``max_cache_len`` is not positive.
     """
 
+    is_linear = (False,)  # what transformers asks: whether layers fold tokens into one state
+
     def __init__(
         self,
         config: LlamaConfig,
@@ -204,6 +206,8 @@ class StaticCache:
 class DynamicCache:
     """Keys and values that grow by concatenation: the cache of an eager forward that was given none."""
 
+    is_linear = (False,)  # as in StaticCache
+
     def __init__(self) -> None:
         self.key_cache: list[torch.Tensor] = []
         self.value_cache: list[torch.Tensor] = []
@@ -231,6 +235,17 @@ class DynamicCache:
     def get_max_length(self) -> None:
         """None: a growing cache has no capacity."""
         return
+
+
+def one_cache(past_key_values: Any, cache: Any) -> Any:
+    """The cache of a call: transformers 5.24 has renamed ``past_key_values`` to ``cache``.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("got past_key_values and cache, which are two names for the cache; give one of them")
+    return past_key_values if cache is None else cache
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastllama import ops
 from fastllama.config import LlamaConfig
-from fastllama.model.cache import DynamicCache, target_length
+from fastllama.model.cache import DynamicCache, one_cache, target_length
 from fastllama.model.inputs import embedded, prepare_inputs_for_generation
 from fastllama.model.masks import causal_mask
 from fastllama.model.outputs import CausalLMOutput, DecoderOutput
@@ -292,6 +292,7 @@ class Llama(nn.Module):
         cache_position: torch.Tensor | None = None,
         num_logits_to_keep: int = 0,
         logits_to_keep: int | None = None,
+        cache: Any = None,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Compute the logits of the next token at every position, and what else is requested.
 
@@ -299,27 +300,28 @@ class Llama(nn.Module):
             input_ids: int64 ``[b, t]``; exactly one of this and ``inputs_embeds`` is given.
             attention_mask: padding mask ``[b, past + t]`` (1: token, 0: padding) or an additive mask ``[b, 1, t, s]``.
             position_ids: rotary positions int64 ``[b, t]``; ``cache_position`` when None.
-            past_key_values: a StaticCache, a DynamicCache or an object with ``update`` and ``get_seq_length``.
+            past_key_values, cache: two names for a StaticCache, a DynamicCache or an object with ``update`` and
+                ``get_seq_length``.
             inputs_embeds: ``[b, t, m]``.
             labels: int64 ``[b, t]``, -100 ignored; the loss compares position i's logits with label i + 1.
             use_cache: return a cache, making one if none is given; the config's value when None.
             output_attentions, output_hidden_states, return_dict: the config's values when None.
             cache_position: slots the tokens go to, int64 ``[t]``; following the cache's content when None.
-            num_logits_to_keep, or logits_to_keep: compute the logits of that many last positions; 0 means all.
+            num_logits_to_keep, logits_to_keep: compute the logits of that many last positions; 0 means all.
 
         Returns:
             CausalLMOutput with float32 logits ``[b, t, v]``; with ``return_dict=False`` its fields as a tuple.
 
         Raises:
             CacheOverflowError: a static cache is too small; nothing was written.
-            ValueError: both or neither of ``input_ids`` and ``inputs_embeds``; a mask that does not fit.
+            ValueError: both or neither of ``input_ids`` and ``inputs_embeds``; a mask that does not fit; two caches.
         """
         config, last = self.config, num_logits_to_keep if logits_to_keep is None else logits_to_keep
         decoded = self.model(
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
+            one_cache(past_key_values, cache),
             inputs_embeds,
             config.use_cache if use_cache is None else use_cache,
             config.output_attentions if output_attentions is None else output_attentions,

@@ -19,6 +19,11 @@ class CausalLMOutput:
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
+    @property
+    def cache(self) -> Any:
+        """``past_key_values``, as transformers calls it from 5.24 on."""
+        return self.past_key_values
+
     def keys(self) -> list[str]:
         """Names of the fields that are not None, in order."""
         return [field.name for field in fields(self) if getattr(self, field.name) is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from typing import Any
@@ -96,11 +97,12 @@ def test_embeddings_and_caches_are_taken(pair, ids) -> None:
     ours, theirs = (model.generate(inputs_embeds=model.get_input_embeddings()(ids), **asked) for model in pair)
     assert ours.tolist() == theirs.tolist()
     expected = pair[1].generate(ids, **asked).tolist()
-    for cache in (transformers.DynamicCache(), StaticCache(pair[0].config, 2, 20)):
-        first = pair[0].generate(ids, past_key_values=cache, **asked | {"max_new_tokens": 3})
+    for name, kind in itertools.product(("past_key_values", "cache"), (transformers.DynamicCache, StaticCache)):
+        cache = kind() if kind is transformers.DynamicCache else kind(pair[0].config, 2, 20)
+        first = pair[0].generate(ids, **{name: cache}, **asked | {"max_new_tokens": 3})
         assert cache.get_seq_length() == ids.shape[1] + 2
         everything = torch.ones_like(first)  # or pad ids among the new tokens would be padding
-        rest = {"attention_mask": everything, "past_key_values": cache, "max_new_tokens": 3, "pad_token_id": 0}
+        rest = {"attention_mask": everything, name: cache, "max_new_tokens": 3, "pad_token_id": 0}
         assert pair[0].generate(first, **rest).tolist() == expected
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.activations import ACT2FN
 
 from fastllama import CacheOverflowError, LlamaConfig, LlamaForCausalLM, StaticCache
 from fastllama.config import RopeParameters
@@ -28,7 +29,7 @@ SHAPES = {
     "rope yarn": {"rope": RopeParameters("yarn", factor=4.0, original_max_position_embeddings=16)},
     "rope longrope": {
         "rope": RopeParameters(
-            "longrope", factor=4.0, original_max_position_embeddings=8, short_factor=(1.0,) * 8, long_factor=(2.0,) * 8
+            "longrope", factor=64.0, original_max_position_embeddings=8, short_factor=(1.0,) * 8, long_factor=(2.0,) * 8
         )
     },
     "rope llama3": {
@@ -47,6 +48,8 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, bound: float = 1e-5) 
 
 @pytest.mark.parametrize("overrides", SHAPES.values(), ids=SHAPES)
 def test_logits_loss_hidden_states_and_attentions_equal_transformers(overrides, make_pair) -> None:
+    if overrides.get("hidden_act", "silu") not in ACT2FN:
+        pytest.skip(f"this version of transformers has no {overrides['hidden_act']}")
     ours, theirs = make_pair(**overrides)
     ids = torch.randint(0, 96, (2, 13))
     labels = ids.clone()
@@ -101,6 +104,17 @@ def test_a_cache_is_made_when_the_config_asks_for_one(make_pair) -> None:
         second = ours(ids[:, 5:], past_key_values=first.past_key_values)
         assert_close(second.logits[:, -1], ours(ids).logits[:, -1])
     assert isinstance(first.past_key_values, DynamicCache)
+
+
+def test_past_key_values_and_cache_are_two_names(make_pair) -> None:
+    ours, _ = make_pair()
+    ids, cache = torch.randint(0, 96, (1, 6)), StaticCache(ours.config, 1, 8)
+    with torch.no_grad():
+        first = ours(ids[:, :5], cache=cache)
+        assert first.cache is first["cache"] is first.past_key_values is cache
+        assert_close(ours(ids[:, 5:], cache=cache).logits[:, -1], ours(ids).logits[:, -1])
+        with pytest.raises(ValueError, match="past_key_values and cache, which are two names"):
+            ours(ids, past_key_values=cache, cache=cache)
 
 
 @pytest.mark.parametrize("name", ["num_logits_to_keep", "logits_to_keep"])
@@ -216,7 +230,7 @@ def test_sixteen_bit_error_is_at_most_twice_transformers_own(dtype, make_pair) -
 
 
 class TestPreparedInputs:
-    """prepare_inputs_for_generation, point by point as transformers 4.46 does it."""
+    """prepare_inputs_for_generation, point by point as transformers 4.46 does it, then as 5.x does."""
 
     ids = torch.arange(12).view(2, 6)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
@@ -308,6 +322,37 @@ class TestPreparedInputs:
                 ids, mask = torch.cat((ids, token), 1), torch.cat((mask, torch.ones_like(token)), 1)
                 position = position[-1:] + 1
         assert ids.tolist() == expected.tolist()
+
+    @pytest.mark.parametrize("name", ["past_key_values", "cache"])
+    @pytest.mark.parametrize("kind", [StaticCache, DynamicCache])
+    def test_the_slots_follow_the_cache_where_there_is_no_cache_position(self, model, name, kind) -> None:
+        cache = StaticCache(model.config, 2, 8) if kind is StaticCache else kind()
+        args = {name: cache, "attention_mask": self.mask, "logits_to_keep": 1}
+        first = model.prepare_inputs_for_generation(
+            self.ids[:, :5], is_first_iteration=True, **args | {"attention_mask": self.mask[:, :5]}
+        )
+        assert first["cache_position"].tolist() == [0, 1, 2, 3, 4]
+        with torch.no_grad():
+            model(**first)
+        later = model.prepare_inputs_for_generation(self.ids, next_sequence_length=1, **args)
+        assert later[name] is cache
+        assert later["logits_to_keep"] == 1
+        assert later["input_ids"].tolist() == [[5], [11]]
+        assert later["position_ids"].tolist() == [[5], [3]]
+        assert later["cache_position"].tolist() == [5]
+        with torch.no_grad():
+            whole = model(self.ids, attention_mask=self.mask, position_ids=(self.mask.cumsum(1) - 1).clamp(min=0))
+            assert_close(model(**later).logits[:, -1], whole.logits[:, -1])
+
+    def test_embeddings_serve_the_step_that_is_called_the_first(self, model) -> None:
+        embeds = torch.randn(2, 6, 32)
+        args = {"cache": StaticCache(model.config, 2, 8), "inputs_embeds": embeds, "next_sequence_length": 2}
+        first = model.prepare_inputs_for_generation(self.ids[:, :0], is_first_iteration=True, **args)
+        assert torch.equal(first["inputs_embeds"], embeds[:, -2:])
+        assert first["cache_position"].tolist() == [0, 1]
+        later = model.prepare_inputs_for_generation(self.ids, is_first_iteration=False, **args)
+        assert later["inputs_embeds"] is None
+        assert later["input_ids"].tolist() == [[4, 5], [10, 11]]
 
 
 def test_a_config_without_ids_for_special_tokens_is_fine() -> None:
