@@ -71,7 +71,8 @@ def requests_of(
     check_tensor(input_ids)
     if attention_mask is None:
         attention_mask = inferred_mask(input_ids, config)
-    prompts = unpad(input_ids.cpu().long(), None if attention_mask is None else attention_mask.cpu())
+    mask = None if attention_mask is None else attention_mask.cpu()
+    prompts = unpad(input_ids.cpu().long(), mask)
     check_ids(prompts, vocab_size)
     eos = config.eos_token_id
     pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if eos else 0)
@@ -79,8 +80,8 @@ def requests_of(
     seed = int(torch.randint(2**62, (), device="cpu")) if config.seed is None else config.seed
     min_new = config.min_new_tokens
     min_new = max(0, config.min_length - input_ids.shape[1]) if min_new is None else min_new
-    # As in transformers, padding has been seen; but not what fills up a row and is no token.
-    all_seen = [ids[(ids >= 0) & (ids < vocab_size)] for ids in input_ids.cpu().long()]
+    all_seen = unpadded(input_ids.cpu().long(), mask)
+    all_seen = [ids[(ids >= 0) & (ids < vocab_size)] for ids in all_seen]
     changes = Changes(config.repetition_penalty, min_new)
     if changes.min_new > 0 and len(eos) > MAX_EOS_IDS:
         raise NotImplementedError(f"the compiled step keeps at most {MAX_EOS_IDS} EOS ids back, got {len(eos)}")
@@ -212,6 +213,14 @@ def inferred_mask(input_ids: torch.Tensor, config: GenerationConfig) -> torch.Te
     if config.pad_token_id is None or config.pad_token_id in config.eos_token_id:
         return None
     return input_ids != config.pad_token_id
+
+
+def unpadded(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """Each row from its first token to its last: what a repetition penalty has seen, as in transformers 5.23."""
+    if mask is None:
+        return list(input_ids)
+    places = [row.nonzero().flatten() for row in mask]
+    return [ids[at[0] : at[-1] + 1] for ids, at in zip(input_ids, places, strict=True)]
 
 
 def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:

@@ -135,7 +135,7 @@ def test_a_call_without_ids_begins_with_the_bos_id(make_pair) -> None:
     "asked",
     [
         {"repetition_penalty": 1.5},
-        {"repetition_penalty": 0.7, "attention_mask": LEFT},
+        {"repetition_penalty": 0.7},
         {"repetition_penalty": 1.3, "min_new_tokens": 6, "eos_token_id": [20, 41, 60, 61, 62, 63, 64, 77]},
         {"min_length": 11, "eos_token_id": list(range(60, 76))},
         {"min_length": 12, "min_new_tokens": 3, "eos_token_id": list(range(0, 96, 6)), "attention_mask": LEFT},
@@ -154,13 +154,15 @@ def test_what_changes_logits_in_the_step_equals_transformers(step, asked, pair, 
     assert ours.generate(ids, max_new_tokens=14, **mask).tolist() == plain
 
 
-@pytest.mark.parametrize("filler", [-100, 96])
-def test_what_fills_up_a_prompt_and_is_no_token_is_not_penalised(filler, pair, ids) -> None:
-    ours, _ = pair
-    expected = ours.generate(ids[:1, 3:], max_new_tokens=12, repetition_penalty=1.5)[0, 4:]
+@pytest.mark.parametrize("penalty", [0.5, 1.5])
+@pytest.mark.parametrize("filler", [-100, 96, 81])
+def test_padding_is_not_penalised(filler, penalty, pair, ids) -> None:
+    ours, theirs = pair
+    expected = theirs_greedy(theirs, ids[:1, 3:], 12, repetition_penalty=penalty)[0][4:]
+    assert ours.generate(ids[:1, 3:], max_new_tokens=12, repetition_penalty=penalty)[0, 4:].tolist() == expected
     filled = ids[:1].masked_fill(LEFT[:1] == 0, filler)
-    out = ours.generate(filled, attention_mask=LEFT[:1], max_new_tokens=12, repetition_penalty=1.5)
-    assert out[0, 7:].tolist() == expected.tolist()
+    out = ours.generate(filled, attention_mask=LEFT[:1], max_new_tokens=12, repetition_penalty=penalty)
+    assert out[0, 7:].tolist() == expected
 
 
 def test_the_pad_id_is_the_first_eos_id_when_there_is_none(pair, ids) -> None:
