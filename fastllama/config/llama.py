@@ -222,6 +222,8 @@ class LlamaConfig:
             config["eos_token_id"] = list(self.eos_token_id)
         rope = self.rope.to_dict()
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        if self.rope.rope_type == "longrope":  # v4 looks for it there alone
+            config["original_max_position_embeddings"] = self.rope.original_max_position_embeddings
         return config | {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],

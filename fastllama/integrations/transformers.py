@@ -19,6 +19,7 @@ from fastllama.generation.outside import ORGANISES_CACHES
 from fastllama.generation.request import check_ids, check_tensor, inferred_mask, merge_settings, requests_of, unpad
 from fastllama.generation.transformers_loop import over_engine, why_not, with_cache
 from fastllama.integrations.described import check_as_described
+from fastllama.model.rope import rotary_cos_sin
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +211,19 @@ def _check(
 ) -> None:
     """Raise what a call would raise before its first token."""
     engine_of(twin)
-    requests_of(input_ids, attention_mask, merge_settings(generation_config, settings), twin.config.vocab_size)
+    config = merge_settings(generation_config, settings)
+    requests = requests_of(input_ids, attention_mask, config, twin.config.vocab_size)
+    padded = any(len(request.seen) < input_ids.shape[1] for request in requests)
+    if padded and config.repetition_penalty != 1 and _penalises_padding():
+        raise NotImplementedError("repetition_penalty counts padding in this version of transformers")
+
+
+@functools.cache
+def _penalises_padding() -> bool:
+    """Whether the installed transformers is older than 5.23, which has put an end to that."""
+    from transformers import __version__
+
+    return tuple(map(int, __version__.split(".")[:2])) < (5, 23)
 
 
 def _follow(model: Any) -> None:
@@ -233,11 +246,28 @@ def twin_of(model: Any) -> LlamaForCausalLM:
     """
     with torch.device("meta"):
         twin = LlamaForCausalLM(LlamaConfig.from_hf(model.config))
+    _check_rotary(model, twin.config)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         path, _, leaf = name.rpartition(".")
         setattr(twin.get_submodule(path), leaf, parameter)
     twin.tie_weights()
     return twin.eval()
+
+
+def _check_rotary(model: Any, config: LlamaConfig) -> None:
+    """Raise where a model's rotary embedding is not what fastllama makes of its config.
+
+    transformers 4 takes the lengths of ``longrope`` from other keys than 5 does.
+    """
+    original = config.rope.original_max_position_embeddings or config.max_position_embeddings
+    with torch.device("cpu"):
+        for position in (1, original - 1, original, config.max_position_embeddings):
+            at = torch.tensor([[position]])
+            theirs = type(model.model.rotary_emb)(model.config)(torch.zeros(1), at)
+            if not all(
+                torch.allclose(*pair, atol=1e-3) for pair in zip(rotary_cos_sin(config, at), theirs, strict=True)
+            ):
+                raise NotImplementedError(f"{config.rope.rope_type} rotates otherwise in this version of transformers")
 
 
 def _shares_parameters(twin: LlamaForCausalLM, model: Any) -> bool:
