@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -273,7 +274,14 @@ def set_of(neutral: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, A
 
 def said(settings: Mapping[str, Any]) -> str:
     """Settings with their values, as they are written in a call."""
-    return ", ".join(f"{key}={shortened(repr(value), 100)}" for key, value in settings.items())
+    return ", ".join(f"{key}={shortened(_written(value), 100)}" for key, value in settings.items())
+
+
+def _written(value: Any) -> str:
+    """A value as a warning has it: alike for alike objects, or it would not be said once but in every call."""
+    return (
+        f"tensor{list(value.shape)}" if isinstance(value, torch.Tensor) else re.sub(" at 0x[0-9a-f]+", "", repr(value))
+    )
 
 
 def _checked(name: str, value: Any) -> Any:

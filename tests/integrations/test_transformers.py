@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 
 import peft
 import pytest
 import torch
 import transformers
+from shapes import LEFT
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from fastllama.config import RopeParameters
@@ -53,6 +55,14 @@ def test_what_the_engine_does_not_do_runs_in_transformers_and_is_logged(theirs, 
     with caplog.at_level(logging.INFO, "fastllama"):
         assert torch.equal(fast.generate(ids, max_new_tokens=5, num_beams=2), expected)
     assert "num_beams" in caplog.text
+
+
+def test_a_reason_is_said_once_though_its_objects_are_others(theirs, ids, caplog) -> None:
+    fast = accelerate(theirs)
+    _say_fallback.cache_clear()
+    for _ in range(3):
+        fast.generate(ids, max_new_tokens=2, stopping_criteria=[transformers.generation.MaxTimeCriteria(60.0)])
+    assert caplog.text.count("decoding with transformers' own generate") == 1
 
 
 def test_streamers_of_transformers_work(theirs, ids) -> None:
@@ -253,6 +263,42 @@ def test_a_model_as_its_config_describes_it_decodes_in_the_engine(rope_type, mak
     assert torch.equal(fast.generate(ids, **asked), expected)
     assert fast.fastllama.engine.cache is not None
     assert "decoding with transformers" not in caplog.text
+
+
+def test_a_longrope_whose_lengths_versions_read_otherwise_gives_transformers_tokens(ids) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "factor": 3.0,
+        "original_max_position_embeddings": 8,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+    }
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, initializer_range=0.3, rope_scaling=rope, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    expected = theirs.generate(ids, max_new_tokens=20, do_sample=False)
+    assert torch.equal(accelerate(theirs).generate(ids, max_new_tokens=20, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("custom", [{}, {"custom_generate": generate}])
+def test_a_penalty_counts_padding_where_transformers_does(custom, theirs, ids) -> None:
+    asked = {"max_new_tokens": 8, "do_sample": False, "repetition_penalty": 0.5, "attention_mask": LEFT}
+    expected = theirs.generate(ids, **asked)
+    fast = theirs if custom else accelerate(theirs)
+    assert torch.equal(fast.generate(ids, **asked, **custom), expected)
+
+
+def test_a_cache_that_is_given_stays_with_transformers(theirs, ids, caplog) -> None:
+    name = "cache" if "cache" in inspect.signature(type(theirs).forward).parameters else "past_key_values"
+    expected = theirs.generate(ids, max_new_tokens=4, do_sample=False)
+    _say_fallback.cache_clear()
+    cache = transformers.DynamicCache()
+    got = accelerate(theirs).generate(ids, max_new_tokens=4, do_sample=False, **{name: cache})
+    assert torch.equal(got, expected)
+    assert cache.get_seq_length() == ids.shape[1] + 3
+    assert name in caplog.text
 
 
 def test_a_model_in_torch_compile_decodes_in_the_engine(theirs, ids, caplog) -> None:
