@@ -95,7 +95,7 @@ def prepare_inputs_for_generation(
     if attention_mask is not None and attention_mask.dim() == 2 and position_ids is None:
         position_ids = positions_from_mask(attention_mask)
     if position_ids is not None:
-        if cache_position is not None:
+        if past_key_values is not None and cache_position is not None:
             position_ids = position_ids[:, -cache_position.shape[0] :]
         position_ids = position_ids.clone(memory_format=torch.contiguous_format)
     inputs: dict[str, Any] = {"input_ids": None, "inputs_embeds": None}

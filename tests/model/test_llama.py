@@ -259,6 +259,12 @@ class TestPreparedInputs:
         inputs = model.prepare_inputs_for_generation(self.ids, attention_mask=self.mask)
         assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5], [1, 1, 0, 1, 2, 3]]
 
+    def test_all_positions_are_kept_without_a_cache(self, model) -> None:
+        inputs = model.prepare_inputs_for_generation(
+            self.ids, attention_mask=self.mask, cache_position=torch.tensor([5])
+        )
+        assert inputs["position_ids"].shape == inputs["input_ids"].shape == (2, 6)
+
     def test_ids_and_positions_are_contiguous_clones(self, model) -> None:
         wide = torch.arange(24).view(2, 12)
         inputs = model.prepare_inputs_for_generation(
