@@ -6,14 +6,15 @@ STAMP  := $(VENV)/.installed
 BUILT  := $(VENV)/.kernels
 RUN    := PATH="$(abspath $(BIN)):$$PATH" # programs of this environment, such as fastllama
 ARGS   ?=
+VERSIONS ?= 4.57.6 5.6.2 5.16.1 5.20.2 5.23.0 5.24.0 # of transformers: the oldest that passes, the newest, steps between
 PROMPT ?= def read_config(path):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test test-slow test-real lint format docs bench clean
+.PHONY: help demo chat test test-slow test-real test-compat lint format docs bench clean
 
 help: ## show this list
 	@echo "usage: make TARGET [PYTHON=python3.12] [ARGS='...']"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(BUILT) ## the shipped checkpoint writes text, then a table of what that cost (PROMPT='...')
 	@$(RUN) fastllama generate --table --temperature 0.7 --top-p 0.95 --seed 1 $(ARGS) '$(subst ','\'',$(PROMPT))'
@@ -29,6 +30,9 @@ test-slow: $(BUILT) ## run the slow tests
 
 test-real: $(BUILT) ## run the tests with a real model, where the package index answers
 	@$(RUN) pytest -m real $(ARGS)
+
+test-compat: $(BUILT) ## run the tests on other versions of transformers (VERSIONS='4.57.6')
+	@$(RUN) python tools/compat.py $(VERSIONS) -- $(ARGS)
 
 lint: $(STAMP) ## ruff, pyright, spelling and words, changing nothing
 	@$(RUN) ruff check .
@@ -48,7 +52,7 @@ bench: $(BUILT) ## decoding speed against the eager forward and transformers (AR
 	@$(RUN) fastllama bench $(ARGS)
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis kernels/fastllama_kernels/built
+	rm -rf $(VENV) .venvs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis kernels/fastllama_kernels/built
 	find fastllama kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One message for each thing that a bare machine may lack.

@@ -9,7 +9,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ("help", "demo", "chat", "test", "test-slow", "test-real", "lint", "format", "docs", "bench", "clean")
+TARGETS = (
+    "help",
+    "demo",
+    "chat",
+    "test",
+    "test-slow",
+    "test-real",
+    "test-compat",
+    "lint",
+    "format",
+    "docs",
+    "bench",
+    "clean",
+)
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 
