@@ -13,11 +13,12 @@ import torch
 from fastllama.config import GenerationConfig, LlamaConfig, QuantizationConfig
 from fastllama.engine.decoder import check_plain
 from fastllama.engine.runner import Runner
-from fastllama.generation.generate import Streamer, generate, stream
+from fastllama.generation.generate import Streamer, cache_in_step, generate, stream
 from fastllama.generation.outside import generate_outside
 from fastllama.generation.request import outside_the_step, start_of
 from fastllama.loading.load import load_model
 from fastllama.loading.save import save_model
+from fastllama.model.cache import one_cache
 from fastllama.model.llama import Llama
 
 _making_an_engine = threading.Lock()  # or threads that share a new model would each make one
@@ -127,13 +128,16 @@ class LlamaForCausalLM(Llama):
             streamer: an object with ``put`` and ``end``, as in transformers; receives the prompt, then each token.
             settings: override the generation config: ``max_new_tokens``, ``max_length`` (prompt included),
                 ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
-                ``min_new_tokens``, ``min_length``, ``seed``, ``eos_token_id`` (one or several), ``pad_token_id``.
-                Everything else that transformers takes is done by its code over the eager forward, which is slower; a
-                warning says so once.
+                ``min_new_tokens``, ``min_length``, ``seed``, ``eos_token_id`` (one or several), ``pad_token_id``: each
+                may be a list with a value for each prompt; ``num_return_sequences``; ``past_key_values`` (or ``cache``),
+                a StaticCache of the prompts' first tokens, which are not computed again, and in the end of all tokens
+                but the last one. Everything else that transformers takes is done by its code over the engine's logits,
+                or over the eager forward, where a warning says why, once.
 
         Returns:
-            int64 ``[b, t + n]`` on the device of ``input_ids``: the prompts as given, then the new tokens. A row that
-            ended early is filled with the pad id. With ``return_dict_in_generate`` transformers' object.
+            int64 ``[b, t + n]`` on the device of ``input_ids``, with ``num_return_sequences`` that many rows for each
+            prompt: the prompts as given, then the new tokens. A row that ended early is filled with the pad id. With
+            ``return_dict_in_generate`` transformers' object.
 
         Raises:
             NotImplementedError: what the compiled step does not do, where transformers is not installed.
@@ -145,12 +149,19 @@ class LlamaForCausalLM(Llama):
             if input_ids is not None:
                 raise ValueError("got input_ids and inputs, which are two names for the prompts; give one of them")
             input_ids = inputs
+        cache = one_cache(settings.get("past_key_values"), settings.get("cache"))
+        if cache is None or input_ids is None:
+            cache = None
+        elif cache_in_step(engine_of(self), cache, input_ids, attention_mask, config, settings):
+            settings = {name: value for name, value in settings.items() if name not in ("past_key_values", "cache")}
+        else:
+            cache = None
         if outside_the_step(config, settings):
             runner_of = functools.partial(engine_of, self)
             return generate_outside(self, runner_of, config, input_ids, attention_mask, streamer, settings)
         if input_ids is None:
             input_ids = start_of(config)
-        return generate(engine_of(self), input_ids, attention_mask, config, streamer, **settings)
+        return generate(engine_of(self), input_ids, attention_mask, config, streamer, cache, **settings)
 
     def stream(
         self,

@@ -279,7 +279,7 @@ def test_an_interrupt_after_any_call_while_the_cache_grows_leaves_the_model_usab
     longer = replace(TINY, max_position_embeddings=10, rope=RopeParameters("dynamic", factor=2.0))
     model = LlamaForCausalLM(longer).eval()  # whose rotary tables change with every token
     expected = tokens(model)
-    watched = ("engine/buffers.py", "engine/runner.py", "model/cache.py")
+    watched = ("engine/buffers.py", "engine/machine.py", "engine/runner.py", "engine/prefixes.py", "model/cache.py")
 
     def interrupt(at: int) -> bool:
         """Decode, interrupted at a call in these files; whether there was that call."""

@@ -37,7 +37,7 @@ from fastllama.config.keys import text_part
 # checkpoints have them in config.json too; they do not concern the network, so GenerationConfig reads them.
 OUTSIDE_THE_STEP: dict[str, Any] = {
     "max_time": None, "stop_strings": None, "num_beams": 1,
-    "num_beam_groups": 1, "num_return_sequences": 1, "diversity_penalty": 0.0, "penalty_alpha": 0.0,
+    "num_beam_groups": 1, "diversity_penalty": 0.0, "penalty_alpha": 0.0,
     "dola_layers": None, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0, "bad_words_ids": [], "force_words_ids": [], "constraints": [],
@@ -73,7 +73,7 @@ INERT_GENERATION = frozenset({
 # What null means in a call.
 OFF = {
     "do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "min_length": 0,
-    "eos_token_id": (),
+    "num_return_sequences": 1, "eos_token_id": (),
 }  # fmt: skip
 # Fields that matter to a call that samples only.
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -85,7 +85,8 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "do_sample": check_bool, "temperature": functools.partial(check_number, at_least=0), "top_k": _AT_LEAST_0,
     "top_p": _FRACTION, "min_p": _FRACTION, "max_length": _AT_LEAST_1, "max_new_tokens": _AT_LEAST_1,
     "repetition_penalty": functools.partial(check_number, above=0), "min_new_tokens": _AT_LEAST_0,
-    "min_length": _AT_LEAST_0, "pad_token_id": _AT_LEAST_0, "bos_token_id": _AT_LEAST_0, "seed": _AT_LEAST_0,
+    "min_length": _AT_LEAST_0, "num_return_sequences": _AT_LEAST_1,
+    "pad_token_id": _AT_LEAST_0, "bos_token_id": _AT_LEAST_0, "seed": _AT_LEAST_0,
 }  # fmt: skip
 NEUTRAL = OUTSIDE_THE_STEP | DETAILS
 KNOWN = NEUTRAL.keys() | INERT_GENERATION
@@ -109,6 +110,7 @@ class GenerationConfig:
         repetition_penalty: divides positive logits of tokens that prompt and new tokens have, and multiplies others.
         min_new_tokens: minimum number of new tokens before an EOS id; counts before ``min_length``.
         min_length: minimum number of tokens before an EOS id, prompt included.
+        num_return_sequences: rows for each prompt, where rows are sampled.
         eos_token_id: ids that end a row: an int, several, or None; held as a tuple.
         pad_token_id: fills rows that ended early.
         bos_token_id: the id that begins a text; not used in decoding.
@@ -130,6 +132,7 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
     min_new_tokens: int | None = None
     min_length: int = 0
+    num_return_sequences: int = 1
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -11,32 +11,22 @@ Shape suffixes: ``b`` batch, ``t`` query tokens, ``v`` vocabulary, ``n`` output 
 from __future__ import annotations
 
 import functools
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from fastllama.engine import steps
-from fastllama.engine.buffers import Buffers, Row, Snapshot
-from fastllama.engine.callers import Callers
-from fastllama.engine.decoder import FusedDecoder
-from fastllama.engine.graphs import StepKey, Steps, plain_mode
-from fastllama.engine.prefill import PREFILL_CHUNKS, fill_compiled, fill_eagerly, prefill_chunks
+from fastllama.engine.buffers import Row, Snapshot
+from fastllama.engine.machine import Machine
+from fastllama.engine.prefill import fill_compiled, fill_eagerly
 from fastllama.engine.prefixes import LEAST_REUSED, Prefixes, WeightsWatch
 from fastllama.engine.steps import VERIFY_TOKENS, batch_bucket
-from fastllama.model.cache import CacheMemoryError, StaticCache
+from fastllama.model.cache import StaticCache
 from fastllama.model.llama import Llama
 from fastllama.model.rope import static_length
 
-logger = logging.getLogger(__name__)
 
-DEFAULT_CACHE_LEN = 4096
-CHUNK_SIZES = sorted({*PREFILL_CHUNKS, *VERIFY_TOKENS})
-
-
-class Runner:
+class Runner(Machine):
     """Decodes rows of one model, through steps that are compiled once per batch bucket.
 
     One caller at a time, in a :meth:`session`; others wait, from any thread. A session that is interrupted leaves
@@ -55,18 +45,7 @@ class Runner:
     """
 
     def __init__(self, model: Llama, cache_dtype: torch.dtype | None = None) -> None:
-        if cache_dtype == torch.int8 and model.device.type != "cpu":
-            raise NotImplementedError(
-                f"kv_cache_dtype is int8, which the CPU's kernels read, and the model is on {model.device}: "
-                "set model.kv_cache_dtype to None"
-            )
-        self.config, self.device, self.dtype = model.config, model.device, model.dtype
-        self.cache_dtype = cache_dtype
-        with plain_mode():
-            self._net = FusedDecoder(model)
-        self._weights = weights_fingerprint(model)
-        self._steps = Steps(self.device)
-        self._buffers: Buffers | None = None
+        super().__init__(model, cache_dtype)
         self._lengths: dict[int, int] = {}  # of the loaded slots, in tokens; followed where rotary tables depend on it
         self._rope_follows_length = static_length(model.config) is not None
         self._prefixes = Prefixes(WeightsWatch(model.parameters(), self._net.tensors()))
@@ -74,56 +53,8 @@ class Runner:
         self.reuses_prefixes = True
         self._batch = 1  # the bucket that holds every loaded slot
         self._decode: Callable[[], None] = _nothing_is_loaded
-        self._callers = Callers(self.device)
 
-    # ---- memory and compilation ------------------------------------------------------------------------------------
-
-    @property
-    def runs_ahead(self) -> bool:
-        """Whether steps are launched, not waited for."""
-        return self.device.type == "cuda"
-
-    @property
-    def cache(self) -> StaticCache | None:
-        """The KV cache, once there is one."""
-        return self._buffers.cache if self._buffers else None
-
-    @property
-    def default_cache_len(self) -> int:
-        """Tokens a row has room for where nobody asks for more."""
-        return min(self.config.max_position_embeddings, DEFAULT_CACHE_LEN)
-
-    @property
-    def compiled_steps(self) -> tuple[StepKey, ...]:
-        """What has been compiled; on a CPU nothing is, where its kernels take a whole step."""
-        return self._steps.keys
-
-    def serves(self, model: Llama) -> bool:
-        """Whether the model's weights are still the ones this engine was made from."""
-        return self._weights == weights_fingerprint(model)
-
-    @contextmanager
-    def session(self) -> Iterator[object]:
-        """Hold the engine: every other method but ``warmup`` and ``release`` is called inside.
-
-        Yields what :meth:`hold` takes.
-
-        Raises:
-            RuntimeError: this thread holds it already, in an unfinished iteration.
-        """
-        with self._callers.session() as session:
-            try:
-                with self._callers.launching():
-                    self._idle()
-                yield session
-            finally:
-                self._prefixes.note_weights()
-
-    def hold(self, session: object) -> None:
-        """Hold the engine in this thread from now on, see :meth:`Callers.hold`."""
-        self._callers.hold(session)
-
-    def _idle(self) -> None:
+    def _begin(self) -> None:
         """Let every slot idle, and note what the last session has left in them."""
         self._lengths.clear()
         self._bind()
@@ -136,116 +67,56 @@ class Runner:
         self._buffers.idle()
         self._buffers.keep(self._prefixes.first_tokens)
 
-    def reserve(self, rows: int, slots: int) -> None:
-        """Have memory for this number of rows, and of tokens in each, prompt and new together.
+    def _end(self) -> None:
+        self._prefixes.note_weights()
 
-        Where there is less, it grows, to twice as many slots at least; rows that are loaded keep what they have. Steps
-        that are compiled run on more slots too, but where they are recorded.
-
-        Raises:
-            CacheMemoryError: the device has no room for it; nothing was changed.
-        """
-        rows, held = batch_bucket(rows), self.cache
-        if held and held.batch_size >= rows and held.max_cache_len >= slots:
-            return
-        with plain_mode(), self._callers.launching():
-            if held is None or self._buffers is None:
-                self._prefixes.clear()
-                dtypes = (self.dtype, self.cache_dtype)
-                self._buffers = Buffers(self.config, rows, slots, CHUNK_SIZES, self.device, *dtypes)
-                return
-            more_rows = max(rows, held.batch_size)
-            slots = held.max_cache_len if held.max_cache_len >= slots else max(slots, 2 * held.max_cache_len)
-            logger.info("the KV cache grows to %d rows of %d slots; warmup() reserves it beforehand", more_rows, slots)
-            if self.runs_ahead or more_rows > held.batch_size:
-                self._steps.clear()
-            self._grow(more_rows, slots)
-        self._bind()
-
-    def _grow(self, rows: int, slots: int) -> None:
-        """Move to more memory. Interrupted halfway the memory is given up: the next call makes its own."""
-        buffers, self._buffers = self._ready, None
-        try:
-            buffers.resize(rows, slots, keep=bool(self._lengths or self._prefixes))
-        except CacheMemoryError:  # nothing was changed
-            self._buffers = buffers
-            raise
-        self._buffers = buffers
-
-    def warmup(self, max_batch_size: int = 1, max_cache_len: int | None = None, verify: bool = False) -> None:
-        """Allocate for that many rows and slots, and compile every step that calls within them can need.
-
-        Args:
-            max_batch_size: rows of the largest batch.
-            max_cache_len: tokens of the longest row, prompt and new together; the default when None.
-            verify: compile the steps of :meth:`verify` too.
-
-        Raises:
-            ValueError: ``max_batch_size`` or ``max_cache_len`` is too small to hold anything.
-        """
-        if max_batch_size < 1:
-            raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
-        if max_cache_len is not None and max_cache_len < 2:
-            raise ValueError(f"max_cache_len must hold a prompt and a new token, so at least 2; got {max_cache_len}")
-        with self.session():
-            self.reserve(max_batch_size, max_cache_len or self.default_cache_len)
-            bucket = batch_bucket(max_batch_size)
-            while bucket:  # the largest first: the graphs after it fit into its memory
-                self._compile_bucket(bucket, verify)
-                bucket //= 2
-
-    def release(self) -> None:
-        """Give back buffers, cache and compiled steps. The next call makes them again."""
-        with self.session():
-            self._drop()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _drop(self) -> None:
-        self._steps.clear()
+    def _forget(self) -> None:
         self._lengths.clear()
+        self._prompts.clear()
         self._prefixes.clear()
         self._bind()
-        self._buffers = None
 
-    def _compile_bucket(self, b: int, verify: bool) -> None:
-        """Compile every step of one batch bucket."""
-        assert self._buffers is not None
-        longest = max(prefill_chunks(self._buffers.cache.max_cache_len, exact=False))
-        sizes = [t for t in PREFILL_CHUNKS if t <= longest] if self._compiles_prefill else []
-        for t in reversed(sizes):
-            self._compiled("prefill", b, t)
-        for t in reversed(VERIFY_TOKENS if verify else ()):
-            self._compiled("verify", b, t)
-        self._compiled("decode", b, 1)
-
-    def _compiled(self, kind: str, b: int, t: int) -> Callable[[], None]:
-        """One run of a step. Where it is new and not one operation it is compiled, which changes nothing of rows."""
-        key, buffers, net = StepKey(kind, b, t), self._ready, self._net
-        at_once = kind != "prefill" and self._steps.is_one_operation(self.dtype, b, t)
-        is_new = not at_once and key not in self._steps.keys
-        if kind == "decode":
-            rows = (net, buffers.rows(b), buffers.memory)
-            call = steps.decode_at_once(*rows) if at_once else self._steps.bound(key, steps.decode, *rows)
-        elif kind == "prefill":
-            call = self._steps.bound(key, steps.prefill, net, buffers.chunk(b, t), buffers.memory)
-        else:
-            chunk = (net, buffers.chunk(b, t), buffers.memory, buffers.logits(b, t))
-            call = steps.verify_at_once(*chunk) if at_once else self._steps.bound(key, steps.verify, *chunk)
-        if is_new:
-            logger.info("compiling %s step: batch %d, tokens %d", *key)
-            buffers.mark_dynamic(b)
-            with buffers.frozen():
-                if kind != "decode":
-                    buffers.repeat_newest(buffers.chunk(b, t))
-                for _ in range(self._steps.runs_to_warm_up):
-                    call()
-        return call
+    @property
+    def _holds_something(self) -> bool:
+        return bool(self._lengths or self._prefixes)
 
     # ---- rows ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def prefill(self, rows: Mapping[int, Row]) -> int:
+    def take(self, cache: StaticCache, prompts: Sequence[torch.Tensor]) -> None:
+        """Let slots from 0 on hold what a cache of the caller's holds, for a prefill of these prompts.
+
+        Args:
+            cache: of the engine's dtype and device; row r holds the first tokens of prompt r.
+            prompts: int64 ``[tokens]`` on the CPU.
+        """
+        count, lengths = len(prompts), cache.length_b.tolist()
+        with self._callers.launching():
+            self._exchange(cache, self._ready.cache, count, 0, max(lengths[:count]))
+        self._prefixes.drop(range(count))
+        self._prefixes.note_weights()
+        self._prefixes.hold({slot: prompt[: lengths[slot]] for slot, prompt in enumerate(prompts)})
+
+    @torch.no_grad()
+    def give(self, cache: StaticCache) -> None:
+        """Write to a cache of the caller's what its rows have computed beyond what it holds."""
+        if self._buffers is None or not self._prompts:  # interrupted before anything was computed
+            return
+        written = self._ready.written(self._prompts)
+        count, lengths = len(written), torch.tensor([len(written[slot]) for slot in sorted(written)], device="cpu")
+        with self._callers.launching():
+            held = int(cache.length_b[:count].min())
+            self._exchange(self._ready.cache, cache, count, held, int(lengths.max()))
+            cache.length_b[:count] = lengths.to(cache.device)
+
+    @staticmethod
+    def _exchange(source: StaticCache, target: StaticCache, rows: int, first: int, last: int) -> None:
+        for name in ("key_cache", "value_cache"):
+            for from_bksd, to_bksd in zip(getattr(source, name), getattr(target, name), strict=True):
+                to_bksd[:rows, :, first:last] = from_bksd[:rows, :, first:last]
+
+    @torch.no_grad()
+    def prefill(self, rows: Mapping[int, Row], least: int | None = None) -> int:
         """Load rows into slots and fill the cache with their prompts; what other rows have is not changed.
 
         Where the prefill is compiled it stops short of each prompt's last token, which takes the decode step: so there
@@ -256,6 +127,7 @@ class Runner:
 
         Args:
             rows: by slot; the cache has room for them.
+            least: number of first tokens below which what slots hold does not count; a default when None.
 
         Returns:
             How many new tokens that has given each of the rows, 0 or 1.
@@ -266,9 +138,10 @@ class Runner:
             prompts = {slot: row.prompt for slot, row in rows.items()}
             self._lengths |= {slot: len(prompt) for slot, prompt in prompts.items()}
             self._bind()  # compiles before the first token, not after it
-            starts = self._reuse(prompts, LEAST_REUSED if self.reuses_prefixes else None)
-            self._ready.load(rows)
+            starts = self._reuse(prompts, least or (LEAST_REUSED if self.reuses_prefixes else None))
             self._set_rope()
+            starts = self._share(prompts, starts)
+            self._ready.load(rows)
             self._fill(prompts, starts, samples)
             self._prompts |= prompts
         self._lengths |= {slot: self._lengths[slot] + samples for slot in rows}
@@ -322,12 +195,9 @@ class Runner:
             starts = self._reuse(prompts, least)
             buffers.keep({slot: int(prompt[0]) for slot, prompt in prompts.items()})
             buffers.set_rope(1)
+            starts = self._share(prompts, starts)
             if any(len(prompt) - starts[slot] > 1 for slot, prompt in prompts.items()):
-                texts = [prompt.tolist() for prompt in sequences]
-                firsts = [texts.index(text) for text in texts]
-                self._fill({slot: prompts[slot] for slot in sorted({*firsts})}, starts, samples=False)
-                moved = {slot: first for slot, first in enumerate(firsts) if first != slot}
-                buffers.copy(moved, max((len(prompts[slot]) for slot in moved), default=0))
+                self._fill(prompts, starts, samples=False)
             call, chunk = self._compiled("verify", self._batch, 1), buffers.chunk(self._batch, 1)
             buffers.repeat_newest(chunk)
             chunk.ids_bt[:count] = torch.stack([prompt[-1:] for prompt in sequences]).to(self.device)
@@ -335,6 +205,14 @@ class Runner:
             call()
         self._prefixes.hold(prompts)
         return buffers.logits(self._batch, 1)[:count, 0]
+
+    def takes(self, cache: Any) -> bool:
+        """Whether :meth:`take` does with a cache of the caller's."""
+        return (
+            isinstance(cache, StaticCache)
+            and (cache.dtype, cache.device) == (self.cache_dtype or self.dtype, self.device)
+            and not self._rope_follows_length
+        )
 
     def why_no_logits(self, rows: int) -> str | None:
         """Why :meth:`logits_after` does not take that many sequences; None where it does."""
@@ -368,11 +246,6 @@ class Runner:
 
     # ---- the parts of a call ---------------------------------------------------------------------------------------
 
-    @property
-    def _ready(self) -> Buffers:
-        assert self._buffers is not None, "reserve() comes first"
-        return self._buffers
-
     def _bind(self) -> None:
         """Take the decode step of the bucket that holds every loaded slot."""
         if not self._lengths:
@@ -380,11 +253,6 @@ class Runner:
             return
         self._batch = batch_bucket(max(self._lengths) + 1)
         self._decode = self._compiled("decode", self._batch, 1)
-
-    @property
-    def _compiles_prefill(self) -> bool:
-        """Not on a CPU: compiling saves it a tenth, but each chunk size compiles and padding costs like tokens."""
-        return self.device.type != "cpu"
 
     def _set_rope(self, ahead: int = 0) -> None:
         """Where frequencies depend on the length, the longest loaded row decides, as in transformers."""
@@ -398,6 +266,20 @@ class Runner:
         self._ready.copy(moved, max((found[slot].tokens for slot in moved), default=0))
         return {slot: found[slot].tokens if slot in found else 0 for slot in prompts}
 
+    def _share(self, prompts: Mapping[int, torch.Tensor], starts: dict[int, int]) -> dict[int, int]:
+        """Compute prompts that several slots have once, all but their last tokens; where each starts from then on."""
+        same: dict[tuple[int, ...], list[int]] = {}
+        for slot, prompt in prompts.items():
+            if len(prompts) > 1 and len(prompt) - starts[slot] > 1:
+                same.setdefault(tuple(prompt.tolist()), []).append(slot)
+        moved = {slot: slots[0] for slots in same.values() for slot in slots[1:]}
+        if moved:
+            firsts = sorted({*moved.values()})
+            self._ready.keep({slot: int(prompts[slot][0]) for slot in firsts})
+            self._fill({slot: prompts[slot] for slot in firsts}, starts, samples=False)
+            self._ready.copy(moved, max(len(prompts[slot]) for slot in firsts))
+        return starts | {slot: len(prompts[slot]) - 1 for slot in (*moved, *moved.values())}
+
     def _fill(self, prompts: Mapping[int, torch.Tensor], starts: Mapping[int, int], samples: bool) -> None:
         """Compute prompts from where each starts, and their first new tokens; or short of each prompt's last token."""
         if self._compiles_prefill:
@@ -409,8 +291,3 @@ class Runner:
 
 def _nothing_is_loaded() -> None:
     raise RuntimeError("no row is loaded: prefill() comes before step()")
-
-
-def weights_fingerprint(model: Llama) -> tuple[Any, ...]:
-    """Changes when a model's parameters are replaced or moved (in-place updates reach the engine anyway)."""
-    return tuple((p.data_ptr(), p.dtype, p.shape) for p in [*model.parameters(), *model.buffers()])

@@ -6,7 +6,7 @@ Shape suffixes: ``b`` batch, ``t`` prompt tokens, ``n`` new tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, Protocol
 
@@ -15,7 +15,8 @@ import torch
 from fastllama.config import GenerationConfig
 from fastllama.engine.runner import Runner
 from fastllama.generation.loop import decode
-from fastllama.generation.request import Request, merge_settings, requests_of
+from fastllama.generation.request import Request, inferred_mask, requests_of
+from fastllama.model.cache import CacheOverflowError, StaticCache
 from fastllama.model.rope import static_length
 
 logger = logging.getLogger(__name__)
@@ -39,11 +40,12 @@ def generate(
     attention_mask: torch.Tensor | None,
     config: GenerationConfig,
     streamer: Streamer | None = None,
+    cache: StaticCache | None = None,
     **settings: Any,
 ) -> torch.Tensor:
     """Decode a batch; see :meth:`fastllama.LlamaForCausalLM.generate`."""
     poll_every = POLL_STEPS if streamer is None else 1
-    tokens = _start(runner, input_ids, attention_mask, config, settings, poll_every)
+    tokens = _start(runner, input_ids, attention_mask, config, settings, poll_every, cache)
     if streamer is not None:
         streamer.put(input_ids.cpu())
     new: list[torch.Tensor] = []
@@ -54,7 +56,8 @@ def generate(
                 streamer.put(token_b)
     if streamer is not None:
         streamer.end()
-    return torch.cat((input_ids, torch.stack(new, dim=1).to(input_ids)), dim=1)
+    new_bn = torch.stack(new, dim=1).to(input_ids)
+    return torch.cat((input_ids.repeat_interleave(len(new_bn) // len(input_ids), dim=0), new_bn), dim=1)
 
 
 def stream(
@@ -75,21 +78,47 @@ def _start(
     config: GenerationConfig,
     settings: dict[str, Any],
     poll_every: int,
+    cache: StaticCache | None = None,
 ) -> Generator[torch.Tensor, None, None]:
     """Check a call now; the generator that is returned decodes."""
     network = runner.config
-    requests = requests_of(input_ids, attention_mask, merge_settings(config, settings), network.vocab_size)
-    total, limit = input_ids.shape[1] + requests[0].max_new_tokens, network.max_position_embeddings
+    requests = requests_of(input_ids, attention_mask, config, settings, network.vocab_size)
+    new_tokens = max(request.max_new_tokens for request in requests)
+    total, limit = input_ids.shape[1] + new_tokens, network.max_position_embeddings
     if total > limit and static_length(network) is None:
         logger.warning(
             "prompt and new tokens come to %d, the model was made for %d positions; beyond them it may write nonsense",
             total,
             limit,
         )
-    return _columns(runner, requests, poll_every)
+    if cache is not None and total - 1 > cache.max_cache_len:
+        raise CacheOverflowError(
+            f"prompt and new tokens come to {total}, of which the cache holds all but the last, and the StaticCache "
+            f"that is given has {cache.max_cache_len} slots; allocate it with a larger max_cache_len"
+        )
+    return _columns(runner, requests, poll_every, cache)
 
 
-def _columns(runner: Runner, requests: Sequence[Request], poll_every: int) -> Generator[torch.Tensor, None, None]:
-    with closing(decode(runner, requests, poll_every)) as bursts:
+def cache_in_step(
+    runner: Runner,
+    cache: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    config: GenerationConfig,
+    settings: Mapping[str, Any],
+) -> bool:
+    """Whether the step decodes with a cache that is given: a StaticCache of the first tokens of unpadded prompts."""
+    several = (settings.get("num_return_sequences", config.num_return_sequences) or 1) > 1
+    if several or not runner.takes(cache) or len(input_ids) > cache.batch_size:
+        return False
+    mask = inferred_mask(input_ids, config) if attention_mask is None else attention_mask
+    is_padded = mask is not None and not bool(mask.all())
+    return not is_padded and int(cache.length_b[: len(input_ids)].max()) < input_ids.shape[1]
+
+
+def _columns(
+    runner: Runner, requests: Sequence[Request], poll_every: int, cache: StaticCache | None
+) -> Generator[torch.Tensor, None, None]:
+    with closing(decode(runner, requests, poll_every, cache)) as bursts:
         for tokens_bn in bursts:
             yield from tokens_bn.unbind(1)

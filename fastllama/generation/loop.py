@@ -13,11 +13,14 @@ from fastllama.engine.buffers import Snapshot
 from fastllama.engine.runner import Runner
 from fastllama.generation.request import Request
 from fastllama.generation.stopping import Stopping
+from fastllama.model.cache import StaticCache
 
 AHEAD = 256  # tokens a row has room for at the beginning; memory follows what is written, not what might be
 
 
-def decode(runner: Runner, requests: Sequence[Request], poll_every: int = 1) -> Generator[torch.Tensor, None, None]:
+def decode(
+    runner: Runner, requests: Sequence[Request], poll_every: int = 1, cache: StaticCache | None = None
+) -> Generator[torch.Tensor, None, None]:
     """Decode rows together until the last one ends; yields their new tokens, int64 ``[b, n]`` on the CPU, n ≥ 1.
 
     A row that has ended gives its pad id. Holds the engine until the generator is exhausted or closed.
@@ -27,6 +30,8 @@ def decode(runner: Runner, requests: Sequence[Request], poll_every: int = 1) -> 
         requests: one for each row.
         poll_every: on CUDA, steps launched between two looks at their tokens: 1 shows tokens soonest, more costs
             the host less. On a CPU, where nothing runs ahead, each step is looked at.
+        cache: of the caller's, which the runner takes: holds each prompt's first tokens, and in the end all that has
+            been computed.
 
     Raises:
         RuntimeError: this thread already holds the engine in an unfinished iteration.
@@ -34,15 +39,21 @@ def decode(runner: Runner, requests: Sequence[Request], poll_every: int = 1) -> 
     with runner.session() as session:
         needed = max(len(request.prompt) + min(request.max_new_tokens, AHEAD) for request in requests)
         runner.reserve(len(requests), needed if runner.cache else max(needed, runner.default_cache_len))
-        stopping = Stopping(requests)
-        for tokens_bn in _bursts(runner, requests, poll_every if runner.runs_ahead else 1):
-            yield stopping.take(tokens_bn)
-            if stopping.all_ended:
-                return
-            runner.hold(session)  # an iterator may be handed to another thread
+        stopping, least = Stopping(requests), None if cache is None else 1
+        if cache is not None:
+            runner.take(cache, [request.prompt for request in requests])
+        try:
+            for tokens_bn in _bursts(runner, requests, poll_every if runner.runs_ahead else 1, least):
+                yield stopping.take(tokens_bn)
+                if stopping.all_ended:
+                    return
+                runner.hold(session)  # an iterator may be handed to another thread
+        finally:
+            if cache is not None:
+                runner.give(cache)
 
 
-def _bursts(runner: Runner, requests: Sequence[Request], burst: int) -> Iterator[torch.Tensor]:
+def _bursts(runner: Runner, requests: Sequence[Request], burst: int, least: int | None) -> Iterator[torch.Tensor]:
     """Prefill, then step after step, and yield what all rows have given since the last time.
 
     On CUDA a burst of steps is launched before the tokens of the burst before it are read, so that the device never
@@ -50,7 +61,7 @@ def _bursts(runner: Runner, requests: Sequence[Request], burst: int) -> Iterator
     """
     count, last = len(requests), max(request.max_new_tokens for request in requests)
     longest = max(len(request.prompt) for request in requests)
-    done = runner.prefill(dict(enumerate(requests)))
+    done = runner.prefill(dict(enumerate(requests)), least)
     if done:
         yield runner.newest().read()[:count]
     pending: Snapshot | None = None

@@ -14,13 +14,18 @@ from typing import Any
 import torch
 
 from fastllama.config import GenerationConfig
-from fastllama.config.generation import KNOWN, OFF
+from fastllama.config.generation import KNOWN, OFF, said
 from fastllama.engine.buffers import GREEDY, MAX_EOS_IDS, NO_CHANGES, Changes, Sampling
 from fastllama.ops import row_seed
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 20  # as in transformers
+# What may differ from prompt to prompt, besides EOS ids.
+BY_PROMPT = frozenset({
+    "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+    "min_new_tokens", "min_length", "pad_token_id", "seed",
+})  # fmt: skip
 NO_PROMPT = "every row needs at least one prompt token; give a BOS token to start from nothing"
 
 
@@ -54,47 +59,83 @@ class Request:
 
 
 def requests_of(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: GenerationConfig, vocab_size: int
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    config: GenerationConfig,
+    settings: Mapping[str, Any],
+    vocab_size: int,
 ) -> list[Request]:
-    """The rows of a batch.
+    """The rows of a call, ``num_return_sequences`` for each prompt.
 
     Args:
         input_ids: integers ``[b, t]``.
         attention_mask: ``[b, t]``, 0 where a prompt is padded; where there is none, pad ids may be padding.
         config: of every row.
+        settings: of the call, which count instead; a list has one value for each prompt.
         vocab_size: of the model.
 
     Raises:
+        NotImplementedError, TypeError: as :func:`merge_settings`.
         ValueError: ids or mask of another shape or dtype, ids outside the vocabulary, a row without tokens, no room for
             a new token.
     """
     check_tensor(input_ids)
+    listed = {name for name, value in settings.items() if is_by_prompt(name, value)}
+    configs = [merge_settings(config, each) for each in _by_prompt(settings, listed, len(input_ids))]
     if attention_mask is None:
-        attention_mask = inferred_mask(input_ids, config)
+        attention_mask = inferred_mask(input_ids, configs[0])
     mask = None if attention_mask is None else attention_mask.cpu()
     prompts = unpad(input_ids.cpu().long(), mask)
     check_ids(prompts, vocab_size)
-    eos = config.eos_token_id
+    seed = int(torch.randint(2**62, (), device="cpu"))  # of a call that gives none
+    requests = []
+    for prompt, seen, own in zip(prompts, unpadded(input_ids.cpu().long(), mask), configs, strict=True):
+        if own.num_return_sequences > 1 and not own.do_sample:
+            raise ValueError(f"num_return_sequences is {own.num_return_sequences}; without do_sample all are equal")
+        known = seen[(seen >= 0) & (seen < vocab_size)]
+        for number in range(own.num_return_sequences):
+            row = number if "seed" in listed else len(requests)  # a seed of its own counts as in a call of its own
+            row_of_call = row_seed(seed if own.seed is None else own.seed, row)
+            requests.append(_request(prompt, input_ids.shape[1], own, row_of_call, known))
+    return requests
+
+
+def _request(prompt: torch.Tensor, width: int, config: GenerationConfig, seed: int, seen: torch.Tensor) -> Request:
+    """One row; its prompt comes to ``width`` tokens with its padding."""
+    eos, min_new = config.eos_token_id, config.min_new_tokens
     pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if eos else 0)
-    new_tokens = _new_tokens(input_ids.shape[1], config)
-    seed = int(torch.randint(2**62, (), device="cpu")) if config.seed is None else config.seed
-    min_new = config.min_new_tokens
-    min_new = max(0, config.min_length - input_ids.shape[1]) if min_new is None else min_new
-    all_seen = unpadded(input_ids.cpu().long(), mask)
-    all_seen = [ids[(ids >= 0) & (ids < vocab_size)] for ids in all_seen]
-    changes = Changes(config.repetition_penalty, min_new)
+    changes = Changes(config.repetition_penalty, max(0, config.min_length - width) if min_new is None else min_new)
     if changes.min_new > 0 and len(eos) > MAX_EOS_IDS:
         raise NotImplementedError(f"the compiled step keeps at most {MAX_EOS_IDS} EOS ids back, got {len(eos)}")
-    return [
-        Request(prompt, new_tokens, sampling_of(config, row_seed(seed, row)), eos, pad, changes, seen)
-        for row, (prompt, seen) in enumerate(zip(prompts, all_seen, strict=True))
-    ]
+    return Request(prompt, _new_tokens(width, config), sampling_of(config, seed), eos, pad, changes, seen)
+
+
+def is_by_prompt(name: str, value: Any) -> bool:
+    """Whether the setting of a call has one value for each prompt: a list of numbers, or of lists of EOS ids."""
+    if name == "eos_token_id":
+        return isinstance(value, (list, tuple)) and any(isinstance(each, (list, tuple)) for each in value)
+    return name in BY_PROMPT and (isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1)
+
+
+def _by_prompt(settings: Mapping[str, Any], listed: Iterable[str], prompts: int) -> list[Mapping[str, Any]]:
+    values = {name: [getattr(each, "item", lambda each=each: each)() for each in settings[name]] for name in listed}
+    for name, each in values.items():
+        if len(each) != prompts:
+            raise ValueError(f"{name} has {len(each)} values for {prompts} prompts; give one value, or one for each")
+    return [{**settings, **{name: each[at] for name, each in values.items()}} for at in range(prompts)]
 
 
 def outside_the_step(config: GenerationConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What a call asks for that the compiled step does not do."""
     outside = config.outside_the_step(settings)
     least = {name: settings.get(name, getattr(config, name)) for name in ("min_new_tokens", "min_length")}
+    if by_prompt := sorted(name for name, value in settings.items() if is_by_prompt(name, value)):
+        if outside:
+            raise NotImplementedError(
+                f"{', '.join(by_prompt)} by prompt is done by the compiled step, which does not do {said(outside)}; "
+                "give one value for all prompts"
+            )
+        return {}
     eos = GenerationConfig(eos_token_id=settings.get("eos_token_id", config.eos_token_id)).eos_token_id
     return outside | {name: value for name, value in least.items() if value and len(eos) > MAX_EOS_IDS}
 
@@ -170,7 +211,7 @@ def _new_tokens(prompt_tokens: int, config: GenerationConfig) -> int:
     return config.max_length - prompt_tokens
 
 
-def merge_settings(config: GenerationConfig, settings: dict[str, Any]) -> GenerationConfig:
+def merge_settings(config: GenerationConfig, settings: Mapping[str, Any]) -> GenerationConfig:
     """The generation config with a call's own settings over it; None is off, as in transformers.
 
     Also as in transformers: ``max_new_tokens``, wherever it is set, counts before ``max_length``, which counts in the

@@ -16,7 +16,7 @@ import torch
 from fastllama.causal_lm import LlamaForCausalLM, engine_of
 from fastllama.config import GenerationConfig, LlamaConfig
 from fastllama.generation.outside import ORGANISES_CACHES
-from fastllama.generation.request import check_ids, check_tensor, inferred_mask, merge_settings, requests_of, unpad
+from fastllama.generation.request import check_ids, check_tensor, inferred_mask, requests_of, unpad
 from fastllama.generation.transformers_loop import over_engine, why_not, with_cache
 from fastllama.integrations.described import check_as_described
 from fastllama.model.rope import rotary_cos_sin
@@ -145,10 +145,11 @@ def _generate(model: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any)
         arguments = engine_arguments(model, *args, **kwargs)
         _check(model.fastllama, **arguments)
     except (TypeError, ValueError, NotImplementedError) as error:
-        loops, with_engine = _loops_of(model, str(error), _asked(model, *args, **kwargs))
+        rest = {name: value for name, value in kwargs.items() if name not in ORGANISES_CACHES}
+        loops, with_engine = _loops_of(model, str(error), _asked(model, *args, **rest))
         if loops is model or getattr(theirs, "__func__", None) is not type(loops).generate:
             return theirs(*args, **kwargs)
-        return with_engine(type(loops).generate(loops, *args, **kwargs))
+        return with_engine(type(loops).generate(loops, *args, **rest))
     return model.fastllama.generate(**arguments)
 
 
@@ -211,10 +212,11 @@ def _check(
 ) -> None:
     """Raise what a call would raise before its first token."""
     engine_of(twin)
-    config = merge_settings(generation_config, settings)
-    requests = requests_of(input_ids, attention_mask, config, twin.config.vocab_size)
-    padded = any(len(request.seen) < input_ids.shape[1] for request in requests)
-    if padded and config.repetition_penalty != 1 and _penalises_padding():
+    requests = requests_of(input_ids, attention_mask, generation_config, settings, twin.config.vocab_size)
+    is_penalised = any(
+        request.changes.repetition_penalty != 1 and len(request.seen) < input_ids.shape[1] for request in requests
+    )
+    if is_penalised and _penalises_padding():
         raise NotImplementedError("repetition_penalty counts padding in this version of transformers")
 
 

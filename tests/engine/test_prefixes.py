@@ -221,3 +221,16 @@ def test_logits_after_costs_one_step_a_token(model, computed) -> None:
     with runner.session():
         runner.logits_after([torch.cat((beam, some(1))) for beam in reversed(beams)])
     assert computed == []
+
+
+def test_prompts_that_are_equal_are_computed_once(model, computed) -> None:
+    tokens_of(Runner(model), [some(40)] * 3)
+    assert computed == [39, 3]
+
+
+def test_prompts_that_are_equal_have_equal_tokens(model, runner) -> None:
+    prompt, other = some(40), some(30)
+    got = tokens_of(runner, [prompt, other, prompt, prompt, other])
+    plain = Runner(model)
+    expected = [tokens_of(plain, [each])[0] for each in (prompt, other)]
+    assert got == [expected[0], expected[1], expected[0], expected[0], expected[1]]

@@ -19,7 +19,7 @@ from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.causal_lm import engine_of
 from fastllama.config import RopeParameters
 from fastllama.engine import graphs as graphs_module
-from fastllama.engine import runner as runner_module
+from fastllama.engine import prefill as prefill_module
 from fastllama.engine.buffers import Sampling
 from fastllama.engine.prefill import PREFILL_CHUNKS, prefill_chunks
 from fastllama.engine.runner import Runner
@@ -275,8 +275,9 @@ def test_release_gives_the_memory_back_and_the_next_call_works(model) -> None:
 @pytest.mark.parametrize("at", [1, 3])
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
 def test_an_interrupt_at_any_step_leaves_the_engine_usable(model, monkeypatch, kind, at) -> None:
-    rows = prompts(1600)
-    expected = decode(model.engine or warm(model), rows, 8)
+    rows, engine = prompts(1600), model.engine or warm(model)
+    engine.reuses_prefixes = False
+    expected = decode(engine, rows, 8)
     genuine, wanted, calls = graphs_module.call_plainly, kind == "prefill", itertools.count(1)
 
     def interrupted(device_type, step, args) -> None:
@@ -284,7 +285,7 @@ def test_an_interrupt_at_any_step_leaves_the_engine_usable(model, monkeypatch, k
         if step.__name__.startswith("prefill") == wanted and next(calls) == at:
             raise KeyboardInterrupt
 
-    for module in (graphs_module, runner_module):  # compiled steps, and those that run as they are
+    for module in (graphs_module, prefill_module):  # compiled steps, and those that run as they are
         monkeypatch.setattr(module, "call_plainly", interrupted)
     with pytest.raises(KeyboardInterrupt):
         decode(model.engine, rows, 8)

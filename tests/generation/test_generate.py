@@ -311,3 +311,53 @@ def test_bad_arguments_are_named(pair, ids, args, error, message) -> None:
 def test_bad_ids_are_refused(pair, bad) -> None:
     with pytest.raises(ValueError, match=r"input_ids|prompt token"):
         pair[0].generate(bad, max_new_tokens=2)
+
+
+# ---- rows that differ ----------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_call_may_differ_in_every_setting(pair, ids) -> None:
+    ours = pair[0]
+    by_prompt = {
+        "max_new_tokens": [3, 7],
+        "do_sample": [True, False],
+        "temperature": (0.7, 1.0),
+        "top_k": [5, 50],
+        "top_p": torch.tensor([0.5, 1.0], dtype=torch.float64),
+        "repetition_penalty": [1.0, 1.7],
+        "min_new_tokens": [None, 5],
+        "eos_token_id": [[41, 42], list(range(50))[:16]],
+        "seed": [4, 9],
+    }
+    together = ours.generate(ids, pad_token_id=0, **by_prompt)
+    for row, prompt in enumerate(ids):
+        own = {name: values[row] for name, values in by_prompt.items()}
+        alone = ours.generate(prompt[None], pad_token_id=0, **own | {"top_p": float(own["top_p"])})[0]
+        assert together[row, : len(alone)].tolist() == alone.tolist()
+        assert not together[row, len(alone) :].any()
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        ({"temperature": [0.5, 0.6, 0.7]}, ValueError, "temperature has 3 values for 2 prompts"),
+        ({"top_k": [5, -3]}, ValueError, "top_k"),
+        ({"seed": [1, 2], "num_beams": 2}, NotImplementedError, "seed by prompt is done by the compiled step"),
+        ({"num_return_sequences": 2}, ValueError, "without do_sample all are equal"),
+        ({"num_return_sequences": 0}, ValueError, "num_return_sequences"),
+    ],
+)
+def test_what_cannot_differ_is_named(pair, ids, asked, error, message) -> None:
+    with pytest.raises(error, match=message):
+        pair[0].generate(ids, max_new_tokens=2, **asked)
+
+
+def test_several_sequences_of_a_prompt_are_sampled_with_seeds_of_their_own(pair, ids) -> None:
+    ours, asked = pair[0], {"max_new_tokens": 8, "do_sample": True, "pad_token_id": 0}
+    out = ours.generate(ids, num_return_sequences=3, seed=5, **asked)
+    assert out.shape == (6, 15)
+    assert out[:, :7].tolist() == ids.repeat_interleave(3, dim=0).tolist()
+    assert out.tolist() == ours.generate(ids.repeat_interleave(3, dim=0), seed=5, **asked).tolist()
+    assert len({tuple(row) for row in out.tolist()}) == 6
+    columns = torch.stack(list(ours.stream(ids, num_return_sequences=3, seed=5, **asked)), dim=1)
+    assert columns.tolist() == out[:, 7:].tolist()

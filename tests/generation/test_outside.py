@@ -47,7 +47,6 @@ def has_five(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         {"num_beams": 3},
         {"num_beams": 3, "length_penalty": 0.3, "early_stopping": True, "num_return_sequences": 2, "eos_token_id": EOS},
         {"num_beams": 2, **SAMPLED},
-        {"num_return_sequences": 3, **SAMPLED},
         {"repetition_penalty": 1.4},
         {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "attention_mask": LEFT},
         {"encoder_repetition_penalty": 1.2},
@@ -177,12 +176,17 @@ def test_the_models_own_config_counts_and_null_in_a_call_is_off(pair, ids) -> No
     assert ours.generate(ids, generation_config=config, repetition_penalty=None).tolist() == plain
 
 
-def test_a_warning_says_once_what_goes_outside_the_step(pair, ids, caplog) -> None:
+def test_the_log_says_once_what_goes_outside_the_step_and_why_the_forward_is_eager(pair, ids, caplog) -> None:
     outside._say_outside.cache_clear()
-    with caplog.at_level(logging.WARNING, "fastllama"):
+    asked = {"max_new_tokens": 2, "typical_p": 0.9, "pad_token_id": 0}
+    with caplog.at_level(logging.INFO, "fastllama"):
         for _ in range(2):
-            pair[0].generate(ids, max_new_tokens=2, typical_p=0.9, pad_token_id=0)
-    assert caplog.text.count("the compiled step does not do typical_p: decoding with transformers' code") == 1
+            pair[0].generate(ids, **asked)
+            pair[0].generate(ids, output_attentions=True, **asked)
+    said = "the compiled step does not do typical_p: transformers' loop does, "
+    assert [record.levelname for record in caplog.records if said in record.message] == ["INFO", "WARNING"]
+    assert caplog.text.count(said + "with the engine's logits") == 1
+    assert caplog.text.count(said + "over the eager forward, which is slower: output_attentions is given") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,147 @@
+"""transformers' loops over the engine: its logits, not those of the eager forward, and the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from shapes import LEFT
+from transformers import LogitsProcessorList
+
+from fastllama import StaticCache
+from fastllama.integrations.transformers import accelerate, unaccelerate
+from fastllama.model.cache import CacheOverflowError
+from fastllama.model.llama import Llama
+
+PLAIN = {"max_new_tokens": 6, "pad_token_id": 0}
+
+
+def plus_one(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A processor: what follows the last token in the vocabulary is likelier."""
+    return scores.scatter_add(1, (ids[:, -1:] + 1) % scores.shape[1], torch.full((len(ids), 1), 5.0))
+
+
+CALLS: list[dict[str, Any]] = [
+    {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": [41, 42]},
+    {"num_beams": 2, "do_sample": True, "no_repeat_ngram_size": 2},
+    {"logits_processor": LogitsProcessorList([plus_one]), "eos_token_id": 7},
+    {"typical_p": 0.9, "do_sample": True, "num_return_sequences": 3},
+    {"attention_mask": LEFT, "suppress_tokens": [3, 4]},
+    {"attention_mask": LEFT, "num_beams": 4, "repetition_penalty": 1.3},
+    {"max_time": 60.0, "cache_implementation": "static", "use_cache": False},
+]
+
+
+@pytest.fixture
+def eager_is_refused(monkeypatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("the eager forward was called")
+
+    monkeypatch.setattr(Llama, "forward", refused)
+
+
+@pytest.mark.parametrize("asked", CALLS, ids=lambda asked: "+".join(asked))
+def test_the_engine_gives_the_logits(pair, ids, asked, eager_is_refused) -> None:
+    results = []
+    for model in pair:
+        torch.manual_seed(3)
+        results.append(model.generate(ids, **PLAIN | asked).tolist())
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("asked", CALLS, ids=lambda asked: "+".join(asked))
+def test_the_engine_gives_an_accelerated_model_its_logits(make_pair, ids, asked, monkeypatch) -> None:
+    theirs = make_pair()[1]
+    calls, forward = [], theirs.model.forward
+    torch.manual_seed(3)
+    expected = theirs.generate(ids, **PLAIN | asked).tolist()
+    fast = accelerate(theirs)
+    torch.manual_seed(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(theirs.model), "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+        )
+        patch.setattr("fastllama.integrations.transformers.check_as_described", lambda model: None)
+        assert fast.generate(ids, **PLAIN | asked).tolist() == expected
+    assert not calls
+    assert unaccelerate(fast).generate(ids, **PLAIN).shape == (2, 13)
+
+
+@pytest.mark.parametrize("mask", [None, LEFT])
+def test_the_result_has_the_cache_that_it_would_have(pair, ids, mask) -> None:
+    asked = {"return_dict_in_generate": True, "output_scores": True, "attention_mask": mask, **PLAIN}
+    ours, theirs = (model.generate(ids, **asked) for model in pair)
+    for mine, other in zip(ours.scores, theirs.scores, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    kept = torch.ones(2, ids.shape[1] + 5, dtype=torch.bool)
+    kept[:, : ids.shape[1]] = LEFT.bool() if mask is not None else True
+    assert ours.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length() == kept.shape[1]
+    for mine, other in zip(ours.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+        for name in ("keys", "values"):
+            pairs = [getattr(layer, name).transpose(1, 2)[kept] for layer in (mine, other)]
+            torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-5)
+
+
+def test_right_padded_rows_equal_single_rows(pair, ids) -> None:
+    ours, mask = pair[0], LEFT.flip(1)
+    asked = {"no_repeat_ngram_size": 2, **PLAIN}
+    together = ours.generate(ids, attention_mask=mask, **asked)[:, ids.shape[1] :]
+    for row, new in enumerate(together):
+        prompt = ids[row][mask[row] == 1][None]
+        assert ours.generate(prompt, **asked)[0, prompt.shape[1] :].tolist() == new.tolist()
+
+
+def test_a_processor_may_decode_with_the_same_model(pair, ids) -> None:
+    ours = pair[0]
+    seen = []
+
+    def asks(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(ours.generate(ids.flip(1), **PLAIN).tolist())
+        return scores
+
+    expected, inner = ours.generate(ids, **PLAIN).tolist(), ours.generate(ids.flip(1), **PLAIN).tolist()
+    assert ours.generate(ids, logits_processor=[asks], **PLAIN).tolist() == expected
+    assert seen == [inner] * 6
+
+
+# ---- a cache of the caller's, in the step --------------------------------------------------------------------------
+
+
+def test_a_static_cache_goes_from_turn_to_turn_in_the_step(pair, ids, eager_is_refused) -> None:
+    ours, theirs = pair
+    cache = StaticCache(ours.config, 2, 40)
+    text = ids
+    for turn in range(3):
+        text = torch.cat((text, torch.randint(1, 96, (2, 2 + turn))), dim=1)
+        everything = {"attention_mask": torch.ones_like(text)}
+        expected = theirs.generate(text, **everything, **PLAIN)
+        assert ours.generate(text, past_key_values=cache, **everything, **PLAIN).tolist() == expected.tolist()
+        assert cache.get_seq_length() == expected.shape[1] - 1
+        text = expected
+
+
+@pytest.mark.parametrize("reuses", [False, True])
+def test_what_a_cache_holds_counts_as_in_transformers(make_pair, ids, reuses) -> None:
+    ours, theirs = make_pair()
+    ours.prefix_caching = reuses
+    cache, everything = StaticCache(ours.config, 2, 40), {"attention_mask": torch.ones(2, 13)}
+    text = ours.generate(ids, past_key_values=cache, attention_mask=torch.ones_like(ids), **PLAIN)
+    cache.crop(9)
+    edited = text.clone()
+    edited[:, 10:] = edited[:, 10:].flip(1)
+    expected = theirs.generate(edited, **everything, **PLAIN).tolist()
+    assert ours.generate(edited, past_key_values=cache, **everything, **PLAIN).tolist() == expected
+    cache.crop(9)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    expected = theirs.generate(text.flip(0), **everything, **PLAIN).tolist()
+    assert ours.generate(text.flip(0), cache=cache, **everything, **PLAIN).tolist() == expected
+    cache.reset()
+    assert ours.generate(text, past_key_values=cache, **everything, **PLAIN)[:, :13].tolist() == text.tolist()
+
+
+def test_a_cache_that_is_too_small_is_named_before_anything_is_written(pair, ids) -> None:
+    cache = StaticCache(pair[0].config, 2, 11)
+    with pytest.raises(CacheOverflowError, match=r"come to 13, .* has 11 slots"):
+        pair[0].generate(ids, past_key_values=cache, **PLAIN)
+    assert cache.get_seq_length() == 0
