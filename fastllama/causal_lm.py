@@ -129,7 +129,7 @@ class LlamaForCausalLM(Llama):
             settings: override the generation config: ``max_new_tokens``, ``max_length`` (prompt included),
                 ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
                 ``min_new_tokens``, ``min_length``, ``seed``, ``eos_token_id`` (one or several), ``pad_token_id``: each
-                may be a list with a value for each prompt; ``num_return_sequences``; ``past_key_values`` (or ``cache``),
+                may be a list with a value for each prompt; ``num_return_sequences``; ``past_key_values`` or ``cache``,
                 a StaticCache of the prompts' first tokens, which are not computed again, and in the end of all tokens
                 but the last one. Everything else that transformers takes is done by its code over the engine's logits,
                 or over the eager forward, where a warning says why, once.

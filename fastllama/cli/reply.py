@@ -81,7 +81,7 @@ def stream_reply(
     detokenizer = loaded.tokenizer.detokenizer()
     detokenizer.put(list(prompt_ids))  # the new text depends on what it follows: a leading space is kept
     input_ids = torch.tensor([list(prompt_ids)], dtype=torch.long, device=loaded.model.device)
-    tokens: Any = loaded.model.stream(input_ids, **{"num_return_sequences": 1} | arguments)
+    tokens: Any = loaded.model.stream(input_ids, num_return_sequences=1, **arguments)
     with closing(tokens) as stream, progress(quiet) as say:
         watch = Stopwatch(stream)
         try:

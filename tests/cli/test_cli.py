@@ -169,6 +169,7 @@ def test_sampling_options_reach_the_model(model: FakeModel) -> None:
     )
     assert model.settings[0] == {
         "max_new_tokens": 99,
+        "num_return_sequences": 1,
         "do_sample": True,
         "temperature": 0.5,
         "top_k": 5,

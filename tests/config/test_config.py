@@ -402,7 +402,6 @@ def test_what_changes_nothing_is_one_warning_and_an_error_if_strict(fields, mess
         {"no_repeat_ngram_size": 3},
         {"bad_words_ids": [[1]]},
         {"suppress_tokens": [7]},
-        {"num_beams": 2},
         {"typical_p": 0.9},
         {"guidance_scale": 1.5},
         {"stop_strings": ["\n"]},
