@@ -51,7 +51,7 @@ def fill_compiled(
     """Fill slots in padded chunks, up to each prompt's last token; other slots repeat their newest one.
 
     Args:
-        step_of: gives the step for a chunk of so many tokens a row.
+        step_of: gives the step for a chunk by its number of tokens a row.
         buffers: of the engine.
         b: the batch in which they run.
         prompts, starts: by slot: int64 ``[tokens]`` on the CPU, and how many of them are in the cache already.

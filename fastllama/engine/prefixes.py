@@ -41,7 +41,7 @@ class Prefixes:
 
     @property
     def first_tokens(self) -> dict[int, int]:
-        """Of each slot that holds some."""
+        """The first token of each slot that holds some."""
         return {slot: int(tokens[0]) for slot, tokens in self._held.items()}
 
     def drop(self, slots: Iterable[int]) -> None:

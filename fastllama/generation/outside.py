@@ -28,9 +28,11 @@ from fastllama.generation.request import (
     outside_the_step,
     unpad,
 )
+from fastllama.generation.stop_strings import StopStrings
 from fastllama.generation.transformers_loop import over_engine, why_not, with_cache
 from fastllama.model.cache import one_cache
 from fastllama.model.llama import Llama
+from fastllama.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,11 @@ def generate_outside(
     cache = one_cache(given.pop("past_key_values", None), given.pop("cache", None))
     if cache is not None:
         given[_cache_name()] = cache
+    if isinstance(given.get("tokenizer"), Tokenizer):  # transformers' criterion takes its own ones
+        strings = given.pop("stop_strings", values.pop("stop_strings", None))
+        stop = [] if strings is None else [StopStrings(strings, given["tokenizer"])]
+        given["stopping_criteria"] = transformers.StoppingCriteriaList([*(given.get("stopping_criteria") or ()), *stop])
+        del given["tokenizer"]
     seed = given.pop("seed", values.pop("seed", None))
     reason = _why_eager(runner_of, values | given, input_ids, attention_mask)
     _say_outside(tuple(asked), reason)
