@@ -19,6 +19,7 @@ from fastllama.generation.outside import ORGANISES_CACHES
 from fastllama.generation.request import check_ids, check_tensor, inferred_mask, requests_of, unpad
 from fastllama.generation.transformers_loop import over_engine, why_not, with_cache
 from fastllama.integrations.described import check_as_described
+from fastllama.model.masks import positions_from_mask
 from fastllama.model.rope import rotary_cos_sin
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ STEP_PROCESSORS = {
     "RepetitionPenaltyLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "MinLengthLogitsProcessor",
 }  # fmt: skip
 PADDING = ("pad_token_id", "eos_token_id")
+POSITIONS_AND_CACHES = {"position_ids", "past_key_values", "cache"}
 STEP_CRITERIA = {"MaxLengthCriteria", "EosTokenCriteria"}
 
 
@@ -101,19 +103,16 @@ def generate(
         names = {type(each).__name__ for each in (*logits_processor, *stopping_criteria)}
         if foreign := sorted(names - STEP_PROCESSORS - STEP_CRITERIA):
             raise NotImplementedError(f"{', '.join(foreign)}: the engine does not do it")
-        cache = kwargs.get("past_key_values", kwargs.get("cache"))
-        if cache is not None and cache.get_seq_length():
-            raise NotImplementedError("a cache that holds tokens is given")
-        _follow(model)
-        config = GenerationConfig.from_hf(generation_config).replace(max_new_tokens=None)
         mask = kwargs.get("attention_mask")
+        if own := sorted(own_arguments(kwargs, mask).keys() & POSITIONS_AND_CACHES):
+            raise NotImplementedError(f"{', '.join(own)} is given")
+        _follow(model)
+        config = GenerationConfig.from_hf(generation_config).replace(max_new_tokens=None, num_return_sequences=1)
         arguments = {"input_ids": input_ids, "attention_mask": mask, "generation_config": config}
         _check(model.fastllama, **arguments)
     except (TypeError, ValueError, NotImplementedError) as error:
-        asked = {**generation_config.to_dict(), **kwargs, "input_ids": input_ids}
-        for name in ("past_key_values", "cache"):
-            if asked.get(name) is not None and not asked[name].get_seq_length():
-                del asked[name]  # it has been made for this call
+        prepared = {"input_ids": input_ids, "num_beams": 1, "num_return_sequences": 1}  # rows are expanded already
+        asked = {**generation_config.to_dict(), **own_arguments(kwargs, kwargs.get("attention_mask")), **prepared}
         loops, with_engine = _loops_of(model, str(error), asked)
         loop = loops._beam_search if generation_config.num_beams > 1 else loops._sample
         kwargs |= {"streamer": streamer} if generation_config.num_beams == 1 else {}
@@ -123,6 +122,22 @@ def generate(
     if streamer is None:
         return model.fastllama.generate(**arguments)
     return model.fastllama.generate(**arguments, streamer=_WithoutPrompt(streamer))
+
+
+def own_arguments(kwargs: Mapping[str, Any], mask: torch.Tensor | None) -> dict[str, Any]:
+    """What a caller has given, without what transformers makes itself: an empty cache, positions that a mask implies."""
+    own = dict(kwargs)
+    for name in ("past_key_values", "cache"):
+        if own.get(name) is None or not own[name].get_seq_length():
+            own.pop(name, None)
+    if (position_bt := own.get("position_ids")) is not None:
+        is_token_bt = torch.ones_like(position_bt) if mask is None else mask
+        if (
+            position_bt.shape == is_token_bt.shape
+            and not ((position_bt != positions_from_mask(is_token_bt)) & (is_token_bt != 0)).any()
+        ):
+            del own["position_ids"]
+    return own
 
 
 class _WithoutPrompt:

@@ -347,8 +347,24 @@ def test_transformers_hands_its_calls_to_the_engine(theirs, ids, caplog) -> None
 def test_what_the_engine_does_not_do_stays_in_transformers_loops(asked, theirs, ids, caplog) -> None:
     expected = theirs.generate(ids, max_new_tokens=6, **asked)
     _say_fallback.cache_clear()
-    assert torch.equal(theirs.generate(ids, max_new_tokens=6, custom_generate=generate, **asked), expected)
-    assert "decoding with transformers" in caplog.text
+    with caplog.at_level(logging.INFO, "fastllama"):
+        assert torch.equal(theirs.generate(ids, max_new_tokens=6, custom_generate=generate, **asked), expected)
+    assert "decoding in transformers' loop with the engine's logits" in caplog.text
+
+
+@pytest.mark.parametrize("asked", [{}, {"typical_p": 0.9}])
+def test_rows_that_transformers_has_expanded_stay_as_many(asked, theirs, ids) -> None:
+    out = theirs.generate(
+        ids, max_new_tokens=3, do_sample=True, num_return_sequences=3, custom_generate=generate, **asked
+    )
+    assert out[:, :7].tolist() == ids.repeat_interleave(3, dim=0).tolist()
+
+
+def test_positions_of_the_caller_count(theirs, ids) -> None:
+    asked = {"max_new_tokens": 4, "position_ids": torch.arange(7).expand(2, 7) * 2}
+    expected = theirs.generate(ids, **asked)
+    assert theirs.generate(ids, custom_generate=generate, **asked).tolist() == expected.tolist()
+    assert accelerate(theirs).generate(ids, **asked).tolist() == expected.tolist()
 
 
 def test_streamers_get_the_prompt_once(theirs, ids) -> None:
