@@ -13,7 +13,7 @@ import torch
 from fastllama.config import GenerationConfig, LlamaConfig, QuantizationConfig
 from fastllama.engine.decoder import check_plain
 from fastllama.engine.runner import Runner
-from fastllama.generation.generate import Streamer, cache_in_step, generate, stream
+from fastllama.generation.generate import Streamer, cache_in_step, check_cache, even_out, generate, stream
 from fastllama.generation.outside import generate_outside
 from fastllama.generation.request import outside_the_step, start_of
 from fastllama.loading.load import load_model
@@ -34,7 +34,6 @@ class LlamaForCausalLM(Llama):
         config: the architecture.
 
     Attributes:
-        generation_config: what :meth:`generate` does where a call does not say.
         kv_cache_dtype: of the keys and values that the engine caches: None for the parameters' dtype, or torch.int8 for
             8 bits with a scale for each head of each token, on a CPU. Can be set at any time.
         prefix_caching: whether a prompt that begins like what the engine has computed before is computed from where it
@@ -51,6 +50,16 @@ class LlamaForCausalLM(Llama):
         self.kv_cache_dtype: torch.dtype | None = None
         self.prefix_caching = True
         self.engine: Runner | None = None  # made by the first call that decodes
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """What :meth:`generate` does where a call does not say; transformers' object can be set, too."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        is_ours = isinstance(config, GenerationConfig)
+        self._generation_config = config if is_ours else GenerationConfig.from_hf(config)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"engine": None}  # copies and pickles make an engine of their own
@@ -124,7 +133,7 @@ class LlamaForCausalLM(Llama):
                 there are none, a row begins with the BOS id.
             attention_mask: ``[b, t]``, 0 where a prompt is padded. Without a mask, pad ids are padding, unless the pad
                 id is also an EOS id.
-            generation_config: used instead of the model's own; of transformers' object, what it sets.
+            generation_config: ours or transformers'; what it does not set is as in the model's own.
             streamer: an object with ``put`` and ``end``, as in transformers; receives the prompt, then each token.
             settings: override the generation config: ``max_new_tokens``, ``max_length`` (prompt included),
                 ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
@@ -144,18 +153,23 @@ class LlamaForCausalLM(Llama):
             TypeError: an unknown setting, by name.
             ValueError: a setting out of range, ids outside the vocabulary, a prompt without tokens.
         """
+        second: Any = attention_mask
+        if hasattr(second, "to_dict"):  # transformers' second argument
+            attention_mask, generation_config = None, second
         config = self.generation_config.under(generation_config)
         if (inputs := settings.pop("inputs", None)) is not None:
             if input_ids is not None:
                 raise ValueError("got input_ids and inputs, which are two names for the prompts; give one of them")
             input_ids = inputs
         cache = one_cache(settings.get("past_key_values"), settings.get("cache"))
-        if cache is None or input_ids is None:
-            cache = None
-        elif cache_in_step(engine_of(self), cache, input_ids, attention_mask, config, settings):
-            settings = {name: value for name, value in settings.items() if name not in ("past_key_values", "cache")}
-        else:
-            cache = None
+        rest = {name: value for name, value in settings.items() if name not in ("past_key_values", "cache")}
+        if cache is not None and input_ids is not None:
+            check_cache(cache, self.config)
+            is_outside = bool(outside_the_step(config, rest))
+            if not is_outside and cache_in_step(engine_of(self), cache, input_ids, attention_mask, config, rest):
+                settings = rest
+            else:
+                even_out(cache, len(input_ids))
         if outside_the_step(config, settings):
             runner_of = functools.partial(engine_of, self)
             return generate_outside(self, runner_of, config, input_ids, attention_mask, streamer, settings)

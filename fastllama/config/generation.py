@@ -7,6 +7,7 @@ left out.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
@@ -92,7 +93,7 @@ NEUTRAL = OUTSIDE_THE_STEP | DETAILS
 KNOWN = NEUTRAL.keys() | INERT_GENERATION
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(init=False)
 class GenerationConfig:
     """How ``generate()`` picks tokens and when it stops. Fields and defaults are those of transformers, plus ``seed``.
 
@@ -137,19 +138,29 @@ class GenerationConfig:
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     seed: int | None = None
-    other: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    other: Mapping[str, Any] = dataclasses.field(default=None)  # type: ignore[assignment]
+
+    def __init__(self, *, other: Mapping[str, Any] | None = None, **values: Any) -> None:
+        if unknown := sorted(values.keys() - KNOWN - self.__dataclass_fields__.keys()):
+            raise TypeError(f"a GenerationConfig has no field {', '.join(unknown)}")
+        plain = {field.name: field.default for field in dataclasses.fields(self)}
+        self.__dict__.update(plain | {"other": dict(other or {}), "_set": set()})
+        for name, value in values.items():
+            setattr(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in KNOWN:
             value, name = {**self.other, name: value}, "other"
         elif name not in self.__dataclass_fields__:
             raise AttributeError(f"a GenerationConfig has no field {name!r}")
+        else:
+            self._set.add(name)
         super().__setattr__(name, _checked(name, value))
 
     def __getattr__(self, name: str) -> Any:
-        if name not in NEUTRAL:
+        if name not in KNOWN:
             raise AttributeError(f"a GenerationConfig has no field {name!r}")
-        return self.other.get(name, NEUTRAL[name])
+        return self.other.get(name, NEUTRAL.get(name))
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], strict: bool = False) -> GenerationConfig:
@@ -212,13 +223,16 @@ class GenerationConfig:
         return cls.from_dict({key: value for key, value in config.to_dict().items() if not key.startswith("_")})
 
     def under(self, config: Any) -> GenerationConfig:
-        """A call's own config, which may be transformers'; of that, what it leaves open is this one's.
+        """A call's own config, ours or transformers'; what it does not set is this one's.
 
         Raises:
             TypeError: it is neither.
         """
-        if config is None or isinstance(config, GenerationConfig):
-            return config or self
+        if config is None:
+            return self
+        if isinstance(config, GenerationConfig):
+            own = {name: getattr(config, name) for name in config._set}
+            return self.replace(**own, other={**self.other, **config.other})
         if not hasattr(config, "to_dict"):
             raise TypeError(f"generation_config is a {type(config).__name__}; expected a GenerationConfig")
         set_there = getattr(config, "to_diff_dict", config.to_dict)()
@@ -259,14 +273,29 @@ class GenerationConfig:
         config["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
         return {key: value for key, value in config.items() if value is not None}
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What has been set, as :meth:`to_dict` spells it."""
+        return {key: value for key, value in self.to_dict().items() if key in self._set or key in self.other}
+
+    def update(self, **values: Any) -> dict[str, Any]:
+        """Set fields; returns what is no field, as in transformers."""
+        known = {key for key in values if key in KNOWN or key in self.__dataclass_fields__}
+        for key in known:
+            setattr(self, key, values[key])
+        return {key: value for key, value in values.items() if key not in known}
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``generation_config.json`` into ``folder``, which is created if needed."""
         write_json(Path(folder) / GENERATION_CONFIG_NAME, self.to_dict())
 
     def replace(self, **changes: Any) -> GenerationConfig:
         """Return a copy with some fields changed; what ``other`` holds of them goes."""
-        other = {key: value for key, value in self.other.items() if key not in changes}
-        return dataclasses.replace(self, **{"other": other} | changes)
+        new = copy.copy(self)
+        other = changes.pop("other", {key: value for key, value in self.other.items() if key not in changes})
+        new.__dict__.update({"other": dict(other), "_set": set(self._set)})
+        for name, value in changes.items():
+            setattr(new, name, value)
+        return new
 
 
 def set_of(neutral: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

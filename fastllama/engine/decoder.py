@@ -60,6 +60,10 @@ def check_plain(model: Llama) -> None:
             what = "has a forward() of its own"
         elif module is not model and type(module) not in PLAIN_MODULES:
             what = f"is a {type(module).__name__}"
+        elif module is model and type(module).forward is not Llama.forward:
+            what = f"is a {type(module).__name__}, with a forward() of its own"
+        elif isinstance(module, LlamaRMSNorm) and module.eps != model.config.rms_norm_eps:
+            what = f"has eps {module.eps:g}, and its config {model.config.rms_norm_eps:g}"
         elif isinstance(module, LlamaMLP) and module.act is not ops.ACTIVATIONS[model.config.hidden_act].function:
             what = "has another activation than its config"
         else:
@@ -129,10 +133,6 @@ class FusedDecoder(nn.Module):
         self.head = self.embedding if tied else Matrix.of(model.lm_head)
         self.eps, self.activation = decoder.norm.eps, model.config.hidden_act
         self.vocab_size = model.config.vocab_size
-
-    def tensors(self) -> list[torch.Tensor]:
-        """The memory of all weights."""
-        return [*self.network()[0]]
 
     def network(self) -> tuple[Any, ...]:
         """Weights, kinds, eps and activation, as the steps that are one operation take them."""

@@ -35,9 +35,9 @@ class Prefixes:
         """Note what slots hold: int64 ``[tokens]`` on the CPU for each."""
         self._held |= tokens
 
-    def note_weights(self) -> None:
-        """Say that what is held was computed with the weights as they are."""
-        self._weights.note()
+    def weights_stayed(self) -> bool:
+        """Whether the weights are as they were when the session began, as far as a glance shows."""
+        return self._weights.note()
 
     @property
     def first_tokens(self) -> dict[int, int]:
@@ -55,7 +55,7 @@ class Prefixes:
 
     def follow_weights(self) -> None:
         """Forget what was computed with other weights, as far as a glance at them shows."""
-        if self._held and self._weights.edited(thoroughly=False):
+        if self._weights.edited(thoroughly=False):
             self.clear()
 
     def find(self, prompts: Mapping[int, torch.Tensor], least: int) -> dict[int, Found]:
@@ -105,19 +105,26 @@ class WeightsWatch:
         self._glance: Sample | None = None
         self._look: Sample | None = None
 
-    def note(self) -> None:
-        """Take the weights as they are for those that count, unless some count already."""
+    def note(self) -> bool:
+        """Look at the weights thoroughly where none are noted; False where they are others than at the last glance."""
+        if not _same(self._sample(self._begins), self._glance):
+            self._look = None
+            return False
         if self._look is None:
-            self._glance, self._look = self._sample(self._begins), self._sample(self._parts)
+            self._look = self._sample(self._parts)
+        return True
 
     def edited(self, thoroughly: bool) -> bool:
-        """Whether the weights are others than those noted, or none are; those count no more then."""
-        looks_same = self._look is not None and _same(self._sample(self._begins), self._glance)
-        if looks_same and thoroughly:
-            looks_same = _same(self._sample(self._parts), self._look)
-        if not looks_same:
+        """Whether the weights are others than at the last glance, or than at the last thorough look if this is one."""
+        glance = self._sample(self._begins)
+        changed = not _same(glance, self._glance)
+        if thoroughly and not changed:
+            look = self._sample(self._parts)
+            changed, self._look = self._look is not None and not _same(look, self._look), look
+        self._glance = glance
+        if changed:
             self._look = None
-        return not looks_same
+        return changed
 
     def _sample(self, views: Iterable[list[torch.Tensor]]) -> Sample:
         versions = [torch.tensor([x._version for x in self._parameters], device="cpu")]

@@ -48,7 +48,7 @@ class Runner(Machine):
         super().__init__(model, cache_dtype)
         self._lengths: dict[int, int] = {}  # of the loaded slots, in tokens; followed where rotary tables depend on it
         self._rope_follows_length = static_length(model.config) is not None
-        self._prefixes = Prefixes(WeightsWatch(model.parameters(), self._net.tensors()))
+        self._prefixes = Prefixes(WeightsWatch([*model.parameters()], [*model.parameters(), *model.buffers()]))
         self._prompts: dict[int, torch.Tensor] = {}  # of the slots that have been prefilled
         self.reuses_prefixes = True
         self._batch = 1  # the bucket that holds every loaded slot
@@ -59,16 +59,19 @@ class Runner(Machine):
         self._lengths.clear()
         self._bind()
         prompts, self._prompts = self._prompts, {}
-        if self._buffers is None:
-            return
-        if prompts and not self._rope_follows_length:
+        if prompts and self._buffers is not None and not self._rope_follows_length:
             self._prefixes.hold(self._buffers.written(prompts))
         self._prefixes.follow_weights()
+        if self._buffers is None:
+            return
         self._buffers.idle()
         self._buffers.keep(self._prefixes.first_tokens)
 
     def _end(self) -> None:
-        self._prefixes.note_weights()
+        """Forget what was computed if weights were edited meanwhile."""
+        if not self._prefixes.weights_stayed():
+            self._prefixes.clear()
+            self._prompts.clear()
 
     def _forget(self) -> None:
         self._lengths.clear()
@@ -94,19 +97,19 @@ class Runner(Machine):
         with self._callers.launching():
             self._exchange(cache, self._ready.cache, count, 0, max(lengths[:count]))
         self._prefixes.drop(range(count))
-        self._prefixes.note_weights()
         self._prefixes.hold({slot: prompt[: lengths[slot]] for slot, prompt in enumerate(prompts)})
 
     @torch.no_grad()
     def give(self, cache: StaticCache) -> None:
-        """Write to a cache of the caller's what its rows have computed beyond what it holds."""
-        if self._buffers is None or not self._prompts:  # interrupted before anything was computed
+        """Write what its rows have computed to a cache of the caller's, and forget it: that may be of other weights."""
+        prompts, self._prompts = self._prompts, {}
+        self._prefixes.drop(range(cache.batch_size))
+        if self._buffers is None or not prompts:  # interrupted before anything was computed
             return
-        written = self._ready.written(self._prompts)
+        written = self._ready.written(prompts)
         count, lengths = len(written), torch.tensor([len(written[slot]) for slot in sorted(written)], device="cpu")
         with self._callers.launching():
-            held = int(cache.length_b[:count].min())
-            self._exchange(self._ready.cache, cache, count, held, int(lengths.max()))
+            self._exchange(self._ready.cache, cache, count, 0, int(lengths.max()))
             cache.length_b[:count] = lengths.to(cache.device)
 
     @staticmethod
@@ -227,7 +230,6 @@ class Runner(Machine):
         with self._callers.launching():
             prompt = {slot: self._prompts.pop(slot)}
             if not self._rope_follows_length:
-                self._prefixes.note_weights()
                 self._prefixes.hold(self._ready.written(prompt))
             self._ready.free(slot)
             self._ready.keep({slot: int(prompt[slot][0])})

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
-from fastllama.config import GenerationConfig
+from fastllama import ops
+from fastllama.config import GenerationConfig, LlamaConfig
 from fastllama.engine.runner import Runner
 from fastllama.generation.loop import decode
 from fastllama.generation.request import Request, inferred_mask, requests_of
@@ -112,8 +113,25 @@ def cache_in_step(
     if several or not runner.takes(cache) or len(input_ids) > cache.batch_size:
         return False
     mask = inferred_mask(input_ids, config) if attention_mask is None else attention_mask
-    is_padded = mask is not None and not bool(mask.all())
-    return not is_padded and int(cache.length_b[: len(input_ids)].max()) < input_ids.shape[1]
+    return mask is None or (mask.shape == input_ids.shape and bool(mask.all()))
+
+
+def check_cache(cache: Any, network: LlamaConfig) -> None:
+    """Raise ValueError where a StaticCache is of another model's shape."""
+    if not isinstance(cache, StaticCache):
+        return
+    got = (len(cache.key_cache), *cache.key_cache[0].shape[1::2])
+    expected = (network.num_hidden_layers, network.num_key_value_heads, ops.kv_columns(network.head_dim, cache.dtype))
+    if got != expected:
+        raise ValueError(
+            f"the cache has (layers, KV heads, columns) {got}, the model {expected}: make it from model.config"
+        )
+
+
+def even_out(cache: Any, rows: int) -> None:
+    """Cut a StaticCache to its shortest row: outside the step all rows of a cache have one length."""
+    if isinstance(cache, StaticCache) and rows <= cache.batch_size:
+        cache.crop(int(cache.length_b[:rows].min()))
 
 
 def _columns(

@@ -81,13 +81,17 @@ def requests_of(
     """
     check_tensor(input_ids)
     listed = {name for name, value in settings.items() if is_by_prompt(name, value)}
-    configs = [merge_settings(config, each) for each in _by_prompt(settings, listed, len(input_ids))]
+    if listed:
+        configs = [merge_settings(config, each) for each in _by_prompt(settings, listed, len(input_ids))]
+    else:
+        configs = [merge_settings(config, settings)] * len(input_ids)
     if attention_mask is None:
         attention_mask = inferred_mask(input_ids, configs[0])
     mask = None if attention_mask is None else attention_mask.cpu()
     prompts = unpad(input_ids.cpu().long(), mask)
     check_ids(prompts, vocab_size)
-    seed = int(torch.randint(2**62, (), device="cpu"))  # of a call that gives none
+    is_free = any(own.do_sample and own.seed is None for own in configs)  # else torch's generator stays as it is
+    seed = int(torch.randint(2**62, (), device="cpu")) if is_free else 0
     requests = []
     for prompt, seen, own in zip(prompts, unpadded(input_ids.cpu().long(), mask), configs, strict=True):
         if own.num_return_sequences > 1 and not own.do_sample:

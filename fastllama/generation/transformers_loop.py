@@ -78,7 +78,7 @@ def over_engine(model: Any, runner_of: Callable[[], Runner]) -> Any:
 
 
 def with_cache(done: Any, runner: Runner, attention_mask: torch.Tensor | None) -> Any:
-    """What such a loop has returned, with the cache that it would have over the eager forward, but for beams.
+    """What such a loop has returned, with the cache that it would have over the eager forward; none after beams.
 
     Args:
         done: tokens, or transformers' output object.
@@ -86,8 +86,14 @@ def with_cache(done: Any, runner: Runner, attention_mask: torch.Tensor | None) -
         attention_mask: of the prompts.
     """
     name = next((name for name in ("past_key_values", "cache") if hasattr(done, name)), None)
-    if name is not None and not hasattr(done, "beam_indices") and done.sequences.shape[1] > 1:
-        setattr(done, name, cache_of(runner, done.sequences, attention_mask))
+    if name is None:
+        return done
+    cache, whole_bt = None, done.sequences
+    if not hasattr(done, "beam_indices") and whole_bt.shape[1] > 1:
+        if attention_mask is not None:
+            attention_mask = attention_mask.repeat_interleave(len(whole_bt) // len(attention_mask), dim=0)
+        cache = cache_of(runner, whole_bt, attention_mask)
+    setattr(done, name, cache)
     return done
 
 

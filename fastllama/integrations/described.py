@@ -13,7 +13,10 @@ import torch
 from torch import nn
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-FREE = {"training", "gradient_checkpointing", "name_or_path", "max_seq_len_cached"}  # attributes that change no token
+# Attributes that change no token; transformers 5.17 does not follow resized embeddings with vocab_size.
+FREE = {"training", "gradient_checkpointing", "name_or_path", "max_seq_len_cached", "vocab_size"}
+OURS = {"generate", "fastllama"}  # what accelerate() puts into a model
+CAPTURES = "install_output_capuring_hook."  # transformers' own hooks, which stay after a call with output_hidden_states
 
 
 class Description(NamedTuple):
@@ -43,6 +46,10 @@ def check_as_described(model: nn.Module) -> None:
     attention = getattr(config, "_attn_implementation", None)
     if attention not in (None, *ATTENTIONS):
         raise NotImplementedError(f"the model has an attention of its own, {attention!r}")
+    if getattr(config, "sliding_window", None):
+        raise NotImplementedError("sliding_window is set, which the engine does not follow")
+    if own := sorted(name for name, value in vars(model).items() if inspect.isroutine(value) and name not in OURS):
+        raise NotImplementedError(f"the model has {own[0]}() of its own")
     described, frequencies = _described(_config_text(config))
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in [*modules, *described]:
@@ -64,7 +71,8 @@ def _difference(module: nn.Module, wanted: Description) -> str | None:
     own = vars(module)
     if type(module) is not wanted.kind:
         return f"is a {type(module).__name__}"
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+    hooks = [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
+    if any(not getattr(hook, "__qualname__", "").startswith(CAPTURES) for hook in hooks) or "forward" in own:
         return "has a forward hook"
     if not _is_library_code(type(module).forward):
         return "has a forward() that was put into its class"
@@ -105,7 +113,7 @@ def _described(config_text: str) -> tuple[dict[str, Description], dict[str, torc
 
 def _numbers(module: nn.Module) -> dict[str, Any]:
     """A module's plain attributes, and functions."""
-    kinds = (bool, int, float, str, types.FunctionType)
+    kinds = (bool, int, float, str, types.FunctionType, type(None))
     plain = {key: value for key, value in vars(module).items() if isinstance(value, kinds)}
     return {key: value for key, value in plain.items() if not key.startswith("_") and key not in FREE}
 

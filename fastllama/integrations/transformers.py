@@ -7,6 +7,7 @@ transformers would make of that config; where it differs, transformers' own ``ge
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -125,7 +126,7 @@ def generate(
 
 
 def own_arguments(kwargs: Mapping[str, Any], mask: torch.Tensor | None) -> dict[str, Any]:
-    """What a caller has given, without what transformers makes itself: an empty cache, positions that a mask implies."""
+    """What a caller has given, without what transformers makes: an empty cache, positions that a mask implies."""
     own = dict(kwargs)
     for name in ("past_key_values", "cache"):
         if own.get(name) is None or not own[name].get_seq_length():
@@ -153,18 +154,21 @@ class _WithoutPrompt:
 
 
 def _generate(model: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    kwargs |= dict(zip(inspect.signature(theirs).parameters, args, strict=False))
+    if isinstance(given := kwargs.get("generation_config"), GenerationConfig):
+        kwargs["generation_config"] = type(model.generation_config)(**given.to_diff_dict())
     try:
         if kwargs.get("custom_generate") is not None:
             raise NotImplementedError("custom_generate is given")
         _follow(model)
-        arguments = engine_arguments(model, *args, **kwargs)
+        arguments = engine_arguments(model, **kwargs)
         _check(model.fastllama, **arguments)
     except (TypeError, ValueError, NotImplementedError) as error:
         rest = {name: value for name, value in kwargs.items() if name not in ORGANISES_CACHES}
-        loops, with_engine = _loops_of(model, str(error), _asked(model, *args, **rest))
+        loops, with_engine = _loops_of(model, str(error), _asked(model, **rest))
         if loops is model or getattr(theirs, "__func__", None) is not type(loops).generate:
-            return theirs(*args, **kwargs)
-        return with_engine(type(loops).generate(loops, *args, **rest))
+            return theirs(**kwargs)
+        return with_engine(type(loops).generate(loops, **rest))
     return model.fastllama.generate(**arguments)
 
 
@@ -267,7 +271,10 @@ def twin_of(model: Any) -> LlamaForCausalLM:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         path, _, leaf = name.rpartition(".")
         setattr(twin.get_submodule(path), leaf, parameter)
-    twin.tie_weights()
+    is_tied = twin.lm_head.weight is twin.model.embed_tokens.weight
+    if is_tied != twin.config.tie_word_embeddings:
+        raise NotImplementedError(f"tie_word_embeddings is {not is_tied}, and the head's weights are not as that says")
+    twin.generation_config = GenerationConfig()  # a call's own config says all
     return twin.eval()
 
 

@@ -144,11 +144,15 @@ def edit(model: LlamaForCausalLM, how: str) -> None:
         mlp.down_proj.weight.data[3] += 1
     elif how == "column of data":
         mlp.down_proj.weight.data[:, 3] += 1
+    elif how == "part of a fused matrix":
+        model.model.layers[0].self_attn.v_proj.weight.data[:, :16].zero_()
     else:
         model.model.embed_tokens.weight.data[int(model.edited_token)] += 1
 
 
-@pytest.mark.parametrize("how", ["optimizer", "merged adapter", "row of data", "column of data", "embedding"])
+@pytest.mark.parametrize(
+    "how", ["optimizer", "merged adapter", "row of data", "column of data", "part of a fused matrix", "embedding"]
+)
 def test_edited_weights_are_seen(model, how, computed) -> None:
     prompt = some(40)
     model.edited_token = prompt[4]
@@ -173,6 +177,16 @@ def test_an_adapter_that_comes_and_goes_leaves_nothing_behind(model) -> None:
     tokens_of(runner, prompts[1:])
     weight.data.copy_(before)
     assert [tokens_of(runner, [prompt]) for prompt in prompts] == expected
+
+
+def test_weights_that_are_edited_while_rows_decode_are_seen(model) -> None:
+    runner, prompt = Runner(model), some(40)
+    stream = decode(runner, [Request(prompt, 6)])
+    next(stream)
+    edit(model, "optimizer")
+    model.model.layers[0].self_attn.k_proj.weight.data.mul_(1.7)
+    list(stream)
+    assert tokens_of(runner, [prompt]) == tokens_of(Runner(model), [prompt])
 
 
 def test_frequencies_that_follow_the_length_are_computed_for_each_length(computed) -> None:

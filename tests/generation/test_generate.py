@@ -127,7 +127,7 @@ def test_a_call_without_ids_begins_with_the_bos_id(make_pair) -> None:
     with pytest.raises(ValueError, match="got input_ids and inputs"):
         ours.generate(ids, inputs=ids)
     with pytest.raises(ValueError, match="no bos_token_id to begin with"):
-        ours.generate(max_new_tokens=5, generation_config=GenerationConfig())
+        ours.generate(max_new_tokens=5, generation_config=GenerationConfig(bos_token_id=None))
 
 
 @pytest.mark.parametrize("step", ["native", "compiled"])
@@ -361,3 +361,37 @@ def test_several_sequences_of_a_prompt_are_sampled_with_seeds_of_their_own(pair,
     assert len({tuple(row) for row in out.tolist()}) == 6
     columns = torch.stack(list(ours.stream(ids, num_return_sequences=3, seed=5, **asked)), dim=1)
     assert columns.tolist() == out[:, 7:].tolist()
+
+
+# ---- configs -------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_config_does_not_set_is_as_in_the_models_own(make_pair, ids) -> None:
+    ours, theirs = make_pair()
+    free = theirs.generate(ids, max_new_tokens=6, pad_token_id=0)
+    for model in (ours, theirs):
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = int(free[0, 9]), 0
+        model.generation_config.do_sample = True
+    expected = theirs.generate(ids, generation_config=transformers.GenerationConfig(max_new_tokens=6, do_sample=False))
+    for config in (GenerationConfig(max_new_tokens=6, do_sample=False), {"max_new_tokens": 6, "do_sample": False}):
+        kept = config if isinstance(config, GenerationConfig) else transformers.GenerationConfig(**config)
+        assert ours.generate(ids, generation_config=kept).tolist() == expected.tolist()
+        assert ours.generate(ids, kept).tolist() == expected.tolist(), "as transformers' second argument"
+    ours.generation_config = theirs.generation_config
+    assert ours.generation_config.eos_token_id == (int(free[0, 9]),)
+
+
+def test_a_generation_config_is_made_and_read_as_transformers_is() -> None:
+    config = GenerationConfig(num_beams=3, max_new_tokens=4, use_cache=False)
+    assert (config.num_beams, config.use_cache, config.cache_implementation) == (3, False, None)
+    assert config.update(num_beams=2, top_k=7, unheard_of=1) == {"unheard_of": 1}
+    assert (config.num_beams, config.top_k) == (2, 7)
+    with pytest.raises(TypeError, match="has no field nobody_knows"):
+        GenerationConfig(nobody_knows=1)
+
+
+def test_greedy_calls_leave_torchs_generator_alone_and_say_things_once(pair, ids, caplog) -> None:
+    state = torch.random.get_rng_state()
+    pair[0].generate(ids, max_new_tokens=2, max_length=20, pad_token_id=0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert caplog.text.count("the latter counts") == 1

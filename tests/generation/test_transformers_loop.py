@@ -83,6 +83,14 @@ def test_the_result_has_the_cache_that_it_would_have(pair, ids, mask) -> None:
             torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-5)
 
 
+def test_the_cache_of_several_sequences_of_padded_prompts_is_returned(pair, ids) -> None:
+    asked = {"do_sample": True, "top_p": 0.9, "num_return_sequences": 2, "attention_mask": LEFT, **PLAIN}
+    done = pair[0].generate(ids, return_dict_in_generate=True, **asked)
+    assert done.sequences.shape == (4, 13)
+    assert done.past_key_values.get_seq_length() == 12
+    assert pair[0].generate(ids, return_dict_in_generate=True, num_beams=2, **PLAIN).past_key_values is None
+
+
 def test_right_padded_rows_equal_single_rows(pair, ids) -> None:
     ours, mask = pair[0], LEFT.flip(1)
     asked = {"no_repeat_ngram_size": 2, **PLAIN}
@@ -138,6 +146,56 @@ def test_what_a_cache_holds_counts_as_in_transformers(make_pair, ids, reuses) ->
     assert ours.generate(text.flip(0), cache=cache, **everything, **PLAIN).tolist() == expected
     cache.reset()
     assert ours.generate(text, past_key_values=cache, **everything, **PLAIN)[:, :13].tolist() == text.tolist()
+
+
+def test_what_a_callers_cache_held_is_not_taken_for_the_engines_own(make_pair, ids) -> None:
+    ours, theirs = make_pair()
+    text = torch.randint(1, 96, (2, 30))
+    everything, cache = {"attention_mask": torch.ones_like(text)}, StaticCache(ours.config, 2, 60)
+    ours.generate(text, past_key_values=cache, **everything, **PLAIN)
+    other = (text + 1) % 95 + 1  # whose beginning is not what the cache holds
+    ours.generate(other, past_key_values=cache, attention_mask=torch.ones_like(other), **PLAIN)
+    expected = theirs.generate(other, attention_mask=torch.ones_like(other), **PLAIN)
+    assert ours.generate(other, attention_mask=torch.ones_like(other), **PLAIN).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("hides_padding", [True, False])
+def test_rows_that_ended_early_go_on_in_the_next_turn(pair, ids, hides_padding) -> None:
+    ours, theirs = pair
+    free = theirs.generate(ids, **PLAIN)
+    eos = int(free[0, 9])
+    cache = StaticCache(ours.config, 2, 60)
+    text = ours.generate(ids, past_key_values=cache, eos_token_id=eos, attention_mask=torch.ones_like(ids), **PLAIN)
+    assert text[0, -1] == 0, "a row that has ended"
+    turn = torch.cat((text, torch.randint(1, 96, (2, 3))), dim=1)
+    mask = torch.ones_like(turn)
+    if hides_padding:
+        mask[:, 7:13] = (text[:, 7:] != 0).long()
+    expected = theirs.generate(turn, attention_mask=mask, **PLAIN).tolist()
+    assert ours.generate(turn, past_key_values=cache, attention_mask=mask, **PLAIN).tolist() == expected
+
+
+@pytest.mark.parametrize("asked", [{"num_beams": 1, "return_dict_in_generate": True}, {"no_repeat_ngram_size": 2}])
+def test_a_static_cache_is_used_outside_the_step_too(pair, ids, asked) -> None:
+    ours, theirs = pair
+    cache, everything = StaticCache(ours.config, 2, 60), {"attention_mask": torch.ones_like(ids)}
+    got = ours.generate(ids, past_key_values=cache, **everything, **PLAIN, **asked)
+    expected = theirs.generate(ids, **everything, **PLAIN, **asked)
+    assert getattr(got, "sequences", got).tolist() == getattr(expected, "sequences", expected).tolist()
+    assert cache.get_seq_length() == 12
+
+
+def test_a_cache_that_holds_all_of_a_prompt_is_no_reason_to_fail(pair, ids) -> None:
+    ours = pair[0]
+    cache, everything = StaticCache(ours.config, 2, 60), {"attention_mask": torch.ones_like(ids)}
+    expected = ours.generate(ids, past_key_values=cache, **everything, **PLAIN).tolist()
+    assert ours.generate(ids, past_key_values=cache, **everything, **PLAIN).tolist() == expected
+
+
+def test_a_cache_of_another_shape_is_named(pair, ids, make_pair) -> None:
+    other = make_pair(num_hidden_layers=3)[0].config
+    with pytest.raises(ValueError, match="cache"):
+        pair[0].generate(ids, past_key_values=StaticCache(other, 2, 60), **PLAIN)
 
 
 def test_a_cache_that_is_too_small_is_named_before_anything_is_written(pair, ids) -> None:

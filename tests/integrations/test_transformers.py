@@ -14,7 +14,7 @@ import transformers
 from shapes import LEFT
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from fastllama.config import RopeParameters
+from fastllama.config import GenerationConfig, RopeParameters
 from fastllama.integrations.transformers import _say_fallback, accelerate, generate, unaccelerate
 
 
@@ -313,6 +313,48 @@ def test_the_default_device_changes_nothing(theirs, ids) -> None:
     expected = theirs.generate(ids, max_new_tokens=6, do_sample=False)
     with torch.device("meta"):
         assert torch.equal(accelerate(theirs).generate(ids, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_a_head_that_was_untied_by_hand_counts(theirs, ids, caplog) -> None:
+    theirs.lm_head.weight = torch.nn.Parameter(torch.randn_like(theirs.lm_head.weight))
+    expected = theirs.generate(ids, max_new_tokens=6, do_sample=False)
+    assert torch.equal(accelerate(theirs).generate(ids, max_new_tokens=6, do_sample=False), expected)
+    assert "the head's weights are not as that says" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"])
+def test_virtual_tokens_of_an_adapter_count(kind, theirs, ids, caplog) -> None:
+    configs = {"PROMPT_TUNING": peft.PromptTuningConfig, "PREFIX_TUNING": peft.PrefixTuningConfig}
+    config = configs.get(kind, peft.PromptEncoderConfig)(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    adapted, asked = peft.get_peft_model(theirs, config), {"max_new_tokens": 5, "do_sample": False}
+    expected = adapted.generate(input_ids=ids, **asked)
+    adapted.generate(input_ids=ids, **asked)
+    assert torch.equal(adapted.generate(input_ids=ids, custom_generate=generate, **asked), expected)
+
+
+def test_hooks_that_transformers_leaves_behind_are_no_reason_to_fall_back(theirs, ids, caplog) -> None:
+    fast = accelerate(theirs)
+    fast.generate(ids, max_new_tokens=2, return_dict_in_generate=True, output_hidden_states=True)
+    caplog.clear()
+    fast.generate(ids, max_new_tokens=2, do_sample=False)
+    assert "decoding with transformers" not in caplog.text
+
+
+def test_embeddings_that_were_resized_decode_in_the_engine(theirs, ids, caplog) -> None:
+    theirs.resize_token_embeddings(104)
+    expected = theirs.generate(ids, max_new_tokens=6, do_sample=False)
+    assert torch.equal(accelerate(theirs).generate(ids, max_new_tokens=6, do_sample=False), expected)
+    assert "decoding with transformers" not in caplog.text
+
+
+def test_arguments_by_position_and_our_own_config_are_taken(theirs, ids) -> None:
+    config = transformers.GenerationConfig(max_new_tokens=4, do_sample=False)
+    processors = transformers.LogitsProcessorList([transformers.SuppressTokensLogitsProcessor([3, 4])])
+    expected = [theirs.generate(ids, config), theirs.generate(ids, config, processors)]
+    fast, ours = accelerate(theirs), GenerationConfig(max_new_tokens=4, do_sample=False)
+    for given in (config, ours):
+        assert torch.equal(fast.generate(ids, given), expected[0])
+        assert torch.equal(fast.generate(ids, given, processors), expected[1])
 
 
 # ---- custom_generate -----------------------------------------------------------------------------------------------
