@@ -325,6 +325,8 @@ def _checked(name: str, value: Any) -> Any:
     if name == "eos_token_id":
         eos = plain_eos(value)
         return () if eos is None else (eos,) if isinstance(eos, int) else eos
+    if getattr(value, "ndim", None) == 0:  # a number of numpy or torch
+        value = value.item()
     if name in ("bos_token_id", "pad_token_id"):
         value = plain_id(value)
     if name == "top_k" and value == -1:

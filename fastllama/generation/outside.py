@@ -92,6 +92,8 @@ def generate_outside(
         strings = given.pop("stop_strings", values.pop("stop_strings", None))
         stop = [] if strings is None else [StopStrings(strings, given["tokenizer"])]
         given["stopping_criteria"] = transformers.StoppingCriteriaList([*(given.get("stopping_criteria") or ()), *stop])
+        if (values | given).get("token_healing"):
+            raise NotImplementedError("token_healing takes a tokenizer of transformers; give AutoTokenizer's")
         del given["tokenizer"]
     seed = given.pop("seed", values.pop("seed", None))
     reason = _why_eager(runner_of, values | given, input_ids, attention_mask)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from shapes import LEFT
 
-from fastllama import GenerationConfig
+from fastllama import GenerationConfig, LlamaForCausalLM
 
 
 def theirs_greedy(theirs, ids, new, **kwargs) -> list:
@@ -395,3 +397,26 @@ def test_greedy_calls_leave_torchs_generator_alone_and_say_things_once(pair, ids
     pair[0].generate(ids, max_new_tokens=2, max_length=20, pad_token_id=0)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert caplog.text.count("the latter counts") == 1
+
+
+@pytest.mark.parametrize("number", [np.int64(4), torch.tensor(4)])
+def test_numbers_of_numpy_and_torch_are_numbers(pair, ids, number) -> None:
+    assert pair[0].generate(ids, max_new_tokens=number, top_k=number, pad_token_id=number).shape == (2, 11)
+
+
+class Louder(LlamaForCausalLM):
+    """A model whose forward is not the network's."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        done = super().forward(*args, **kwargs)
+        done.logits = -done.logits
+        return done
+
+
+def test_what_the_engine_would_compute_otherwise_is_named(make_pair, ids) -> None:
+    ours = make_pair()[0]
+    with pytest.raises(NotImplementedError, match=r"is a Louder, with a forward\(\) of its own"):
+        Louder(ours.config).generate(ids, max_new_tokens=2)
+    ours.model.layers[1].input_layernorm.eps = 0.1
+    with pytest.raises(NotImplementedError, match=r"layers\.1\.input_layernorm has eps 0\.1"):
+        ours.generate(ids, max_new_tokens=2)

@@ -40,7 +40,7 @@ class Bytes:
         ("a stop", "stop", True),
         ("a stop.", "stop", False),  # it was complete before
         ("aaa", "aa", True),
-        ("caf\u00e9", "\u00e9", True),
+        ("tab\u00e9", "\u00e9", True),
         ("stop", "sto", False),
         ("", "x", False),
     ],
