@@ -8,9 +8,9 @@ Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``d`` head d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -215,6 +215,7 @@ class Buffers:
         self._whole_chunks = {t: Chunk(self._new(b, t), self._new(b, t)) for t in self._chunk_sizes}
         self._chunks: dict[tuple[int, int], Chunk] = {}
         self._logits: dict[tuple[int, int], torch.Tensor] = {}
+        self.bound: dict[Any, Callable[[], None]] = {}  # steps on these tensors that are one operation
 
     @torch.no_grad()
     def resize(self, batch_size: int, max_cache_len: int, keep: bool) -> None:

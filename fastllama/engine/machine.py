@@ -205,6 +205,8 @@ class Machine:
     def _compiled(self, kind: str, b: int, t: int) -> Callable[[], None]:
         """One run of a step. Where it is new and not one operation it is compiled, which changes nothing of rows."""
         key, buffers, net = StepKey(kind, b, t), self._ready, self._net
+        if (bound := buffers.bound.get(key)) is not None:
+            return bound
         at_once = kind != "prefill" and self._steps.is_one_operation(self.dtype, b, t)
         is_new = not at_once and key not in self._steps.keys
         if kind == "decode":
@@ -223,6 +225,8 @@ class Machine:
                     buffers.repeat_newest(buffers.chunk(b, t))
                 for _ in range(self._steps.runs_to_warm_up):
                     call()
+        if at_once:
+            buffers.bound[key] = call
         return call
 
     @property

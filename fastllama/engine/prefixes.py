@@ -58,7 +58,7 @@ class Prefixes:
         if self._weights.edited(thoroughly=False):
             self.clear()
 
-    def find(self, prompts: Mapping[int, torch.Tensor], least: int) -> dict[int, Found]:
+    def find(self, prompts: Mapping[int, torch.Tensor], least: int, thoroughly: bool) -> dict[int, Found]:
         """Where the longest beginnings of some prompts are held, of at least ``least`` tokens.
 
         The last token of a prompt is never among them: something has to be computed for what follows it.
@@ -66,11 +66,12 @@ class Prefixes:
         Args:
             prompts: by the slot that each is to be in, which is preferred; int64 ``[tokens]`` on the CPU.
             least: number of tokens below which a beginning does not count.
+            thoroughly: look at the weights thoroughly before anything counts.
         """
         if not self._held:
             return {}
         found = {slot: best for slot, prompt in prompts.items() if (best := self._best(slot, prompt)).tokens >= least}
-        if found and self._weights.edited(thoroughly=True):
+        if found and thoroughly and self._weights.edited(thoroughly=True):
             self.clear()
             return {}
         return found

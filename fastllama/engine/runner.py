@@ -182,7 +182,7 @@ class Runner(Machine):
         return buffers.logits(b, bucket)[:count, :t]
 
     @torch.no_grad()
-    def logits_after(self, sequences: Sequence[torch.Tensor], least: int | None = 1) -> torch.Tensor:
+    def logits_after(self, sequences: Sequence[torch.Tensor], goes_on: bool = False) -> torch.Tensor:
         """Logits ``[b, v]`` of what follows some sequences, in the weights' dtype; the next call overwrites them.
 
         What slots hold of them is not computed again, whatever order they come in: beams may change places. Sequences
@@ -190,12 +190,14 @@ class Runner(Machine):
 
         Args:
             sequences: of slots from 0 on, none of which is loaded: int64 ``[tokens]`` on the CPU, at least one token.
-            least: number of tokens below which what a slot holds does not count; None where nothing does.
+            goes_on: whether this is a further step of a call, in which weights are not edited: all that slots hold
+                counts, from one token on.
         """
         count, buffers = len(sequences), self._ready
         prompts, self._batch = dict(enumerate(sequences)), batch_bucket(count)
         with self._callers.launching():
-            starts = self._reuse(prompts, least)
+            least = 1 if goes_on else LEAST_REUSED if self.reuses_prefixes else None
+            starts = self._reuse(prompts, least, thoroughly=not goes_on)
             buffers.keep({slot: int(prompt[0]) for slot, prompt in prompts.items()})
             buffers.set_rope(1)
             starts = self._share(prompts, starts)
@@ -260,9 +262,9 @@ class Runner(Machine):
         """Where frequencies depend on the length, the longest loaded row decides, as in transformers."""
         self._ready.set_rope(max(self._lengths.values()) + ahead)
 
-    def _reuse(self, prompts: Mapping[int, torch.Tensor], least: int | None) -> dict[int, int]:
+    def _reuse(self, prompts: Mapping[int, torch.Tensor], least: int | None, thoroughly: bool = True) -> dict[int, int]:
         """How many tokens of each prompt are in its slot, moved there where another slot holds them."""
-        found = {} if least is None else self._prefixes.find(prompts, least)
+        found = {} if least is None else self._prefixes.find(prompts, least, thoroughly)
         self._prefixes.drop(prompts)
         moved = {slot: at.slot for slot, at in found.items() if at.slot != slot}
         self._ready.copy(moved, max((found[slot].tokens for slot in moved), default=0))

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from fastllama import ops
-from fastllama.engine.prefixes import LEAST_REUSED
 from fastllama.engine.runner import Runner
 from fastllama.generation.request import unpad
 
@@ -49,25 +48,24 @@ def over_engine(model: Any, runner_of: Callable[[], Runner]) -> Any:
 
     Args:
         model: a ``transformers.LlamaForCausalLM``, or what looks like it.
-        runner_of: gives the engine, at every step.
+        runner_of: gives the engine, at the first step.
     """
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     twin, forward, vocab_size = copy.copy(model), model.forward, model.config.vocab_size
-    begun = False
+    runner: Runner | None = None
 
     @functools.wraps(forward)
     def logits_of(*args: Any, whole_bt: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        nonlocal begun
+        nonlocal runner
         if whole_bt is None:  # of a processor that calls the model itself
             return forward(*args, **kwargs)
         sequences = _sequences(whole_bt, kwargs["attention_mask"], vocab_size)
-        runner, longest = runner_of(), max(map(len, sequences))
-        least = 1 if begun else LEAST_REUSED if runner.reuses_prefixes else None
+        goes_on, runner = runner is not None, runner or runner_of()
+        longest = max(map(len, sequences))
         with runner.session():
             runner.reserve(len(sequences), longest if runner.cache else max(longest, runner.default_cache_len))
-            logits_bv = runner.logits_after(sequences, least).to(whole_bt.device, torch.float32, copy=True)
-        begun = True
+            logits_bv = runner.logits_after(sequences, goes_on).to(whole_bt.device, torch.float32, copy=True)
         return CausalLMOutputWithPast(logits=logits_bv[:, None])  # type: ignore[arg-type]
 
     def whole(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any) -> dict[str, Any]:
@@ -114,7 +112,7 @@ def cache_of(runner: Runner, whole_bt: torch.Tensor, attention_mask: torch.Tenso
     sequences = _sequences(whole_bt[:, :-1], mask_bt, runner.config.vocab_size)
     with runner.session():
         runner.reserve(len(sequences), max(map(len, sequences)))
-        runner.logits_after(sequences)
+        runner.logits_after(sequences, goes_on=True)
         held = runner.cache
         assert held is not None
         for layer, layer_bksd in enumerate(zip(held.key_cache, held.value_cache, strict=True)):

@@ -219,7 +219,7 @@ def test_logits_after_sequences_that_grow_branch_and_change_places(model, runner
         ]
         with runner.session():
             runner.reserve(len(beams), 256)
-            got = runner.logits_after(beams).clone()
+            got = runner.logits_after(beams, goes_on=True).clone()
         for beam, logits_v in zip(beams, got, strict=True):
             with torch.no_grad():
                 expected = model(beam[None]).logits[0, -1]
@@ -233,7 +233,7 @@ def test_logits_after_costs_one_step_a_token(model, computed) -> None:
         runner.logits_after(beams)
     computed.clear()
     with runner.session():
-        runner.logits_after([torch.cat((beam, some(1))) for beam in reversed(beams)])
+        runner.logits_after([torch.cat((beam, some(1))) for beam in reversed(beams)], goes_on=True)
     assert computed == []
 
 
