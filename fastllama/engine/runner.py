@@ -95,8 +95,11 @@ class Runner(Machine):
         """
         count, lengths = len(prompts), cache.length_b.tolist()
         with self._callers.launching():
-            self._exchange(cache, self._ready.cache, count, 0, max(lengths[:count]))
+            last = min(max(lengths[:count]), max(map(len, prompts)))  # it may hold more than is asked for
+            self._exchange(cache, self._ready.cache, count, last)
         self._prefixes.drop(range(count))
+        if not self.reuses_prefixes:
+            self._prefixes.clear()
         self._prefixes.hold({slot: prompt[: lengths[slot]] for slot, prompt in enumerate(prompts)})
 
     @torch.no_grad()
@@ -109,14 +112,15 @@ class Runner(Machine):
         written = self._ready.written(prompts)
         count, lengths = len(written), torch.tensor([len(written[slot]) for slot in sorted(written)], device="cpu")
         with self._callers.launching():
-            self._exchange(self._ready.cache, cache, count, 0, int(lengths.max()))
+            self._exchange(self._ready.cache, cache, count, int(lengths.max()))
             cache.length_b[:count] = lengths.to(cache.device)
+            cache.get_seq_length()  # which it keeps for the host
 
     @staticmethod
-    def _exchange(source: StaticCache, target: StaticCache, rows: int, first: int, last: int) -> None:
+    def _exchange(source: StaticCache, target: StaticCache, rows: int, tokens: int) -> None:
         for name in ("key_cache", "value_cache"):
             for from_bksd, to_bksd in zip(getattr(source, name), getattr(target, name), strict=True):
-                to_bksd[:rows, :, first:last] = from_bksd[:rows, :, first:last]
+                to_bksd[:rows, :, :tokens] = from_bksd[:rows, :, :tokens]
 
     @torch.no_grad()
     def prefill(self, rows: Mapping[int, Row], least: int | None = None) -> int:
@@ -224,7 +228,7 @@ class Runner(Machine):
         if self._rope_follows_length:
             return "rotary frequencies depend on the length"
         if self.device.type == "cpu" and not self._steps.is_one_operation(self.dtype, batch_bucket(rows), 1):
-            return f"{rows} rows at once are no single operation of the CPU's kernels"
+            return f"a step of {rows} rows is not one operation of the CPU's kernels"
         return None
 
     def free(self, slot: int) -> None:

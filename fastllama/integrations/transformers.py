@@ -129,7 +129,8 @@ def own_arguments(kwargs: Mapping[str, Any], mask: torch.Tensor | None) -> dict[
     """What a caller has given, without what transformers makes: an empty cache, positions that a mask implies."""
     own = dict(kwargs)
     for name in ("past_key_values", "cache"):
-        if own.get(name) is None or not own[name].get_seq_length():
+        cache = own.get(name)  # the caller's own is marked from transformers 5.16 on, and has to be filled
+        if cache is None or not (cache.get_seq_length() or getattr(cache, "_is_user_defined", False)):
             own.pop(name, None)
     if (position_bt := own.get("position_ids")) is not None:
         is_token_bt = torch.ones_like(position_bt) if mask is None else mask
@@ -154,7 +155,10 @@ class _WithoutPrompt:
 
 
 def _generate(model: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    kwargs |= dict(zip(inspect.signature(theirs).parameters, args, strict=False))
+    named = inspect.signature(theirs).bind_partial(*args).arguments
+    if named.keys() & kwargs.keys():
+        return theirs(*args, **kwargs)  # which says so
+    kwargs |= named
     if isinstance(given := kwargs.get("generation_config"), GenerationConfig):
         kwargs["generation_config"] = type(model.generation_config)(**given.to_diff_dict())
     try:

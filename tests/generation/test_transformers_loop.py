@@ -192,6 +192,28 @@ def test_a_cache_that_holds_all_of_a_prompt_is_no_reason_to_fail(pair, ids) -> N
     assert ours.generate(ids, past_key_values=cache, **everything, **PLAIN).tolist() == expected
 
 
+def test_a_cache_may_hold_more_than_the_engine_has_room_for(make_pair) -> None:
+    ours, theirs = make_pair()
+    ours.warmup(1, 64)
+    long, cache = torch.randint(1, 96, (1, 300)), StaticCache(ours.config, 1, 512)
+    with torch.no_grad():
+        ours(long, past_key_values=cache, use_cache=True)
+    prompt = long[:, :20]
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **PLAIN).tolist()
+    got = ours.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **PLAIN)
+    assert got.tolist() == expected
+    assert cache.get_seq_length() == 25
+
+
+def test_a_cache_goes_from_the_step_to_the_forward(pair, ids) -> None:
+    ours, cache = pair[0], StaticCache(pair[0].config, 2, 40)
+    text = ours.generate(ids, past_key_values=cache, attention_mask=torch.ones_like(ids), **PLAIN)
+    with torch.no_grad():
+        step = ours(text[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+        whole = ours(text).logits[:, -1]
+    torch.testing.assert_close(step, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_a_cache_of_another_shape_is_named(pair, ids, make_pair) -> None:
     other = make_pair(num_hidden_layers=3)[0].config
     with pytest.raises(ValueError, match="cache"):

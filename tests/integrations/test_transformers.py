@@ -409,6 +409,13 @@ def test_positions_of_the_caller_count(theirs, ids) -> None:
     assert accelerate(theirs).generate(ids, **asked).tolist() == expected.tolist()
 
 
+def test_an_empty_cache_of_the_caller_is_filled(theirs, ids) -> None:
+    cache = transformers.DynamicCache()
+    theirs.generate(ids, max_new_tokens=3, past_key_values=cache, custom_generate=generate)
+    if getattr(cache, "_is_user_defined", False):  # older versions do not say whose it is
+        assert cache.get_seq_length() == 9
+
+
 def test_streamers_get_the_prompt_once(theirs, ids) -> None:
     class Recorder(transformers.generation.streamers.BaseStreamer):
         def __init__(self) -> None:
