@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from fastllama.engine.buffers import Row, Snapshot
+from fastllama.engine.buffers import Snapshot
 from fastllama.engine.machine import Machine
 from fastllama.engine.prefill import fill_compiled, fill_eagerly
 from fastllama.engine.prefixes import LEAST_REUSED, Prefixes, WeightsWatch
+from fastllama.engine.row import Row
 from fastllama.engine.steps import VERIFY_TOKENS, batch_bucket
 from fastllama.model.cache import StaticCache
 from fastllama.model.llama import Llama

@@ -88,13 +88,8 @@ def generate_outside(
     cache = one_cache(given.pop("past_key_values", None), given.pop("cache", None))
     if cache is not None:
         given[_cache_name()] = cache
-    if isinstance(given.get("tokenizer"), Tokenizer):  # transformers' criterion takes its own ones
-        strings = given.pop("stop_strings", values.pop("stop_strings", None))
-        stop = [] if strings is None else [StopStrings(strings, given["tokenizer"])]
-        given["stopping_criteria"] = transformers.StoppingCriteriaList([*(given.get("stopping_criteria") or ()), *stop])
-        if (values | given).get("token_healing"):
-            raise NotImplementedError("token_healing takes a tokenizer of transformers; give AutoTokenizer's")
-        del given["tokenizer"]
+    if isinstance(given.get("tokenizer"), Tokenizer):
+        _use_our_tokenizer(values, given)
     seed = given.pop("seed", values.pop("seed", None))
     reason = _why_eager(runner_of, values | given, input_ids, attention_mask)
     _say_outside(tuple(asked), reason)
@@ -111,6 +106,22 @@ def generate_outside(
     if attention_mask is None and input_ids is not None:
         attention_mask = inferred_mask(input_ids, config)
     return with_cache(done, runner_of(), attention_mask)
+
+
+def _use_our_tokenizer(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """Do what a call needs a tokenizer for with ours; transformers' own code takes transformers' ones.
+
+    Raises:
+        NotImplementedError: token_healing, which needs such a one.
+    """
+    from transformers import StoppingCriteriaList
+
+    tokenizer = given.pop("tokenizer")
+    if (values | given).get("token_healing"):
+        raise NotImplementedError("token_healing takes a tokenizer of transformers; give AutoTokenizer's")
+    strings = given.pop("stop_strings", values.pop("stop_strings", None))
+    stop = [] if strings is None else [StopStrings(strings, tokenizer)]
+    given["stopping_criteria"] = StoppingCriteriaList([*(given.get("stopping_criteria") or ()), *stop])
 
 
 def _why_eager(

@@ -15,7 +15,7 @@ import torch
 
 from fastllama.config import GenerationConfig
 from fastllama.config.generation import KNOWN, OFF, said
-from fastllama.engine.buffers import GREEDY, MAX_EOS_IDS, NO_CHANGES, Changes, Sampling
+from fastllama.engine.row import GREEDY, MAX_EOS_IDS, NO_CHANGES, Changes, Sampling
 from fastllama.ops import row_seed
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastllama import LlamaConfig, LlamaForCausalLM
-from fastllama.engine.buffers import Sampling
+from fastllama.engine.row import Sampling
 from fastllama.engine.runner import Runner
 from fastllama.generation.loop import decode
 from fastllama.generation.request import Request

@@ -20,8 +20,8 @@ from fastllama.causal_lm import engine_of
 from fastllama.config import RopeParameters
 from fastllama.engine import graphs as graphs_module
 from fastllama.engine import prefill as prefill_module
-from fastllama.engine.buffers import Sampling
 from fastllama.engine.prefill import PREFILL_CHUNKS, prefill_chunks
+from fastllama.engine.row import Sampling
 from fastllama.engine.runner import Runner
 from fastllama.engine.steps import batch_bucket
 from fastllama.generation.loop import decode as decode_rows

@@ -54,3 +54,8 @@ def test_the_newest_token_completes_a_string(text, stop, ended) -> None:
 def test_strings_that_nothing_can_complete_are_named(demo, strings) -> None:
     with pytest.raises(ValueError, match="stop_strings is"):
         demo.generate(torch.tensor([[1]]), stop_strings=strings or [""], tokenizer=load_tokenizer("demo"))
+
+
+def test_token_healing_names_the_tokenizer_that_it_takes(demo) -> None:
+    with pytest.raises(NotImplementedError, match="token_healing takes a tokenizer of transformers"):
+        demo.generate(torch.tensor([[1]]), token_healing=True, tokenizer=load_tokenizer("demo"))
