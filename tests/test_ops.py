@@ -152,6 +152,8 @@ CALLED = {
     ("rotary_attention", "torch's flash attention"): {"prefill_attention"},
     ("rotary_attention", "Triton kernel"): {"rotary_attention_split"},
     ("rotary_attention", "Triton rotary and KV write, torch's masked attention"): {"rotary_write"},
+    ("processed", "C++ kernel"): {"processed"},
+    ("processed", "Inductor, Triton kernel for n-grams"): {"ban_ngrams"},
     ("sample", "C++ kernel"): {"sample"},
     ("sample", "Triton kernel"): {"sample"},
     **{(op, "torch"): set() for op in ops.RULES},
@@ -201,6 +203,19 @@ def run(op: str, dtype: torch.dtype, rows: int, tokens: int, head_dim: int) -> N
     elif op == "rotary_attention":
         arrived = tensor(batch * HEADS, dtype=torch.int32)
         ops.rotary_attention(tensor(batch, tokens, packed), *tables, position, *caches, arrived)
+    elif op == "processed":
+        numbers, counts = tensor(batch, dtype=torch.float32), tensor(batch, dtype=torch.long)
+        processing = ops.Processing(
+            *(numbers,) * 3,
+            *(counts,) * 3,
+            tensor(batch, 3, 2, dtype=torch.long),
+            tensor(batch, 3, dtype=torch.float32),
+            tensor(batch, 3, dtype=torch.long),
+            tensor(batch, ops.token_mask_words(VOCABULARY), dtype=torch.int32),
+            tensor(batch, SLOTS, dtype=torch.long),
+            tensor(batch, VOCABULARY, dtype=torch.int32),
+        )
+        ops.processed(tensor(batch, VOCABULARY), processing, counts, counts, counts)
     else:
         numbers, counts = tensor(batch, dtype=torch.float32), tensor(batch, dtype=torch.long)
         params = ops.SamplingParams(numbers, counts, numbers, numbers, counts)

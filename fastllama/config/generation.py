@@ -9,21 +9,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fastllama.config.fields import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
-    check_bool,
-    check_int,
-    check_number,
     plain_eos,
     plain_id,
     read_json,
@@ -32,65 +25,19 @@ from fastllama.config.fields import (
     write_json,
 )
 from fastllama.config.keys import text_part
-
-# fmt: off
-# Generation settings that the compiled step does not do, each with the value (besides null) that has no effect. Older
-# checkpoints have them in config.json too; they do not concern the network, so GenerationConfig reads them.
-OUTSIDE_THE_STEP: dict[str, Any] = {
-    "max_time": None, "stop_strings": None, "num_beams": 1,
-    "num_beam_groups": 1, "diversity_penalty": 0.0, "penalty_alpha": 0.0,
-    "dola_layers": None, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-    "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0, "bad_words_ids": [], "force_words_ids": [], "constraints": [],
-    "forced_bos_token_id": None, "forced_eos_token_id": None, "remove_invalid_values": False,
-    "exponential_decay_length_penalty": None, "suppress_tokens": [], "begin_suppress_tokens": [],
-    "sequence_bias": {}, "token_healing": False, "guidance_scale": 1.0, "watermarking_config": None,
-    "return_dict_in_generate": False,
-    # Arguments of generate() alone.
-    "logits_processor": [], "stopping_criteria": [], "prefix_allowed_tokens_fn": None, "synced_gpus": False,
-    "assistant_model": None, "negative_prompt_ids": None, "negative_prompt_attention_mask": None,
-    "custom_generate": None, "inputs_embeds": None, "past_key_values": None, "cache": None, "position_ids": None,
-}
-
-# What has an effect only next to one of those.
-DETAILS: dict[str, Any] = {
-    "early_stopping": False, "length_penalty": 1.0, "renormalize_logits": False, "output_attentions": False,
-    "output_hidden_states": False, "output_scores": False, "output_logits": False, "tokenizer": None,
-}
-
-# Generation settings that do not change which tokens come out: how caches and compilation are organised, and details of
-# assisted decoding, which is off without a second model.
-INERT_GENERATION = frozenset({
-    "transformers_version", "_from_model_config", "_commit_hash", "generation_kwargs", "use_cache",
-    "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory",
-    "compile_config", "disable_compile", "continuous_batching_config", "decoder_start_token_id", "is_assistant",
-    "num_assistant_tokens",
-    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_early_exit",
-    "assistant_lookbehind", "assistant_ensemble_weight", "target_lookbehind", "prompt_lookup_num_tokens",
-    "max_matching_ngram_size", "speculation_type", "use_mtp",
-})
-# fmt: on
-
-# What null means in a call.
-OFF = {
-    "do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "min_length": 0,
-    "num_return_sequences": 1, "eos_token_id": (),
-}  # fmt: skip
-# Fields that matter to a call that samples only.
-SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed")
-
-
-_AT_LEAST_0, _AT_LEAST_1 = (functools.partial(check_int, at_least=least) for least in (0, 1))
-_FRACTION = functools.partial(check_number, at_least=0, at_most=1)
-CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "do_sample": check_bool, "temperature": functools.partial(check_number, at_least=0), "top_k": _AT_LEAST_0,
-    "top_p": _FRACTION, "min_p": _FRACTION, "max_length": _AT_LEAST_1, "max_new_tokens": _AT_LEAST_1,
-    "repetition_penalty": functools.partial(check_number, above=0), "min_new_tokens": _AT_LEAST_0,
-    "min_length": _AT_LEAST_0, "num_return_sequences": _AT_LEAST_1,
-    "pad_token_id": _AT_LEAST_0, "bos_token_id": _AT_LEAST_0, "seed": _AT_LEAST_0,
-}  # fmt: skip
-NEUTRAL = OUTSIDE_THE_STEP | DETAILS
-KNOWN = NEUTRAL.keys() | INERT_GENERATION
+from fastllama.config.settings import (
+    CHECKS,
+    KNOWN,
+    LISTS,
+    NEUTRAL,
+    NOT_IN_TRANSFORMERS,
+    OFF,
+    OUTSIDE_THE_STEP,
+    SAMPLING_FIELDS,
+    said,
+    set_of,
+)
+from fastllama.config.tokens import bias_items
 
 
 @dataclasses.dataclass(init=False)
@@ -109,6 +56,15 @@ class GenerationConfig:
         top_p: sample from the most likely tokens whose probabilities add up to p; 1.0 for all.
         min_p: sample from tokens with at least this fraction of the most likely token's probability.
         repetition_penalty: divides positive logits of tokens that prompt and new tokens have, and multiplies others.
+        presence_penalty, frequency_penalty: of OpenAI's API: what is subtracted from the logit of a token that the new
+            tokens have, once and for each time; transformers has no such fields.
+        no_repeat_ngram_size: no n-gram of this size comes twice, the prompt's included; 0 for none.
+        sequence_bias: what is added to the logit of the last token of a sequence where the row ends with the others:
+            ``{(tokens): value}`` or ``[[[tokens], value]]``.
+        bad_words_ids: sequences that never come.
+        suppress_tokens, begin_suppress_tokens: tokens that never come, or not as the first new one.
+        forced_bos_token_id: the first new token after a prompt of one token.
+        forced_eos_token_id: the last token before the limit, one or one of several.
         min_new_tokens: minimum number of new tokens before an EOS id; counts before ``min_length``.
         min_length: minimum number of tokens before an EOS id, prompt included.
         num_return_sequences: rows for each prompt, where rows are sampled.
@@ -131,6 +87,15 @@ class GenerationConfig:
     top_p: float = 1.0
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    sequence_bias: Any = None
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | Sequence[int] | None = None
     min_new_tokens: int | None = None
     min_length: int = 0
     num_return_sequences: int = 1
@@ -271,7 +236,10 @@ class GenerationConfig:
         config |= config.pop("other")
         eos = list(self.eos_token_id)
         config["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
-        return {key: value for key, value in config.items() if value is not None}
+        if self.sequence_bias is not None:
+            config["sequence_bias"] = [[list(tokens), value] for tokens, value in bias_items(self.sequence_bias)]
+        unset = {name for name in NOT_IN_TRANSFORMERS if config[name] == self.__dataclass_fields__[name].default}
+        return {key: value for key, value in config.items() if value is not None and key not in unset}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What has been set, as :meth:`to_dict` spells it."""
@@ -298,24 +266,6 @@ class GenerationConfig:
         return new
 
 
-def set_of(neutral: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some settings that have another value than the neutral one, or null."""
-    found = {key: values[key] for key in neutral if values.get(key) is not None}
-    return {key: value for key, value in found.items() if isinstance(value, torch.Tensor) or value != neutral[key]}
-
-
-def said(settings: Mapping[str, Any]) -> str:
-    """Settings with their values, as they are written in a call."""
-    return ", ".join(f"{key}={shortened(_written(value), 100)}" for key, value in settings.items())
-
-
-def _written(value: Any) -> str:
-    """A value as a warning has it: alike for alike objects, or it would not be said once but in every call."""
-    return (
-        f"tensor{list(value.shape)}" if isinstance(value, torch.Tensor) else re.sub(" at 0x[0-9a-f]+", "", repr(value))
-    )
-
-
 def _checked(name: str, value: Any) -> Any:
     """The value of a field as it is held.
 
@@ -325,12 +275,14 @@ def _checked(name: str, value: Any) -> Any:
     if name == "eos_token_id":
         eos = plain_eos(value)
         return () if eos is None else (eos,) if isinstance(eos, int) else eos
-    if getattr(value, "ndim", None) == 0:  # a number of numpy or torch
-        value = value.item()
+    if getattr(value, "ndim", None) is not None:  # of numpy or torch
+        value = value.tolist()
     if name in ("bos_token_id", "pad_token_id"):
         value = plain_id(value)
     if name == "top_k" and value == -1:
         value = 0
+    if name in LISTS and isinstance(value, (list, tuple, dict)) and not value:  # which asks for nothing
+        return None
     if name in CHECKS and (value is not None or name in OFF):
         CHECKS[name](name, value)
     return value

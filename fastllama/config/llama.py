@@ -29,11 +29,11 @@ from fastllama.config.fields import (
     tolerate,
     write_json,
 )
-from fastllama.config.generation import KNOWN as KNOWN_OF_GENERATION
 from fastllama.config.generation import GenerationConfig
 from fastllama.config.keys import INERT_KEYS, change_of, check_changing, check_own_code, text_part
 from fastllama.config.quantization import METHOD, QuantizationConfig
 from fastllama.config.rope import ROPE_KEYS, RopeParameters
+from fastllama.config.settings import KNOWN as KNOWN_OF_GENERATION
 from fastllama.config.stored_quantization import KEYS as QUANTIZATION_KEYS
 from fastllama.config.stored_quantization import check_method
 

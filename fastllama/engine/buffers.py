@@ -10,77 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fastllama import ops
 from fastllama.config import LlamaConfig
-from fastllama.engine.row import MAX_EOS_IDS, Changes, Row, Sampling
+from fastllama.engine.processing import changes_logits, load_processing, new_processing
+from fastllama.engine.row import MAX_EOS_IDS, Row, Sampling
+from fastllama.engine.state import Chunk, Memory, Rows, static
 from fastllama.model.cache import StaticCache
 from fastllama.model.rope import rotary_cos_sin, static_length
-
-
-class Rows(NamedTuple):
-    """The persistent buffers of a decode step, cut to some slots.
-
-    ids_b1: the newest token of each row, not in the cache yet.
-    position_b1: where that token goes in the cache.
-    finished_b: whether the row has ended, or idles.
-    step_b: how many new tokens the row has.
-    output_bn: these tokens.
-    limit_b, eos_be, pad_b: when the row ends, and what it gives then; unused EOS entries are -1.
-    processing: what changes its logits.
-    params: how it samples.
-    """
-
-    ids_b1: torch.Tensor
-    position_b1: torch.Tensor
-    finished_b: torch.Tensor
-    step_b: torch.Tensor
-    output_bn: torch.Tensor
-    limit_b: torch.Tensor
-    eos_be: torch.Tensor
-    pad_b: torch.Tensor
-    processing: ops.Processing
-    params: ops.SamplingParams
-
-    def cut(self, first: int, last: int) -> Rows:
-        """Views of the slots from ``first`` to before ``last``."""
-        plain, processing, params = ([_static(x[first:last]) for x in part] for part in self.parts)
-        return Rows(*plain, processing=ops.Processing(*processing), params=ops.SamplingParams(*params))
-
-    @property
-    def parts(self) -> tuple[tuple[torch.Tensor, ...], ops.Processing, ops.SamplingParams]:
-        """The tensors of their own, and the two groups."""
-        return self[:-2], self.processing, self.params
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """All of them, one after the other."""
-        return [x for part in self.parts for x in part]
-
-
-class Memory(NamedTuple):
-    """What a step reads and writes besides its rows: rotary tables, KV caches, and what CUDA's kernels count with."""
-
-    cos_sd: torch.Tensor
-    sin_sd: torch.Tensor
-    k_caches: list[torch.Tensor]
-    v_caches: list[torch.Tensor]
-    arrived_p: torch.Tensor
-
-    def cut(self, first: int, last: int) -> Memory:
-        """The caches of the slots from ``first`` to before ``last``."""
-        k_caches, v_caches = ([cache[first:last] for cache in caches] for caches in (self.k_caches, self.v_caches))
-        return self._replace(k_caches=k_caches, v_caches=v_caches)
-
-
-class Chunk(NamedTuple):
-    """The persistent input of a prefill or verify step."""
-
-    ids_bt: torch.Tensor
-    position_bt: torch.Tensor
 
 
 class Buffers:
@@ -119,7 +59,7 @@ class Buffers:
         """Make everything that the cache's size decides about, but for the cache."""
         b, s = self.cache.batch_size, self.cache.max_cache_len
         for layer_bksd in (*self.cache.key_cache, *self.cache.value_cache):
-            _static(layer_bksd)
+            static(layer_bksd)
         self.memory = Memory(
             self._new(s, self.config.head_dim, dtype=torch.float32),
             self._new(s, self.config.head_dim, dtype=torch.float32),
@@ -137,13 +77,10 @@ class Buffers:
             limit_b=self._new(b),
             eos_be=self._new(b, MAX_EOS_IDS),
             pad_b=self._new(b),
-            processing=ops.Processing(
-                repetition_penalty=self._new(b, dtype=torch.float32).fill_(1),
-                min_new=self._new(b),
-                seen=self._new(b, self.config.vocab_size, dtype=torch.bool),
-            ),
+            processing=new_processing(self._new, b, s, self.config.vocab_size),
             params=ops.SamplingParams(**numbers, top_k=self._new(b), seed=self._new(b)),
         )
+        self._processed: set[int] = set()  # slots whose processing changes something
         self._rows: dict[int, Rows] = {}
         self._whole_chunks = {t: Chunk(self._new(b, t), self._new(b, t)) for t in self._chunk_sizes}
         self._chunks: dict[tuple[int, int], Chunk] = {}
@@ -161,25 +98,27 @@ class Buffers:
         Raises:
             CacheMemoryError: there is no room for it; nothing was changed.
         """
-        old = self._slots
+        old, processed = self._slots, self._processed
         self.cache.resize(batch_size, max_cache_len, keep)
         self._allocate()
         self.idle()
         if keep:
             for new, kept in zip(self._slots.tensors, old.tensors, strict=True):
                 new[tuple(map(slice, kept.shape))] = kept
+            self._processed = processed
         self._rope_key = None
         self.set_rope(self._rope_len)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
         with torch.inference_mode(False):  # or they could not be updated outside of it
-            return _static(torch.zeros(shape, dtype=dtype, device=self.device))
+            return static(torch.zeros(shape, dtype=dtype, device=self.device))
 
     # ---- views: the same ones each time, so that a step is always called on the tensors it was compiled for --------
 
     def mark_dynamic(self, b: int) -> None:
         """Let what is compiled next for b rows run on any number of cache slots."""
-        dims = [(self.memory.cos_sd, 0), (self.memory.sin_sd, 0), (self.rows(b).output_bn, 1)]
+        rows = self.rows(b)
+        dims = [(self.memory.cos_sd, 0), (self.memory.sin_sd, 0), (rows.output_bn, 1), (rows.processing.tokens, 1)]
         dims += [(cache_bksd, 2) for cache_bksd in (*self.memory.k_caches, *self.memory.v_caches)]
         for tensor, dim in dims:
             torch._dynamo.mark_dynamic(tensor, dim)
@@ -197,7 +136,7 @@ class Buffers:
     def chunk(self, b: int, t: int) -> Chunk:
         """Ids and positions of t tokens of the first b slots."""
         if (b, t) not in self._chunks:
-            self._chunks[b, t] = Chunk(*(_static(x[:b]) for x in self._whole_chunks[t]))
+            self._chunks[b, t] = Chunk(*(static(x[:b]) for x in self._whole_chunks[t]))
         return self._chunks[b, t]
 
     def logits(self, b: int, t: int) -> torch.Tensor:
@@ -248,16 +187,23 @@ class Buffers:
         }
         for name, value in values.items():
             getattr(self._slots, name).index_copy_(0, at_r, value.to(self.device))
-        self._slots.processing.seen[at_r] = False
-        for slot, row in rows.items():
-            if row.changes.repetition_penalty != 1:
-                self._slots.processing.seen[slot, row.seen.to(self.device)] = True
-        fields = [(Sampling._fields, self._slots.params, [row.sampling for row in wanted])]
-        fields += [(Changes._fields, self._slots.processing, [row.changes for row in wanted])]
-        for name, buffers, settings_of in [(name, *rest) for names, *rest in fields for name in names]:
-            buffer_b = getattr(buffers, name)
-            settings = torch.tensor([getattr(each, name) for each in settings_of], dtype=buffer_b.dtype, device=host)
+        for name in Sampling._fields:
+            buffer_b = getattr(self._slots.params, name)
+            settings = torch.tensor([getattr(row.sampling, name) for row in wanted], dtype=buffer_b.dtype, device=host)
             buffer_b.index_copy_(0, at_r, settings.to(self.device))
+        for slot, row in rows.items():
+            if changes_logits(row):
+                self._processed.add(slot)
+            if slot in self._processed:  # this row or the one before it
+                load_processing(self._slots.processing, slot, row)
+            if not changes_logits(row):
+                self._processed.discard(slot)
+
+    @torch.no_grad()
+    def allow(self, masks: Mapping[int, torch.Tensor]) -> None:
+        """Set the token masks of slots, int32 ``[words]`` on the CPU."""
+        for slot, allowed in masks.items():
+            self._slots.processing.allowed[slot] = allowed.to(self.device)
 
     @torch.no_grad()
     def written(self, prompts: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -349,10 +295,3 @@ class Snapshot:
         if self._event is not None:
             self._event.synchronize()
         return self._tokens_bn
-
-
-def _static(tensor: torch.Tensor) -> torch.Tensor:
-    """Mark a tensor as one that never moves, so that replays of CUDA graphs read it in place and do not copy it."""
-    if tensor.is_cuda:
-        torch._dynamo.mark_static_address(tensor)
-    return tensor

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CACHE_LEN = 4096
 CHUNK_SIZES = sorted({*PREFILL_CHUNKS, *VERIFY_TOKENS})
+DECODE = {"decode": steps.decode, "decode_processed": steps.decode_processed}
 
 
 class Machine:
@@ -200,7 +201,8 @@ class Machine:
             self._compiled("prefill", b, t)
         for t in reversed(VERIFY_TOKENS if verify else ()):
             self._compiled("verify", b, t)
-        self._compiled("decode", b, 1)
+        for kind in DECODE:
+            self._compiled(kind, b, 1)
 
     def _compiled(self, kind: str, b: int, t: int) -> Callable[[], None]:
         """One run of a step. Where it is new and not one operation it is compiled, which changes nothing of rows."""
@@ -209,9 +211,9 @@ class Machine:
             return bound
         at_once = kind != "prefill" and self._steps.is_one_operation(self.dtype, b, t)
         is_new = not at_once and key not in self._steps.keys
-        if kind == "decode":
+        if kind in DECODE:
             rows = (net, buffers.rows(b), buffers.memory)
-            call = steps.decode_at_once(*rows) if at_once else self._steps.bound(key, steps.decode, *rows)
+            call = steps.decode_at_once(*rows) if at_once else self._steps.bound(key, DECODE[kind], *rows)
         elif kind == "prefill":
             call = self._steps.bound(key, steps.prefill, net, buffers.chunk(b, t), buffers.memory)
         else:
@@ -221,7 +223,7 @@ class Machine:
             logger.info("compiling %s step: batch %d, tokens %d", *key)
             buffers.mark_dynamic(b)
             with buffers.frozen():
-                if kind != "decode":
+                if kind not in DECODE:
                     buffers.repeat_newest(buffers.chunk(b, t))
                 for _ in range(self._steps.runs_to_warm_up):
                     call()

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 
 from fastllama.engine import steps
-from fastllama.engine.buffers import Buffers, Chunk
+from fastllama.engine.buffers import Buffers
 from fastllama.engine.decoder import FusedDecoder
 from fastllama.engine.graphs import call_plainly
+from fastllama.engine.state import Chunk
 
 PREFILL_CHUNKS = (8, 32, 128, 512)  # tokens a row
 

@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 MAX_EOS_IDS = 16
+MAX_BIASES, MAX_BIAS_TOKENS = 512, 8  # of a row
+ALWAYS = 2**62  # more new tokens than a row will ever have
 
 
 class Sampling(NamedTuple):
@@ -22,15 +24,42 @@ class Sampling(NamedTuple):
 GREEDY = Sampling()
 
 
-class Changes(NamedTuple):
-    """What changes one row's logits: see :class:`fastllama.ops.Processing`.
+class Bias(NamedTuple):
+    """What is added to the logit of the last of some tokens, where a row ends with the others.
 
-    repetition_penalty: of the tokens that the row has; 1 changes nothing.
-    min_new: number of new tokens before an EOS id may come.
+    tokens: at least one, at most MAX_BIAS_TOKENS.
+    value: minus infinity bans it.
+    until: the number of new tokens from which on it no longer is.
+    """
+
+    tokens: tuple[int, ...]
+    value: float = -float("inf")
+    until: int = ALWAYS
+
+
+class Changes(NamedTuple):
+    """What changes one row's logits, besides a token mask: numbers as in :class:`fastllama.ops.Processing`, and biases.
+
+    biases: at most MAX_BIASES.
     """
 
     repetition_penalty: float = 1.0
-    min_new: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    forced_first: int = -1
+    forced_last: int = -1
+    biases: tuple[Bias, ...] = ()
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether it depends on how often tokens have come."""
+        return self[:3] != NO_CHANGES[:3]
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether it depends on their order."""
+        return self.no_repeat_ngram_size > 0 or any(len(bias.tokens) > 1 for bias in self.biases)
 
 
 NO_CHANGES = Changes()
@@ -57,6 +86,11 @@ class Row(Protocol):
     @property
     def changes(self) -> Changes:
         """What changes its logits."""
+        ...
+
+    @property
+    def allowed(self) -> torch.Tensor | None:
+        """int32 ``[words]`` on the CPU, the token mask to begin with; None where it allows all tokens."""
         ...
 
     @property

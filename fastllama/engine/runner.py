@@ -20,6 +20,7 @@ from fastllama.engine.buffers import Snapshot
 from fastllama.engine.machine import Machine
 from fastllama.engine.prefill import fill_compiled, fill_eagerly
 from fastllama.engine.prefixes import LEAST_REUSED, Prefixes, WeightsWatch
+from fastllama.engine.processing import changes_logits
 from fastllama.engine.row import Row
 from fastllama.engine.steps import VERIFY_TOKENS, batch_bucket
 from fastllama.model.cache import StaticCache
@@ -51,6 +52,7 @@ class Runner(Machine):
         self._rope_follows_length = static_length(model.config) is not None
         self._prefixes = Prefixes(WeightsWatch([*model.parameters()], [*model.parameters(), *model.buffers()]))
         self._prompts: dict[int, torch.Tensor] = {}  # of the slots that have been prefilled
+        self._processed: set[int] = set()  # loaded slots whose logits are changed
         self.reuses_prefixes = True
         self._batch = 1  # the bucket that holds every loaded slot
         self._decode: Callable[[], None] = _nothing_is_loaded
@@ -58,6 +60,7 @@ class Runner(Machine):
     def _begin(self) -> None:
         """Let every slot idle, and note what the last session has left in them."""
         self._lengths.clear()
+        self._processed.clear()
         self._bind()
         prompts, self._prompts = self._prompts, {}
         if prompts and self._buffers is not None and not self._rope_follows_length:
@@ -76,6 +79,7 @@ class Runner(Machine):
 
     def _forget(self) -> None:
         self._lengths.clear()
+        self._processed.clear()
         self._prompts.clear()
         self._prefixes.clear()
         self._bind()
@@ -145,6 +149,7 @@ class Runner(Machine):
         with self._callers.launching():
             prompts = {slot: row.prompt for slot, row in rows.items()}
             self._lengths |= {slot: len(prompt) for slot, prompt in prompts.items()}
+            self._processed |= {slot for slot, row in rows.items() if changes_logits(row)}
             self._bind()  # compiles before the first token, not after it
             starts = self._reuse(prompts, least or (LEAST_REUSED if self.reuses_prefixes else None))
             self._set_rope()
@@ -162,6 +167,15 @@ class Runner(Machine):
                 self._set_rope()
                 self._lengths = {slot: length + 1 for slot, length in self._lengths.items()}
             self._decode()
+
+    def allow(self, masks: Mapping[int, torch.Tensor]) -> None:
+        """Set what the next tokens of some rows may be, which were loaded with a token mask.
+
+        Args:
+            masks: by slot, int32 ``[words]`` on the CPU; see :mod:`fastllama_kernels.sampling.processing`.
+        """
+        with self._callers.launching():
+            self._ready.allow(masks)
 
     @torch.no_grad()
     def verify(self, ids_bt: torch.Tensor) -> torch.Tensor:
@@ -241,6 +255,7 @@ class Runner(Machine):
             self._ready.free(slot)
             self._ready.keep({slot: int(prompt[slot][0])})
         del self._lengths[slot]
+        self._processed.discard(slot)
         self._bind()
 
     def newest(self) -> Snapshot:
@@ -261,7 +276,7 @@ class Runner(Machine):
             self._batch, self._decode = 1, _nothing_is_loaded
             return
         self._batch = batch_bucket(max(self._lengths) + 1)
-        self._decode = self._compiled("decode", self._batch, 1)
+        self._decode = self._compiled("decode_processed" if self._processed else "decode", self._batch, 1)
 
     def _set_rope(self, ahead: int = 0) -> None:
         """Where frequencies depend on the length, the longest loaded row decides, as in transformers."""

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 
 from fastllama import ops
-from fastllama.engine.buffers import Chunk, Memory, Rows
 from fastllama.engine.decoder import FusedDecoder
+from fastllama.engine.state import Chunk, Memory, Rows
 
 VERIFY_TOKENS = (1, 2, 4, 8)
 
@@ -26,12 +26,17 @@ def prefill(net: FusedDecoder, chunk: Chunk, memory: Memory) -> None:
 
 def prefill_and_sample(net: FusedDecoder, chunk: Chunk, memory: Memory, rows: Rows) -> None:
     """Write the last tokens of the rows' prompts to the cache and sample their first new ones."""
-    _sample(net, net(*chunk, *memory)[:, -1], rows)
+    _advance_processed(rows, net.logits(net(*chunk, *memory)[:, -1]))
 
 
 def decode(net: FusedDecoder, rows: Rows, memory: Memory) -> None:
+    """From the rows' newest tokens to their next ones, where nothing changes the logits of any row."""
+    _advance(rows, net.logits(net(rows.ids_b1, rows.position_b1, *memory)[:, -1]))
+
+
+def decode_processed(net: FusedDecoder, rows: Rows, memory: Memory) -> None:
     """From the rows' newest tokens to their next ones."""
-    _sample(net, net(rows.ids_b1, rows.position_b1, *memory)[:, -1], rows)
+    _advance_processed(rows, net.logits(net(rows.ids_b1, rows.position_b1, *memory)[:, -1]))
 
 
 def verify(net: FusedDecoder, chunk: Chunk, memory: Memory, logits_btv: torch.Tensor) -> None:
@@ -55,14 +60,21 @@ def verify_at_once(net: FusedDecoder, chunk: Chunk, memory: Memory, logits_btv: 
     return functools.partial(ops.verify_step, *args)
 
 
-def _sample(net: FusedDecoder, x_bm: torch.Tensor, rows: Rows) -> None:
-    """From hidden states to next tokens; every row that has not ended is one token further."""
-    logits_bv = ops.processed(net.logits(x_bm), rows.processing, rows.eos_be, rows.step_b)
+def _advance_processed(rows: Rows, logits_bv: torch.Tensor) -> None:
+    """Change the logits by what the rows ask for and have written so far, and go on from there."""
+    processing, going_b1 = rows.processing, ~rows.finished_b[:, None]
+    processing.tokens.scatter_(1, rows.position_b1, rows.ids_b1)
+    logits_bv = ops.processed(logits_bv, processing, rows.position_b1[:, 0], rows.step_b, rows.limit_b)
+    _advance(rows, logits_bv)
+    processing.counts.scatter_add_(1, rows.ids_b1, 2 * going_b1.int())
+
+
+def _advance(rows: Rows, logits_bv: torch.Tensor) -> None:
+    """Sample; every row that has not ended is one token further."""
     token_b = ops.sample(logits_bv, rows.params, rows.position_b1[:, 0] + 1)
     token_b = torch.where(rows.finished_b, rows.pad_b, token_b)
     rows.output_bn.scatter_(1, rows.step_b[:, None], token_b[:, None])
-    going_b, seen_bv = ~rows.finished_b, rows.processing.seen
-    seen_bv.scatter_(1, token_b[:, None], seen_bv.gather(1, token_b[:, None]) | going_b[:, None])
+    going_b = ~rows.finished_b
     rows.position_b1.add_(going_b[:, None])  # a row that has ended stays where it is, inside its cache
     rows.step_b.add_(going_b)
     rows.finished_b.logical_or_((token_b[:, None] == rows.eos_be).any(dim=1) | (rows.step_b >= rows.limit_b))

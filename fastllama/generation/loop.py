@@ -13,6 +13,7 @@ from fastllama.engine.buffers import Snapshot
 from fastllama.engine.runner import Runner
 from fastllama.generation.request import Request
 from fastllama.generation.stopping import Stopping
+from fastllama.generation.token_masks import TokenMasks
 from fastllama.model.cache import StaticCache
 
 AHEAD = 256  # tokens a row has room for at the beginning; memory follows what is written, not what might be
@@ -29,7 +30,8 @@ def decode(
         runner: of the model.
         requests: one for each row.
         poll_every: on CUDA, steps launched between two looks at their tokens: 1 shows tokens soonest, more costs
-            the host less. On a CPU, where nothing runs ahead, each step is looked at.
+            the host less. On a CPU, where nothing runs ahead, and where a token mask depends on the tokens, each step
+            is looked at.
         cache: of the caller's, which the runner takes: holds each prompt's first tokens, and in the end all that has
             been computed.
 
@@ -42,9 +44,14 @@ def decode(
         stopping, least = Stopping(requests), None if cache is None else 1
         if cache is not None:
             runner.take(cache, [request.prompt for request in requests])
+        masks = TokenMasks(requests, runner.config.vocab_size)
+        burst = poll_every if runner.runs_ahead and not masks else 1
         try:
-            for tokens_bn in _bursts(runner, requests, poll_every if runner.runs_ahead else 1, least):
-                yield stopping.take(tokens_bn)
+            for tokens_bn in _bursts(runner, masks.first(requests), burst, least, runner.runs_ahead and not masks):
+                tokens_bn = stopping.take(tokens_bn)
+                if masks and not stopping.all_ended:
+                    runner.allow(masks.after(tokens_bn, stopping.ended))
+                yield tokens_bn
                 if stopping.all_ended:
                     return
                 runner.hold(session)  # an iterator may be handed to another thread
@@ -53,11 +60,13 @@ def decode(
                 runner.give(cache)
 
 
-def _bursts(runner: Runner, requests: Sequence[Request], burst: int, least: int | None) -> Iterator[torch.Tensor]:
+def _bursts(
+    runner: Runner, requests: Sequence[Request], burst: int, least: int | None, runs_ahead: bool
+) -> Iterator[torch.Tensor]:
     """Prefill, then step after step, and yield what all rows have given since the last time.
 
-    On CUDA a burst of steps is launched before the tokens of the burst before it are read, so that the device never
-    waits for the host; what was launched past the end is dropped.
+    Where it runs ahead, a burst of steps is launched before the tokens of the burst before it are read, so that the
+    device never waits for the host; what was launched past the end is dropped.
     """
     count, last = len(requests), max(request.max_new_tokens for request in requests)
     longest = max(len(request.prompt) for request in requests)
@@ -71,7 +80,7 @@ def _bursts(runner: Runner, requests: Sequence[Request], burst: int, least: int 
         for _ in range(first, after):
             runner.step()
         taken = runner.newest() if burst == 1 else runner.output(first, after)
-        ready, pending = (pending, taken) if runner.runs_ahead else (taken, None)
+        ready, pending = (pending, taken) if runs_ahead else (taken, None)
         if ready:
             yield ready.read()[:count]
     if pending:

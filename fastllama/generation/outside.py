@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from fastllama.config import GenerationConfig
-from fastllama.config.generation import said
+from fastllama.config.settings import said
+from fastllama.config.tokens import bias_items
 from fastllama.engine.runner import Runner
 from fastllama.generation.generate import Streamer
+from fastllama.generation.processors import CountPenalties, MaskedTokens
 from fastllama.generation.request import (
     check_ids,
     check_known,
@@ -90,6 +92,7 @@ def generate_outside(
         given[_cache_name()] = cache
     if isinstance(given.get("tokenizer"), Tokenizer):
         _use_our_tokenizer(values, given)
+    _add_processors(values, given, 0 if input_ids is None else input_ids.shape[1])
     seed = given.pop("seed", values.pop("seed", None))
     reason = _why_eager(runner_of, values | given, input_ids, attention_mask)
     _say_outside(tuple(asked), reason)
@@ -106,6 +109,22 @@ def generate_outside(
     if attention_mask is None and input_ids is not None:
         attention_mask = inferred_mask(input_ids, config)
     return with_cache(done, runner_of(), attention_mask)
+
+
+def _add_processors(values: dict[str, Any], given: dict[str, Any], prompt_tokens: int) -> None:
+    """Do with processors what transformers has no settings for."""
+    names = ("presence_penalty", "frequency_penalty", "token_mask")
+    asked = {name: given.pop(name, values.pop(name, None)) for name in names}
+    presence, frequency = (float(asked[name] or 0) for name in names[:2])
+    added: list[Any] = [CountPenalties(presence, frequency, prompt_tokens)] if presence or frequency else []
+    if asked["token_mask"] is not None:
+        added.append(MaskedTokens(asked["token_mask"], (values | given).get("num_beams") or 1))
+    if added:
+        from transformers import LogitsProcessorList
+
+        given["logits_processor"] = LogitsProcessorList([*(given.get("logits_processor") or ()), *added])
+    if values.get("sequence_bias") is not None:
+        values["sequence_bias"] = dict(bias_items(values["sequence_bias"]))  # which takes a token 0, a list does not
 
 
 def _use_our_tokenizer(values: dict[str, Any], given: dict[str, Any]) -> None:

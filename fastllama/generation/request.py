@@ -6,16 +6,19 @@ Shape suffixes: ``b`` batch, ``t`` prompt tokens.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastllama.config import GenerationConfig
-from fastllama.config.generation import KNOWN, OFF, said
-from fastllama.engine.row import GREEDY, MAX_EOS_IDS, NO_CHANGES, Changes, Sampling
+from fastllama.config.settings import KNOWN, OFF, said
+from fastllama.config.tokens import depth
+from fastllama.engine.row import GREEDY, NO_CHANGES, Changes, Sampling
+from fastllama.generation.changes import TokenMask, allowed_tokens, beyond_the_step, changes_of, prefix_mask
 from fastllama.ops import row_seed
 
 logger = logging.getLogger(__name__)
@@ -24,8 +27,15 @@ DEFAULT_NEW_TOKENS = 20  # as in transformers
 # What may differ from prompt to prompt, besides EOS ids.
 BY_PROMPT = frozenset({
     "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-    "min_new_tokens", "min_length", "pad_token_id", "seed",
+    "presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "forced_bos_token_id", "min_new_tokens",
+    "min_length", "pad_token_id", "seed",
 })  # fmt: skip
+# How many lists a value is that counts for all prompts.
+DEPTHS = {"eos_token_id": 1, "suppress_tokens": 1, "begin_suppress_tokens": 1, "bad_words_ids": 2}
+CHANGING = (
+    "no_repeat_ngram_size", "sequence_bias", "bad_words_ids", "begin_suppress_tokens", "forced_bos_token_id",
+    "forced_eos_token_id", "min_new_tokens", "min_length", "eos_token_id",
+)  # fmt: skip
 NO_PROMPT = "every row needs at least one prompt token; give a BOS token to start from nothing"
 
 
@@ -39,6 +49,8 @@ class Request:
     changes: what changes its logits before that.
     seen: int64 ``[tokens]`` on the CPU, what a repetition penalty takes for its tokens so far: its prompt when None.
     eos_token_ids: the row ends when it gives one of these, and gives ``pad_token_id`` from then on.
+    allowed: int32 ``[words]`` on the CPU, the token mask of every step; None: all tokens.
+    next_allowed: writes to a mask what may follow, given the new tokens, int64 ``[n]``; before each step.
     """
 
     prompt: torch.Tensor
@@ -48,6 +60,8 @@ class Request:
     pad_token_id: int = 0
     changes: Changes = NO_CHANGES
     seen: torch.Tensor = None  # type: ignore[assignment]
+    allowed: torch.Tensor | None = None
+    next_allowed: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 
     def __post_init__(self) -> None:
         if self.seen is None:
@@ -92,32 +106,55 @@ def requests_of(
     check_ids(prompts, vocab_size)
     is_free = any(own.do_sample and own.seed is None for own in configs)  # else torch's generator stays as it is
     seed = int(torch.randint(2**62, (), device="cpu")) if is_free else 0
+    masks = _token_masks(config, settings, vocab_size)
+    rows = zip(input_ids, prompts, unpadded(input_ids.cpu().long(), mask), configs, strict=True)
     requests = []
-    for prompt, seen, own in zip(prompts, unpadded(input_ids.cpu().long(), mask), configs, strict=True):
+    for whole, prompt, seen, own in rows:
         if own.num_return_sequences > 1 and not own.do_sample:
             raise ValueError(f"num_return_sequences is {own.num_return_sequences}; without do_sample all are equal")
         known = seen[(seen >= 0) & (seen < vocab_size)]
         for number in range(own.num_return_sequences):
             row = number if "seed" in listed else len(requests)  # a seed of its own counts as in a call of its own
             row_of_call = row_seed(seed if own.seed is None else own.seed, row)
-            requests.append(_request(prompt, input_ids.shape[1], own, row_of_call, known))
+            request = _request(prompt, input_ids.shape[1], own, row_of_call, known, vocab_size)
+            if masks:
+                follow = functools.partial(_fill, masks, len(requests), whole)
+                request = dataclasses.replace(request, next_allowed=follow)
+            requests.append(request)
     return requests
 
 
-def _request(prompt: torch.Tensor, width: int, config: GenerationConfig, seed: int, seen: torch.Tensor) -> Request:
+def _request(
+    prompt: torch.Tensor, width: int, config: GenerationConfig, seed: int, seen: torch.Tensor, vocab_size: int
+) -> Request:
     """One row; its prompt comes to ``width`` tokens with its padding."""
-    eos, min_new = config.eos_token_id, config.min_new_tokens
+    eos, new_tokens = config.eos_token_id, _new_tokens(width, config)
     pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if eos else 0)
-    changes = Changes(config.repetition_penalty, max(0, config.min_length - width) if min_new is None else min_new)
-    if changes.min_new > 0 and len(eos) > MAX_EOS_IDS:
-        raise NotImplementedError(f"the compiled step keeps at most {MAX_EOS_IDS} EOS ids back, got {len(eos)}")
-    return Request(prompt, _new_tokens(width, config), sampling_of(config, seed), eos, pad, changes, seen)
+    changes = changes_of(config, width, vocab_size)
+    allowed = allowed_tokens(config, vocab_size)
+    return Request(prompt, new_tokens, sampling_of(config, seed), eos, pad, changes, seen, allowed)
+
+
+def _token_masks(config: GenerationConfig, settings: Mapping[str, Any], vocab_size: int) -> list[TokenMask]:
+    """What writes the token masks of a call, one after the other."""
+    asked = {**config.other, **settings}
+    masks = [] if (prefix := asked.get("prefix_allowed_tokens_fn")) is None else [prefix_mask(prefix, vocab_size)]
+    return masks if (mask := asked.get("token_mask")) is None else [*masks, mask]
+
+
+def _fill(
+    masks: Iterable[TokenMask], row: int, prompt: torch.Tensor, new_tokens: torch.Tensor, allowed: torch.Tensor
+) -> None:
+    for fill in masks:
+        fill(row, torch.cat((prompt, new_tokens.to(prompt))), allowed)
 
 
 def is_by_prompt(name: str, value: Any) -> bool:
-    """Whether the setting of a call has one value for each prompt: a list of numbers, or of lists of EOS ids."""
-    if name == "eos_token_id":
-        return isinstance(value, (list, tuple)) and any(isinstance(each, (list, tuple)) for each in value)
+    """Whether the setting of a call has one value for each prompt: a list of what counts for all of them elsewhere."""
+    if name in DEPTHS:
+        return depth(value) > DEPTHS[name]
+    if name == "sequence_bias":
+        return isinstance(value, (list, tuple)) and any(hasattr(each, "items") for each in value)
     return name in BY_PROMPT and (isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1)
 
 
@@ -132,7 +169,6 @@ def _by_prompt(settings: Mapping[str, Any], listed: Iterable[str], prompts: int)
 def outside_the_step(config: GenerationConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What a call asks for that the compiled step does not do."""
     outside = config.outside_the_step(settings)
-    least = {name: settings.get(name, getattr(config, name)) for name in ("min_new_tokens", "min_length")}
     if by_prompt := sorted(name for name, value in settings.items() if is_by_prompt(name, value)):
         if outside:
             raise NotImplementedError(
@@ -140,8 +176,11 @@ def outside_the_step(config: GenerationConfig, settings: Mapping[str, Any]) -> d
                 "give one value for all prompts"
             )
         return {}
-    eos = GenerationConfig(eos_token_id=settings.get("eos_token_id", config.eos_token_id)).eos_token_id
-    return outside | {name: value for name, value in least.items() if value and len(eos) > MAX_EOS_IDS}
+    changing = {name: settings.get(name, getattr(config, name)) for name in CHANGING}
+    if any(changing[name] for name in CHANGING if name != "eos_token_id"):
+        own = GenerationConfig(**{name: OFF.get(name) if value is None else value for name, value in changing.items()})
+        outside |= {name: changing[name] for name in beyond_the_step(own)}
+    return outside
 
 
 def start_of(config: GenerationConfig) -> torch.Tensor:

@@ -25,6 +25,11 @@ class Stopping:
         """Whether no row goes on."""
         return not any(self._left)
 
+    @property
+    def ended(self) -> list[bool]:
+        """Of each row, whether it has."""
+        return [not left for left in self._left]
+
     def take(self, tokens_bn: torch.Tensor) -> torch.Tensor:
         """The rows' next tokens, up to the step in which the last row ended; pad ids where a row had ended."""
         rows = tokens_bn.tolist()

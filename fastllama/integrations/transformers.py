@@ -20,21 +20,15 @@ from fastllama.generation.outside import ORGANISES_CACHES
 from fastllama.generation.request import check_ids, check_tensor, inferred_mask, requests_of, unpad
 from fastllama.generation.transformers_loop import over_engine, why_not, with_cache
 from fastllama.integrations.described import check_as_described
-from fastllama.model.masks import positions_from_mask
+from fastllama.integrations.prepared import given_by_the_caller, own_arguments
 from fastllama.model.rope import rotary_cos_sin
 
 logger = logging.getLogger(__name__)
 
 # Arguments of transformers' generate() that have no effect on the engine.
 INERT = frozenset({"use_cache", "synced_gpus", "cache_implementation", "disable_compile", "logits_to_keep"})
-# What transformers makes of a config that the compiled step does.
-STEP_PROCESSORS = {
-    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper",
-    "RepetitionPenaltyLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "MinLengthLogitsProcessor",
-}  # fmt: skip
 PADDING = ("pad_token_id", "eos_token_id")
 POSITIONS_AND_CACHES = {"position_ids", "past_key_values", "cache"}
-STEP_CRITERIA = {"MaxLengthCriteria", "EosTokenCriteria"}
 
 
 def accelerate(model: Any) -> Any:
@@ -101,8 +95,7 @@ def generate(
     """
     model.__dict__.setdefault("fastllama", None)
     try:
-        names = {type(each).__name__ for each in (*logits_processor, *stopping_criteria)}
-        if foreign := sorted(names - STEP_PROCESSORS - STEP_CRITERIA):
+        if foreign := given_by_the_caller(model, input_ids, generation_config, logits_processor, stopping_criteria):
             raise NotImplementedError(f"{', '.join(foreign)}: the engine does not do it")
         mask = kwargs.get("attention_mask")
         if own := sorted(own_arguments(kwargs, mask).keys() & POSITIONS_AND_CACHES):
@@ -123,23 +116,6 @@ def generate(
     if streamer is None:
         return model.fastllama.generate(**arguments)
     return model.fastllama.generate(**arguments, streamer=_WithoutPrompt(streamer))
-
-
-def own_arguments(kwargs: Mapping[str, Any], mask: torch.Tensor | None) -> dict[str, Any]:
-    """What a caller has given, without what transformers makes: an empty cache, positions that a mask implies."""
-    own = dict(kwargs)
-    for name in ("past_key_values", "cache"):
-        cache = own.get(name)  # the caller's own is marked from transformers 5.16 on, and has to be filled
-        if cache is None or not (cache.get_seq_length() or getattr(cache, "_is_user_defined", False)):
-            own.pop(name, None)
-    if (position_bt := own.get("position_ids")) is not None:
-        is_token_bt = torch.ones_like(position_bt) if mask is None else mask
-        if (
-            position_bt.shape == is_token_bt.shape
-            and not ((position_bt != positions_from_mask(is_token_bt)) & (is_token_bt != 0)).any()
-        ):
-            del own["position_ids"]
-    return own
 
 
 class _WithoutPrompt:
@@ -236,11 +212,11 @@ def _check(
     """Raise what a call would raise before its first token."""
     engine_of(twin)
     requests = requests_of(input_ids, attention_mask, generation_config, settings, twin.config.vocab_size)
-    is_penalised = any(
-        request.changes.repetition_penalty != 1 and len(request.seen) < input_ids.shape[1] for request in requests
-    )
-    if is_penalised and _penalises_padding():
+    changes = [request.changes for request in requests if len(request.prompt) < input_ids.shape[1]]  # of padded rows
+    if any(each.repetition_penalty != 1 for each in changes) and _penalises_padding():
         raise NotImplementedError("repetition_penalty counts padding in this version of transformers")
+    if any(each.reads_tokens for each in changes):
+        raise NotImplementedError("no_repeat_ngram_size and sequences of tokens count padding in transformers")
 
 
 @functools.cache

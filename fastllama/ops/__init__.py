@@ -24,6 +24,7 @@ from fastllama_kernels.layers import step as step_op
 from fastllama_kernels.linear import packed as packed_op
 from fastllama_kernels.linear import quantize as quantize_op
 from fastllama_kernels.sampling import op as sampling_op
+from fastllama_kernels.sampling import processing as processing_op
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,9 @@ dequantized, by_panel = packed_op.dequantized, packed_op.by_panel
 packed, unpacked = packed_op.packed, packed_op.unpacked
 kv_columns, kv_encoded, kv_decoded = kv_codes.columns, kv_codes.encoded, kv_codes.decoded
 SamplingParams = sampling_op.SamplingParams
-Processing = sampling_op.Processing
-processed = sampling_op.processed
+Processing = processing_op.Processing
+MAX_NGRAM = processing_op.MAX_NGRAM
+allowed_by, token_mask, token_mask_words = processing_op.allowed_by, processing_op.token_mask, processing_op.words
 row_seed = sampling_op.row_seed
 
 
@@ -150,6 +152,24 @@ def rotary_attention(
     """
     args = (qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd, arrived_p)
     return _run("rotary_attention", *args, tokens=qkv_btn.shape[1], head_dim=cos_sd.shape[1])
+
+
+def processed(
+    logits_bv: torch.Tensor,
+    processing: Processing,
+    position_b: torch.Tensor,
+    step_b: torch.Tensor,
+    limit_b: torch.Tensor,
+) -> torch.Tensor:
+    """Float32 logits ``[b, v]`` after penalties, biases and bans; see :mod:`fastllama_kernels.sampling.processing`.
+
+    Args:
+        logits_bv: of every token.
+        processing: of each row.
+        position_b: int64, of each row's newest token.
+        step_b, limit_b: int64, how many new tokens each row has, and will have at most.
+    """
+    return _run("processed", logits_bv, [*processing], position_b, step_b, limit_b)
 
 
 def sample(logits_bv: torch.Tensor, params: SamplingParams, position_b: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from fastllama_kernels.layers import op as layers_op
 from fastllama_kernels.linear import op as linear_op
 from fastllama_kernels.linear import packed as packed_op
 from fastllama_kernels.sampling import op as sampling_op
+from fastllama_kernels.sampling import processing as processing_op
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(None, "torch", _countless(attention_op.rotary_attention_ref), launches=0),
     ),
+    "processed": (
+        Rule("cpu", "C++ kernel", _op("processed")),
+        Rule("cuda", "Inductor, Triton kernel for n-grams", processing_op.processed_cuda),
+        Rule(None, "torch", processing_op.processed_ref, launches=0),
+    ),
     "sample": (
         Rule("cpu", "C++ kernel", _op("sample"), note="without sorting the vocabulary"),
         Rule("cuda", "Triton kernel", _op("sample"), launches=2, note="without sorting the vocabulary"),
@@ -231,6 +237,7 @@ def _register_triton() -> None:
     from fastllama_kernels.attention import triton as decode_attention  # noqa: F401
     from fastllama_kernels.linear import packed_triton, rms_norm, silu_mul  # noqa: F401
     from fastllama_kernels.linear import triton as gemv  # noqa: F401
+    from fastllama_kernels.sampling import ngrams  # noqa: F401
     from fastllama_kernels.sampling import triton as sample  # noqa: F401
 
 

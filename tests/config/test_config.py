@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from fastllama.config import GenerationConfig, LlamaConfig, RopeParameters
-from fastllama.config.generation import OUTSIDE_THE_STEP
+from fastllama.config.settings import OUTSIDE_THE_STEP
 from fastllama.ops import ACTIVATIONS
 
 SHAPE = {
@@ -399,9 +399,6 @@ def test_what_changes_nothing_is_one_warning_and_an_error_if_strict(fields, mess
     "setting",
     [
         {"num_beams": 4},
-        {"no_repeat_ngram_size": 3},
-        {"bad_words_ids": [[1]]},
-        {"suppress_tokens": [7]},
         {"typical_p": 0.9},
         {"guidance_scale": 1.5},
         {"stop_strings": ["\n"]},

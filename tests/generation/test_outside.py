@@ -50,7 +50,7 @@ def has_five(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         {"num_beams": 3, "length_penalty": 0.3, "early_stopping": True, "num_return_sequences": 2, "eos_token_id": EOS},
         {"num_beams": 2, **SAMPLED},
         {"repetition_penalty": 1.4},
-        {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "attention_mask": LEFT},
+        {"repetition_penalty": 1.4, "typical_p": 0.9, "attention_mask": LEFT, **SAMPLED},
         {"encoder_repetition_penalty": 1.2},
         {"bad_words_ids": [[5], [7, 9]], "suppress_tokens": [30, 31], "begin_suppress_tokens": [8]},
         {"sequence_bias": [[[5], 4.0], [[17, 3], -2.0]]},

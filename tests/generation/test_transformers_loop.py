@@ -24,10 +24,10 @@ def plus_one(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 CALLS: list[dict[str, Any]] = [
     {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": [41, 42]},
-    {"num_beams": 2, "do_sample": True, "no_repeat_ngram_size": 2},
+    {"num_beams": 2, "do_sample": True, "no_repeat_ngram_size": 2, "suppress_tokens": [3]},
     {"logits_processor": LogitsProcessorList([plus_one]), "eos_token_id": 7},
     {"typical_p": 0.9, "do_sample": True, "num_return_sequences": 3},
-    {"attention_mask": LEFT, "suppress_tokens": [3, 4]},
+    {"attention_mask": LEFT, "encoder_repetition_penalty": 1.3, "suppress_tokens": [3, 4]},
     {"attention_mask": LEFT, "num_beams": 4, "repetition_penalty": 1.3},
     {"max_time": 60.0, "cache_implementation": "static", "use_cache": False},
 ]
@@ -93,7 +93,7 @@ def test_the_cache_of_several_sequences_of_padded_prompts_is_returned(pair, ids)
 
 def test_right_padded_rows_equal_single_rows(pair, ids) -> None:
     ours, mask = pair[0], LEFT.flip(1)
-    asked = {"no_repeat_ngram_size": 2, **PLAIN}
+    asked = {"encoder_no_repeat_ngram_size": 2, **PLAIN}
     together = ours.generate(ids, attention_mask=mask, **asked)[:, ids.shape[1] :]
     for row, new in enumerate(together):
         prompt = ids[row][mask[row] == 1][None]
@@ -175,7 +175,7 @@ def test_rows_that_ended_early_go_on_in_the_next_turn(pair, ids, hides_padding) 
     assert ours.generate(turn, past_key_values=cache, attention_mask=mask, **PLAIN).tolist() == expected
 
 
-@pytest.mark.parametrize("asked", [{"num_beams": 1, "return_dict_in_generate": True}, {"no_repeat_ngram_size": 2}])
+@pytest.mark.parametrize("asked", [{"return_dict_in_generate": True}, {"encoder_no_repeat_ngram_size": 2}])
 def test_a_static_cache_is_used_outside_the_step_too(pair, ids, asked) -> None:
     ours, theirs = pair
     cache, everything = StaticCache(ours.config, 2, 60), {"attention_mask": torch.ones_like(ids)}

@@ -369,6 +369,8 @@ def test_transformers_hands_its_calls_to_the_engine(theirs, ids, caplog) -> None
         {"eos_token_id": 41},
         {"do_sample": True, "top_k": 1, "top_p": 0.9},
         penalty,
+        {"no_repeat_ngram_size": 1, "suppress_tokens": [5, 6], "bad_words_ids": [[7, 8], [9]]},
+        {"sequence_bias": {(5,): 3.0}, "begin_suppress_tokens": [5], "forced_eos_token_id": 4},
     ):
         expected = theirs.generate(ids, max_new_tokens=6, **asked)
         assert torch.equal(theirs.generate(ids, max_new_tokens=6, custom_generate=generate, **asked), expected)
@@ -380,8 +382,10 @@ def test_transformers_hands_its_calls_to_the_engine(theirs, ids, caplog) -> None
     "asked",
     [
         {"num_beams": 2},
-        {"no_repeat_ngram_size": 1},
+        {"encoder_no_repeat_ngram_size": 2},
         {"logits_processor": [lambda _, x: -x]},
+        {"logits_processor": [transformers.RepetitionPenaltyLogitsProcessor(3.0)]},
+        {"stopping_criteria": [transformers.MaxLengthCriteria(10)]},
         {"max_time": 50.0},
     ],
     ids=lambda asked: "+".join(asked),

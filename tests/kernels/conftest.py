@@ -54,10 +54,12 @@ def triton_on_cpu() -> Iterator[None]:
     from fastllama_kernels.attention import rotary
     from fastllama_kernels.attention import triton as decode_attention
     from fastllama_kernels.linear import rms_norm, silu_mul
+    from fastllama_kernels.sampling import ngrams
 
     functions = {
         "rms_norm": rms_norm.rms_norm,
         "silu_mul": silu_mul.silu_mul,
+        "ban_ngrams": ngrams.ban_ngrams,
         "rotary_write": rotary.rotary_write,
         "rotary_attention_split": decode_attention.rotary_attention,
     }

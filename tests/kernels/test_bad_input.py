@@ -11,6 +11,7 @@ from fastllama_kernels.attention import rotary
 from fastllama_kernels.attention import triton as decode_attention
 from fastllama_kernels.linear import rms_norm, silu_mul
 from fastllama_kernels.linear import triton as gemv
+from fastllama_kernels.sampling import ngrams
 from fastllama_kernels.sampling import triton as sample
 
 pytestmark = pytest.mark.triton
@@ -32,6 +33,9 @@ OPS: dict[str, tuple[Callable[..., object], dict[str, torch.Tensor]]] = {
     }),
     "rms_norm": (lambda **args: rms_norm.rms_norm(**args, eps=1e-5), {
         "x": torch.randn(2, 32), "weight": torch.randn(32),
+    }),
+    "ban_ngrams": (ngrams.ban_ngrams, {
+        "logits_bv": torch.randn(2, 32), "tokens_bs": ids(2, 8), "size_b": ids(2), "position_b": ids(2),
     }),
     "silu_mul": (silu_mul.silu_mul, {"x": torch.randn(2, 32)}),
     "rotary_write": (rotary.rotary_write, {

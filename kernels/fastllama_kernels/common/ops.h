@@ -30,13 +30,20 @@ struct SamplingSettings {
   Tensor temperature, top_k, top_p, min_p, seed;  // of each row
 };
 
-struct ProcessingSettings {
-  Tensor repetition_penalty, min_new, seen;  // of each row
+struct ProcessingSettings {  // of each row, in the order of ../sampling/processing.py
+  static constexpr size_t kTensors = 12;
+  Tensor repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, forced_first, forced_last;
+  Tensor bias_tokens, bias_values, bias_until, allowed, tokens, counts;
+
+  ProcessingSettings() = default;
+  // The first kTensors of some tensors.
+  ProcessingSettings(const Tensor* all, int64_t batch);
 };
 
-// Float32 logits [rows, vocab] after what changes them; the same logits where nothing does.
-Tensor processed(const Tensor& logits, int64_t vocab, const ProcessingSettings& settings, const Tensor& eos,
-                 const Tensor& steps);
+// Float32 logits [rows, vocab] after what changes them; the same logits where nothing does. Logits may have more columns
+// than the vocabulary, which fill up a panel.
+Tensor processed(const Tensor& logits, const ProcessingSettings& settings, const Tensor& positions, const Tensor& steps,
+                 const Tensor& limits);
 
 // A token of each row of logits [rows, ..., at least vocab], at these positions.
 void sample_rows(const Tensor& logits, int64_t vocab, const SamplingSettings& settings, const int64_t* positions,

@@ -98,12 +98,14 @@ struct RowBuffers {
   SamplingSettings sampling;
 
   explicit RowBuffers(const std::vector<Tensor>& all) {
-    STD_TORCH_CHECK(all.size() == 16, "fastllama: got ", all.size(), " buffers of rows, expected 16");
+    constexpr size_t kOwn = 8, kSampling = kOwn + ProcessingSettings::kTensors, kAll = kSampling + 5;
+    STD_TORCH_CHECK(all.size() == kAll, "fastllama: got ", all.size(), " buffers of rows, expected ", kAll);
     ids = all[0], positions = all[1], finished = all[2], steps = all[3];
     output = all[4], limit = all[5], eos = all[6], pad = all[7];
-    processing = {all[8], all[9], all[10]};
-    sampling = {all[11], all[12], all[13], all[14], all[15]};
     const int64_t b = ids.size(0);
+    processing = ProcessingSettings(all.data() + kOwn, b);
+    const Tensor* last = all.data() + kSampling;
+    sampling = {last[0], last[1], last[2], last[3], last[4]};
     check(positions, "positions", ScalarType::Long, {b, 1});
     check(finished, "finished", ScalarType::Bool, {b});
     check(steps, "steps", ScalarType::Long, {b});
@@ -111,6 +113,16 @@ struct RowBuffers {
     check(limit, "limit", ScalarType::Long, {b});
     check(eos, "eos", ScalarType::Long, {b, eos.size(1)});
     check(pad, "pad", ScalarType::Long, {b});
+  }
+
+  // Writes each row's newest token to its place among the row's tokens.
+  void keep_newest() {
+    const int64_t slots = processing.tokens.size(1);
+    for (int64_t b = 0; b < ids.size(0); ++b) {
+      const int64_t position = data<int64_t>(positions)[b];
+      STD_TORCH_CHECK(position >= 0 && position < slots, "fastllama: position ", position, " of ", slots, " slots");
+      of<int64_t>(processing.tokens)[b * slots + position] = data<int64_t>(ids)[b];
+    }
   }
 
   // Every row that has not ended takes its token and is one further.
@@ -124,7 +136,8 @@ struct RowBuffers {
       of<int64_t>(output)[b * n + step[b]] = token;
       of<int64_t>(ids)[b] = token;
       if (ended) continue;  // it stays where it is, inside its cache
-      if (token < processing.seen.size(1)) of<bool>(processing.seen)[b * processing.seen.size(1) + token] = true;
+      const int64_t vocab = processing.counts.size(1);
+      if (token < vocab) of<int32_t>(processing.counts)[b * vocab + token] += 2;
       ++of<int64_t>(positions)[b];
       ++step[b];
       const int64_t* ends = data<int64_t>(eos) + b * count;
@@ -148,7 +161,8 @@ void decode_step(std::vector<Tensor> buffers, Tensor cos, Tensor sin, std::vecto
   const int64_t batch = rows.ids.size(0);
   std::vector<int64_t> positions(batch), tokens(batch);
   for (int64_t b = 0; b < batch; ++b) positions[b] = data<int64_t>(rows.positions)[b] + 1;
-  const Tensor changed = processed(all, vocab, rows.processing, rows.eos, rows.steps);
+  rows.keep_newest();
+  const Tensor changed = processed(all, rows.processing, rows.positions, rows.steps, rows.limit);
   sample_rows(changed, vocab, rows.sampling, positions.data(), tokens.data());
   rows.advance(tokens);
 }

@@ -8,7 +8,7 @@ program starts, and between two kernels there is nothing but a function call in 
 
 ``rows`` are buffers, updated in place: ids int64 ``[b, 1]``, positions int64 ``[b, 1]``, finished bool ``[b]``, new
 tokens so far int64 ``[b]``, output int64 ``[b, n]``, limit int64 ``[b]``, EOS ids int64 ``[b, e]``, pad id int64
-``[b]``, then the fields of :class:`fastllama_kernels.sampling.op.Processing` and of
+``[b]``, then the fields of :class:`fastllama_kernels.sampling.processing.Processing` and of
 :class:`fastllama_kernels.sampling.op.SamplingParams`. ``weights`` and ``kinds`` are those of the embedding, of the
 layers as :func:`fastllama_kernels.layers.op.flatten` gives them, the last norm, and those of the head. Columns of the
 head beyond ``vocab`` fill up its last panel.

@@ -179,39 +179,6 @@ int64_t sample_row(const T* logits, int64_t vocab, const Settings& settings) {
 
 }  // namespace
 
-Tensor processed(const Tensor& logits, int64_t vocab, const ProcessingSettings& settings, const Tensor& eos,
-                 const Tensor& steps) {
-  using torch::headeronly::ScalarType;
-  const int64_t batch = logits.size(0), stride = logits.numel() / batch, count = eos.size(1);
-  check(settings.repetition_penalty, "repetition_penalty", ScalarType::Float, {batch});
-  check(settings.min_new, "min_new", ScalarType::Long, {batch});
-  check(settings.seen, "seen", ScalarType::Bool, {batch, vocab});
-  const float* penalties = data<float>(settings.repetition_penalty);
-  const auto may_end = [&](int64_t b) { return data<int64_t>(steps)[b] >= data<int64_t>(settings.min_new)[b]; };
-  bool any = false;
-  for (int64_t b = 0; b < batch; ++b) any |= penalties[b] != 1 || !may_end(b);
-  if (!any) return logits;
-  Tensor out = torch::stable::new_empty(logits, {batch, vocab}, ScalarType::Float);
-  dispatch(logits, [&](auto zero) {
-    const auto* from = data<decltype(zero)>(logits);
-    float* to = static_cast<float*>(out.mutable_data_ptr());
-    for (int64_t b = 0; b < batch; ++b, from += stride, to += vocab) {
-      for (int64_t i = 0; i < vocab; ++i) to[i] = static_cast<float>(from[i]);
-      const bool* seen = data<bool>(settings.seen) + b * vocab;
-      const float penalty = penalties[b];
-      if (penalty != 1)
-        for (int64_t i = 0; i < vocab; ++i) {
-          const float changed = to[i] < 0 ? to[i] * penalty : to[i] / penalty;
-          to[i] = seen[i] ? changed : to[i];
-        }
-      const int64_t* ends = data<int64_t>(eos) + b * count;
-      for (int64_t e = 0; e < count && !may_end(b); ++e)
-        if (ends[e] >= 0 && ends[e] < vocab) to[ends[e]] = -kInfinity;
-    }
-  });
-  return out;
-}
-
 void sample_rows(const Tensor& logits, int64_t vocab, const SamplingSettings& settings, const int64_t* positions,
                  int64_t* tokens) {
   using torch::headeronly::ScalarType;

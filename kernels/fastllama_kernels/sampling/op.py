@@ -55,42 +55,6 @@ class SamplingParams(NamedTuple):
     seed: torch.Tensor
 
 
-class Processing(NamedTuple):
-    """What changes a row's logits before a token is sampled; every field is a tensor of ``b`` rows.
-
-    repetition_penalty: float32 ``[b]``; 1 changes nothing (arXiv 1909.05858).
-    min_new: int64 ``[b]``, the number of new tokens before an EOS id may come.
-    seen: bool ``[b, v]``, the tokens of the row, its prompt's and its own.
-    """
-
-    repetition_penalty: torch.Tensor
-    min_new: torch.Tensor
-    seen: torch.Tensor
-
-
-def processed(
-    logits_bv: torch.Tensor, processing: Processing, eos_be: torch.Tensor, step_b: torch.Tensor
-) -> torch.Tensor:
-    """Float32 logits ``[b, v]`` after what changes them, as Hugging Face's logits processors of the same names:
-
-        repetition penalty p   logit / p where it is positive, logit · p elsewhere, of tokens that the row has
-        minimum length         minus infinity for EOS ids, as long as the row has fewer new tokens
-
-    Args:
-        logits_bv: of any dtype.
-        processing: of each row.
-        eos_be: EOS ids of each row, -1 where there is none.
-        step_b: how many new tokens each row has.
-    """
-    penalty_b1 = processing.repetition_penalty[:, None]
-    x_bv = logits_bv.float()
-    x_bv = torch.where(processing.seen, torch.where(x_bv < 0, x_bv * penalty_b1, x_bv / penalty_b1), x_bv)
-    vocab = x_bv.shape[1]
-    may_not_end_be = (step_b < processing.min_new)[:, None] & (eos_be >= 0) & (eos_be < vocab)
-    least_be = torch.full_like(eos_be, torch.inf, dtype=torch.float32).masked_fill(may_not_end_be, -torch.inf)
-    return x_bv.scatter_reduce(1, eos_be.clamp(0, vocab - 1), least_be, "amin")
-
-
 def sample_ref(logits_bv: torch.Tensor, params: SamplingParams, position_b: torch.Tensor) -> torch.Tensor:
     """``sample`` in torch operators, for logits of any dtype; sorts the vocabulary."""
     scaled_bv = _scaled(logits_bv, params)

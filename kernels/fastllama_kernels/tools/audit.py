@@ -27,6 +27,7 @@ from fastllama_kernels.common.shapes import Shape
 from fastllama_kernels.linear import packed_triton, rms_norm, silu_mul
 from fastllama_kernels.linear import triton as gemv
 from fastllama_kernels.linear.packed import LINE, PANEL
+from fastllama_kernels.sampling import ngrams
 from fastllama_kernels.tools import step
 
 WIDE = 16  # bytes
@@ -145,6 +146,9 @@ def _all_launches(chip: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
         yield f"silu_mul ({name})", silu_mul.plan_launch(tensor(512, 2 * f), activations.SILU, chip)[0]
         cache, position = tensor(1, shape.num_key_value_heads, 512, d), tensor(1, 512, dtype=torch.int64)
         packed, table = tensor(1, 512, shape.packed), tensor(512, d, dtype=torch.float32)
+        tokens, sizes = tensor(8, 131072, dtype=torch.int64), tensor(8, dtype=torch.int64)
+        logits = tensor(8, shape.vocab_size, dtype=torch.float32)
+        yield f"ban_ngrams ({name})", ngrams.plan_launch(logits, tokens, sizes, sizes, chip)
         yield f"rotary_write ({name})", rotary.plan_launch(packed, table, table, position, cache, cache, chip)[0]
 
 

@@ -32,7 +32,8 @@ def test_every_shipped_kernel_is_free_of_faults(arch) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     *kernels, verdict = done.stdout.splitlines()[1:]
     assert verdict == "no faults"
-    for part in ("q/k/v", "attention", "output", "gate/up", "rms_norm", "silu_mul", "rotary_write", "race", "settle"):
+    parts = ("q/k/v", "attention", "output", "gate/up", "rms_norm", "silu_mul", "rotary_write", "race", "settle")
+    for part in (*parts, "ban_ngrams"):
         assert any(part in line for line in kernels), part
 
 

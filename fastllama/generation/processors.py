@@ -1,0 +1,38 @@
+"""What the compiled step does and transformers does not, as processors for transformers' loops.
+
+Shape suffixes: ``b`` rows, ``t`` tokens, ``v`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastllama import ops
+from fastllama.generation.changes import TokenMask
+
+
+class CountPenalties:
+    """Presence and frequency penalty of tokens that come after the prompt; see :class:`fastllama.GenerationConfig`."""
+
+    def __init__(self, presence: float, frequency: float, prompt_tokens: int) -> None:
+        self._presence, self._frequency, self._prompt_tokens = presence, frequency, prompt_tokens
+
+    def __call__(self, ids_bt: torch.Tensor, scores_bv: torch.Tensor) -> torch.Tensor:
+        new_bt = ids_bt[:, self._prompt_tokens :]
+        counts_bv = torch.zeros_like(scores_bv).scatter_add(1, new_bt, torch.ones_like(new_bt, dtype=scores_bv.dtype))
+        return scores_bv - self._frequency * counts_bv - self._presence * (counts_bv > 0)
+
+
+class MaskedTokens:
+    """The token mask of each row; ``beams`` rows after each other are one."""
+
+    def __init__(self, fill: TokenMask, beams: int) -> None:
+        self._fill, self._beams = fill, beams
+
+    def __call__(self, ids_bt: torch.Tensor, scores_bv: torch.Tensor) -> torch.Tensor:
+        allowed = torch.full((ops.token_mask_words(scores_bv.shape[1]),), -1, dtype=torch.int32, device="cpu")
+        allowed_bv = torch.empty(scores_bv.shape, dtype=torch.bool, device="cpu")
+        for row, (ids_t, allowed_v) in enumerate(zip(ids_bt, allowed_bv, strict=True)):
+            self._fill(row // self._beams, ids_t, allowed.fill_(-1))
+            allowed_v.copy_(ops.allowed_by(allowed, len(allowed_v)))
+        return scores_bv.masked_fill(~allowed_bv.to(scores_bv.device), -torch.inf)
