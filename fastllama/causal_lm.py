@@ -165,12 +165,12 @@ class LlamaForCausalLM(Llama):
         rest = {name: value for name, value in settings.items() if name not in ("past_key_values", "cache")}
         if cache is not None and input_ids is not None:
             check_cache(cache, self.config)
-            is_outside = bool(outside_the_step(config, rest))
+            is_outside = bool(outside_the_step(config, rest, self.device.type))
             if not is_outside and cache_in_step(engine_of(self), cache, input_ids, attention_mask, config, rest):
                 settings = rest
             else:
                 even_out(cache, len(input_ids))
-        if outside_the_step(config, settings):
+        if outside_the_step(config, settings, self.device.type):
             runner_of = functools.partial(engine_of, self)
             return generate_outside(self, runner_of, config, input_ids, attention_mask, streamer, settings)
         if input_ids is None:

@@ -218,7 +218,7 @@ def run(op: str, dtype: torch.dtype, rows: int, tokens: int, head_dim: int) -> N
         ops.processed(tensor(batch, VOCABULARY), processing, counts, counts, counts)
     else:
         numbers, counts = tensor(batch, dtype=torch.float32), tensor(batch, dtype=torch.long)
-        params = ops.SamplingParams(numbers, counts, numbers, numbers, counts)
+        params = ops.SamplingParams(numbers, counts, numbers, numbers, numbers, counts)
         ops.sample(tensor(batch, VOCABULARY), params, counts)
 
 

@@ -160,7 +160,7 @@ def _attention_results(function: Function, arguments: Arguments) -> torch.Tensor
 
 def _sampling(shapes: Shapes, name: str, label: str, calls: int, temperature: float) -> StepOp:
     b, v, device = shapes.batch, shapes.config.vocab_size, shapes.device
-    settings = {"temperature": temperature, "top_k": TOP_K, "top_p": TOP_P, "min_p": 0.0}
+    settings = {"temperature": temperature, "top_k": TOP_K, "top_p": TOP_P, "min_p": 0.0, "typical_p": 1.0}
     rows = {name: torch.full((b,), value, device=device) for name, value in settings.items()}
     params = ops.SamplingParams(**rows, seed=torch.arange(b, device=device))
     logits_bv = shapes.normal(b, v)

@@ -29,6 +29,7 @@ SHAPE_FIELDS = {
     "tie_word_embeddings": "tied embeddings",
 }
 LABELS = SHAPE_FIELDS | {
+    "generate": "generate() by its settings",
     "weight_bytes": "weights",
     "weight_bytes_per_step": "weights read per token",
     "kv_cache_bytes": "KV cache, full context",
@@ -77,6 +78,7 @@ def gather(
     import torch
 
     from fastllama import ops
+    from fastllama.config.settings import said
     from fastllama.loading.names import resolve
 
     source = resolve(model, strict)
@@ -86,8 +88,10 @@ def gather(
     with progress(quiet) as say:
         say("measuring memory bandwidth")
         decoding = _decoding(config, where, context or config.max_position_embeddings)
+    outside = source.generation_config.outside_the_step({})
+    way = f"transformers' loop, for {said(outside)}" if outside else "the compiled step"
     return {
-        "model": {"name": model} | {field: getattr(config, field) for field in SHAPE_FIELDS},
+        "model": {"name": model} | {field: getattr(config, field) for field in SHAPE_FIELDS} | {"generate": way},
         "decoding": decoding,
         "ops": [choice._asdict() for choice in ops.report(where, *kernels)],
         "machine": _machine(where),

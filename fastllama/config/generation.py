@@ -34,6 +34,7 @@ from fastllama.config.settings import (
     OFF,
     OUTSIDE_THE_STEP,
     SAMPLING_FIELDS,
+    WARPERS,
     said,
     set_of,
 )
@@ -55,6 +56,7 @@ class GenerationConfig:
         top_k: sample from the k most likely tokens; 0 or -1 for all.
         top_p: sample from the most likely tokens whose probabilities add up to p; 1.0 for all.
         min_p: sample from tokens with at least this fraction of the most likely token's probability.
+        typical_p: sample from the tokens of the most typical surprise whose probabilities add up to p; 1.0 for all.
         repetition_penalty: divides positive logits of tokens that prompt and new tokens have, and multiplies others.
         presence_penalty, frequency_penalty: of OpenAI's API: what is subtracted from the logit of a token that the new
             tokens have, once and for each time; transformers has no such fields.
@@ -86,6 +88,7 @@ class GenerationConfig:
     top_k: int = 50
     top_p: float = 1.0
     min_p: float | None = None
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -157,7 +160,10 @@ class GenerationConfig:
         Args:
             given: the call's own settings, which count instead; None is off.
         """
-        return set_of(OUTSIDE_THE_STEP, {**self.other, **given})
+        outside = set_of(OUTSIDE_THE_STEP, {**self.other, **given})
+        if not given.get("do_sample", self.do_sample):
+            outside = {name: value for name, value in outside.items() if name not in WARPERS}
+        return outside
 
     def check_usable(self, given: Mapping[str, Any]) -> None:
         """Check what a call of the compiled step would use of ``other``.

@@ -18,7 +18,7 @@ from fastllama.config.tokens import check_biases, check_one_or_more, check_seque
 OUTSIDE_THE_STEP: dict[str, Any] = {
     "max_time": None, "stop_strings": None, "num_beams": 1,
     "num_beam_groups": 1, "diversity_penalty": 0.0, "penalty_alpha": 0.0,
-    "dola_layers": None, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "dola_layers": None, "top_h": None, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "force_words_ids": [], "constraints": [],
     "remove_invalid_values": False, "exponential_decay_length_penalty": None, "token_healing": False,
     "guidance_scale": 1.0, "watermarking_config": None, "return_dict_in_generate": False,
@@ -54,11 +54,12 @@ INERT_GENERATION = frozenset({
 OFF = {
     "do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "min_length": 0,
     "num_return_sequences": 1, "eos_token_id": (), "presence_penalty": 0.0, "frequency_penalty": 0.0,
-    "no_repeat_ngram_size": 0,
+    "no_repeat_ngram_size": 0, "typical_p": 1.0,
 }  # fmt: skip
 NOT_IN_TRANSFORMERS = ("presence_penalty", "frequency_penalty", "seed")
-# Fields that matter to a call that samples only.
-SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed")
+# What matters to a call that samples only: fields, and settings outside the step.
+WARPERS = ("top_h", "epsilon_cutoff", "eta_cutoff")
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 
 
 _AT_LEAST_0, _AT_LEAST_1 = (functools.partial(check_int, at_least=least) for least in (0, 1))
@@ -66,7 +67,8 @@ _FRACTION = functools.partial(check_number, at_least=0, at_most=1)
 _PENALTY = functools.partial(check_number, at_least=-100, at_most=100)
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     "do_sample": check_bool, "temperature": functools.partial(check_number, at_least=0), "top_k": _AT_LEAST_0,
-    "top_p": _FRACTION, "min_p": _FRACTION, "max_length": _AT_LEAST_1, "max_new_tokens": _AT_LEAST_1,
+    "top_p": _FRACTION, "min_p": _FRACTION, "typical_p": functools.partial(check_number, above=0, at_most=1),
+    "max_length": _AT_LEAST_1, "max_new_tokens": _AT_LEAST_1,
     "repetition_penalty": functools.partial(check_number, above=0), "min_new_tokens": _AT_LEAST_0,
     "min_length": _AT_LEAST_0, "num_return_sequences": _AT_LEAST_1, "presence_penalty": _PENALTY,
     "frequency_penalty": _PENALTY, "no_repeat_ngram_size": _AT_LEAST_0, "bad_words_ids": check_sequences,

@@ -67,7 +67,8 @@ class Buffers:
             self.cache.value_cache,
             self._new(b * self.config.num_attention_heads, dtype=torch.int32),
         )
-        numbers = {name: self._new(b, dtype=torch.float32) for name in ("temperature", "top_p", "min_p")}
+        numbers = ("temperature", "top_p", "min_p", "typical_p")
+        params = {name: self._new(b, dtype=torch.float32) for name in numbers}
         self._slots = Rows(
             ids_b1=self._new(b, 1),
             position_b1=self._new(b, 1),
@@ -78,7 +79,7 @@ class Buffers:
             eos_be=self._new(b, MAX_EOS_IDS),
             pad_b=self._new(b),
             processing=new_processing(self._new, b, s, self.config.vocab_size),
-            params=ops.SamplingParams(**numbers, top_k=self._new(b), seed=self._new(b)),
+            params=ops.SamplingParams(**params, top_k=self._new(b), seed=self._new(b)),
         )
         self._processed: set[int] = set()  # slots whose processing changes something
         self._rows: dict[int, Rows] = {}
@@ -171,6 +172,8 @@ class Buffers:
         """Set everything that belongs to these slots, each to begin with the last token of its prompt."""
         at_r, host = torch.tensor(list(rows), device=self.device), "cpu"  # whatever torch's default device is
         wanted = list(rows.values())
+        if self.device.type != "cpu" and any(row.sampling.typical_p < 1 for row in wanted):
+            raise NotImplementedError("typical_p is done on a CPU, by no kernel of a GPU")
         eos_re = torch.full((len(rows), MAX_EOS_IDS), -1, device=host)
         for eos_e, row in zip(eos_re, wanted, strict=True):
             eos_ids = row.eos_token_ids[:MAX_EOS_IDS]

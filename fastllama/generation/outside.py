@@ -72,7 +72,7 @@ def generate_outside(
         ValueError: ids of another shape or dtype, or outside the vocabulary; what transformers refuses.
     """
     check_known(config, settings)
-    asked = outside_the_step(config, settings)
+    asked = outside_the_step(config, settings, model.device.type)
     try:
         import transformers
     except ImportError as error:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastllama.config import GenerationConfig
-from fastllama.config.settings import KNOWN, OFF, said
+from fastllama.config.settings import KNOWN, OFF, OUTSIDE_THE_STEP, said
 from fastllama.config.tokens import depth
 from fastllama.engine.row import GREEDY, NO_CHANGES, Changes, Sampling
 from fastllama.generation.changes import TokenMask, allowed_tokens, beyond_the_step, changes_of, prefix_mask
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_NEW_TOKENS = 20  # as in transformers
 # What may differ from prompt to prompt, besides EOS ids.
 BY_PROMPT = frozenset({
-    "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-    "presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "forced_bos_token_id", "min_new_tokens",
-    "min_length", "pad_token_id", "seed",
+    "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p",
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "forced_bos_token_id",
+    "min_new_tokens", "min_length", "pad_token_id", "seed",
 })  # fmt: skip
 # How many lists a value is that counts for all prompts.
 DEPTHS = {"eos_token_id": 1, "suppress_tokens": 1, "begin_suppress_tokens": 1, "bad_words_ids": 2}
@@ -166,9 +166,15 @@ def _by_prompt(settings: Mapping[str, Any], listed: Iterable[str], prompts: int)
     return [{**settings, **{name: each[at] for name, each in values.items()}} for at in range(prompts)]
 
 
-def outside_the_step(config: GenerationConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a call asks for that the compiled step does not do."""
+def outside_the_step(config: GenerationConfig, settings: Mapping[str, Any], device_type: str = "cpu") -> dict[str, Any]:
+    """What a call asks for that the compiled step does not do on such a device."""
     outside = config.outside_the_step(settings)
+    typical_p = settings.get("typical_p", config.typical_p)
+    if device_type != "cpu" and typical_p not in (None, 1.0) and settings.get("do_sample", config.do_sample):
+        outside |= {"typical_p": typical_p}
+    numbers = {name for name, neutral in OUTSIDE_THE_STEP.items() if type(neutral) in (int, float)}
+    if several := sorted(name for name in numbers & outside.keys() if isinstance(outside[name], (list, tuple))):
+        raise NotImplementedError(f"{', '.join(several)} by prompt is not done; give one value for all prompts")
     if by_prompt := sorted(name for name, value in settings.items() if is_by_prompt(name, value)):
         if outside:
             raise NotImplementedError(
@@ -209,6 +215,7 @@ def sampling_of(config: GenerationConfig, seed: int) -> Sampling:
         top_k=config.top_k or 0,
         top_p=1.0 if config.top_p is None else config.top_p,
         min_p=config.min_p or 0.0,
+        typical_p=1.0 if config.typical_p is None else config.typical_p,
         seed=seed,
     )
 

@@ -27,7 +27,7 @@ class Stopping:
 
     @property
     def ended(self) -> list[bool]:
-        """Of each row, whether it has."""
+        """Whether each row has."""
         return [not left for left in self._left]
 
     def take(self, tokens_bn: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,8 @@ def check_as_described(model: nn.Module) -> None:
     attention = getattr(config, "_attn_implementation", None)
     if attention not in (None, *ATTENTIONS):
         raise NotImplementedError(f"the model has an attention of its own, {attention!r}")
+    if replaced := _replaced_function(attention):
+        raise NotImplementedError(f"{replaced}() of transformers was replaced")
     if getattr(config, "sliding_window", None):
         raise NotImplementedError("sliding_window is set, which the engine does not follow")
     if own := sorted(name for name, value in vars(model).items() if inspect.isroutine(value) and name not in OURS):
@@ -64,6 +66,17 @@ def check_as_described(model: nn.Module) -> None:
             continue
         why = "" if buffer.dtype == torch.float32 else f": it was cast to {buffer.dtype}, load the model in that dtype"
         raise NotImplementedError(f"{name} holds other frequencies than the config describes{why}")
+
+
+def _replaced_function(attention: str | None) -> str | None:
+    """A function that layers of transformers call, and that is none of its own."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.llama import modeling_llama
+
+    called = {name: value for name, value in vars(modeling_llama).items() if inspect.isroutine(value)}
+    if attention in ALL_ATTENTION_FUNCTIONS:
+        called[f"attention function {attention!r}"] = ALL_ATTENTION_FUNCTIONS[attention]
+    return next((name for name, function in called.items() if not _is_library_code(function)), None)
 
 
 def _difference(module: nn.Module, wanted: Description) -> str | None:
@@ -124,5 +137,9 @@ def _is_library_code(function: Any) -> bool:
     import transformers
 
     code = getattr(function, "__code__", None)
-    roots = [Path(inspect.getfile(library)).parent for library in (torch, transformers)]
-    return code is not None and any(root in Path(code.co_filename).parents for root in roots)
+    return code is not None and _is_in((torch.__file__, transformers.__file__), code.co_filename)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_in(libraries: tuple[str, ...], file: str) -> bool:
+    return any(Path(library).parent in Path(file).parents for library in libraries)

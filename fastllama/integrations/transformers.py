@@ -212,6 +212,8 @@ def _check(
     """Raise what a call would raise before its first token."""
     engine_of(twin)
     requests = requests_of(input_ids, attention_mask, generation_config, settings, twin.config.vocab_size)
+    if any(request.sampling.typical_p < 1 for request in requests) and twin.device.type != "cpu":
+        raise NotImplementedError("typical_p is done on a CPU, by no kernel of a GPU")
     changes = [request.changes for request in requests if len(request.prompt) < input_ids.shape[1]]  # of padded rows
     if any(each.repetition_penalty != 1 for each in changes) and _penalises_padding():
         raise NotImplementedError("repetition_penalty counts padding in this version of transformers")

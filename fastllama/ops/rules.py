@@ -164,7 +164,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(None, "torch", _countless(attention_op.rotary_attention_ref), launches=0),
     ),
     "processed": (
-        Rule("cpu", "C++ kernel", _op("processed")),
+        Rule("cpu", "C++ kernel", _op("processed"), note="penalties, biases, bans and token masks, where a row asks"),
         Rule("cuda", "Inductor, Triton kernel for n-grams", processing_op.processed_cuda),
         Rule(None, "torch", processing_op.processed_ref, launches=0),
     ),

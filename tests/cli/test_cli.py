@@ -60,7 +60,7 @@ class FakeModel:
     dtype = torch.float32
 
     def __init__(self) -> None:
-        self.generation_config = GenerationConfig(other={"typical_p": 1.1})
+        self.generation_config = GenerationConfig(other={"epsilon_cutoff": 0.1})
         self.prompts: list[str] = []
         self.settings: list[dict[str, Any]] = []
         self.loaded: dict[str, Any] = {}
@@ -188,14 +188,14 @@ def test_a_temperature_of_zero_is_greedy(model: FakeModel) -> None:
 def test_strict_reaches_the_loader_and_settings_that_are_not_available_go(model: FakeModel) -> None:
     refused = run("generate", "hello", "--strict", "--dtype", "bf16")
     assert (refused.exit_code, model.loaded["strict"], model.loaded["dtype"]) == (1, True, "bf16")
-    assert "decoding without the checkpoint's settings typical_p" in refused.stderr
+    assert "decoding without the checkpoint's settings epsilon_cutoff" in refused.stderr
     assert run("generate", "hello").exit_code == 0
     assert model.generation_config == GenerationConfig()
 
 
 def test_what_is_left_out_is_said(model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:
     run("generate", "hello")
-    assert "decoding without the checkpoint's settings typical_p" in caplog.text
+    assert "decoding without the checkpoint's settings epsilon_cutoff" in caplog.text
 
 
 def test_without_options_the_checkpoint_decides_how_to_sample() -> None:

@@ -399,7 +399,7 @@ def test_what_changes_nothing_is_one_warning_and_an_error_if_strict(fields, mess
     "setting",
     [
         {"num_beams": 4},
-        {"typical_p": 0.9},
+        {"encoder_repetition_penalty": 1.3},
         {"guidance_scale": 1.5},
         {"stop_strings": ["\n"]},
         {"penalty_alpha": 0.6},
@@ -419,6 +419,12 @@ def test_a_generation_setting_that_the_step_does_not_do_is_kept_and_refused_by_t
         config.check_usable({name: off})
         assert not config.outside_the_step({name: off})
     assert GenerationConfig.from_dict(setting, strict=True).to_dict()[name] == value
+
+
+def test_settings_of_sampling_ask_for_nothing_where_nothing_is_sampled():
+    config = GenerationConfig(epsilon_cutoff=0.1, top_h=0.4)
+    assert not config.outside_the_step({})
+    assert config.outside_the_step({"do_sample": True}) == {"epsilon_cutoff": 0.1, "top_h": 0.4}
 
 
 def test_generation_settings_that_ask_for_nothing_are_accepted():

@@ -42,7 +42,7 @@ CALLS: list[dict[str, Any]] = [
     {"forced_eos_token_id": [7], "min_new_tokens": 20, "eos_token_id": 7},
     {"min_new_tokens": 7, "eos_token_id": list(range(96))[::2]},
     {"min_length": 12, "eos_token_id": list(range(96))[::2]},
-    {"repetition_penalty": 1.4, "attention_mask": LEFT, "suppress_tokens": [3]},
+    {"attention_mask": LEFT, "suppress_tokens": [3], "min_new_tokens": 4, "eos_token_id": [3, 5, 7, 9, 11]},
     {"prefix_allowed_tokens_fn": lambda row, ids: [row + 4, len(ids), 90]},
     {"prefix_allowed_tokens_fn": lambda row, ids: torch.arange(96)[ids[-1] % 7 :: 3], "suppress_tokens": [9, 10, 11]},
     {"eos_token_id": 2**20, "min_new_tokens": 3},
@@ -209,6 +209,15 @@ def test_what_does_not_fit_in_the_step_is_done_outside(pair, ids, asked, monkeyp
 def test_wrong_values_are_named(pair, ids, asked, message) -> None:
     with pytest.raises(ValueError, match=message):
         pair[0].generate(ids, **PLAIN | asked)
+
+
+def test_lists_that_nobody_does_are_named(pair, ids) -> None:
+    with pytest.raises(NotImplementedError, match="eta_cutoff by prompt is not done"):
+        pair[0].generate(ids, do_sample=True, eta_cutoff=[0.1, 0.2], **PLAIN)
+    with pytest.raises(
+        NotImplementedError, match="top_k by prompt is done by the compiled step, which does not do num_beams"
+    ):
+        pair[0].generate(ids, do_sample=True, top_k=[1, 2], num_beams=2, **PLAIN)
 
 
 def test_a_config_says_the_same_as_a_call(ids) -> None:

@@ -50,7 +50,7 @@ def has_five(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         {"num_beams": 3, "length_penalty": 0.3, "early_stopping": True, "num_return_sequences": 2, "eos_token_id": EOS},
         {"num_beams": 2, **SAMPLED},
         {"repetition_penalty": 1.4},
-        {"repetition_penalty": 1.4, "typical_p": 0.9, "attention_mask": LEFT, **SAMPLED},
+        {"repetition_penalty": 1.4, "epsilon_cutoff": 0.02, "attention_mask": LEFT, **SAMPLED},
         {"encoder_repetition_penalty": 1.2},
         {"bad_words_ids": [[5], [7, 9]], "suppress_tokens": [30, 31], "begin_suppress_tokens": [8]},
         {"sequence_bias": [[[5], 4.0], [[17, 3], -2.0]]},
@@ -58,7 +58,7 @@ def has_five(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         {"min_new_tokens": 5, "eos_token_id": list(range(96))[::2]},
         {"min_length": 12, "eos_token_id": list(range(96))[::2]},
         {"exponential_decay_length_penalty": (2, 1.6), "eos_token_id": EOS},
-        {"typical_p": 0.7, **SAMPLED},
+        {"typical_p": 0.7, "top_h": 0.4, **SAMPLED},
         {"epsilon_cutoff": 0.02, **SAMPLED},
         {"eta_cutoff": 0.02, "min_p": 0.05, "top_p": 0.9, **SAMPLED},
         {"guidance_scale": 1.5, "negative_prompt_ids": torch.tensor([[3, 4], [5, 6]])},
@@ -193,7 +193,7 @@ def test_many_drawn_calls_equal_transformers(pair, asked, width) -> None:
 
 def test_a_seed_draws_the_same_and_leaves_torchs_generator_alone(pair, ids) -> None:
     ours, _ = pair
-    asked = {"max_new_tokens": 8, "typical_p": 0.9, "pad_token_id": 0, **SAMPLED}
+    asked = {"max_new_tokens": 8, "epsilon_cutoff": 0.01, "pad_token_id": 0, **SAMPLED}
     state = torch.random.get_rng_state()
     first = ours.generate(ids, seed=1, **asked)
     assert torch.equal(ours.generate(ids, seed=1, **asked), first)
@@ -213,12 +213,12 @@ def test_the_models_own_config_counts_and_null_in_a_call_is_off(pair, ids) -> No
 
 def test_the_log_says_once_what_goes_outside_the_step_and_why_the_forward_is_eager(pair, ids, caplog) -> None:
     outside._say_outside.cache_clear()
-    asked = {"max_new_tokens": 2, "typical_p": 0.9, "pad_token_id": 0}
+    asked = {"max_new_tokens": 2, "encoder_repetition_penalty": 1.1, "pad_token_id": 0}
     with caplog.at_level(logging.INFO, "fastllama"):
         for _ in range(2):
             pair[0].generate(ids, **asked)
             pair[0].generate(ids, output_attentions=True, **asked)
-    said = "the compiled step does not do typical_p: transformers' loop does, "
+    said = "the compiled step does not do encoder_repetition_penalty: transformers' loop does, "
     assert [record.levelname for record in caplog.records if said in record.message] == ["INFO", "WARNING"]
     assert caplog.text.count(said + "with the engine's logits") == 1
     assert caplog.text.count(said + "over the eager forward, which is slower: output_attentions is given") == 1

@@ -20,10 +20,11 @@ def test_a_batch_becomes_rows_without_padding_on_either_side() -> None:
 
 def test_every_row_has_all_settings_and_a_seed_of_its_own() -> None:
     config = GenerationConfig(
-        max_new_tokens=5, do_sample=True, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=3, eos_token_id=(4, 9)
-    )
+        max_new_tokens=5, do_sample=True, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, typical_p=0.8, seed=3,
+        eos_token_id=(4, 9),
+    )  # fmt: skip
     rows = requests_of(torch.ones(3, 2, dtype=torch.int), None, config, {}, 96)
-    assert [row.sampling for row in rows] == [(0.5, 7, 0.9, 0.1, row_seed(3, index)) for index in range(3)]
+    assert [row.sampling for row in rows] == [(0.5, 7, 0.9, 0.1, 0.8, row_seed(3, index)) for index in range(3)]
     assert {(row.max_new_tokens, row.eos_token_ids, row.pad_token_id) for row in rows} == {(5, (4, 9), 4)}
     assert all(row.prompt.dtype == torch.long for row in rows)
 

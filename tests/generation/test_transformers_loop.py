@@ -26,7 +26,7 @@ CALLS: list[dict[str, Any]] = [
     {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": [41, 42]},
     {"num_beams": 2, "do_sample": True, "no_repeat_ngram_size": 2, "suppress_tokens": [3]},
     {"logits_processor": LogitsProcessorList([plus_one]), "eos_token_id": 7},
-    {"typical_p": 0.9, "do_sample": True, "num_return_sequences": 3},
+    {"epsilon_cutoff": 0.01, "typical_p": 0.9, "do_sample": True, "num_return_sequences": 3},
     {"attention_mask": LEFT, "encoder_repetition_penalty": 1.3, "suppress_tokens": [3, 4]},
     {"attention_mask": LEFT, "num_beams": 4, "repetition_penalty": 1.3},
     {"max_time": 60.0, "cache_implementation": "static", "use_cache": False},

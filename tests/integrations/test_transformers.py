@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers
 from shapes import LEFT
+from transformers import modeling_utils
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from fastllama.config import GenerationConfig, RopeParameters
@@ -239,6 +241,19 @@ def test_a_forward_that_is_put_into_a_class_of_transformers_is_seen(theirs, ids,
     assert torch.equal(got, unaccelerate(fast).generate(ids, max_new_tokens=6, do_sample=False))
 
 
+@pytest.mark.parametrize("name", ["apply_rotary_pos_emb", "repeat_kv", "sdpa"])
+def test_functions_of_transformers_that_were_replaced_are_seen(theirs, ids, monkeypatch, caplog, name) -> None:
+    fast = accelerate(theirs)
+    _say_fallback.cache_clear()
+    theirs.set_attn_implementation("sdpa" if name == "sdpa" else "eager")
+    where = modeling_utils.ALL_ATTENTION_FUNCTIONS if name == "sdpa" else vars(modeling_llama)
+    genuine = where[name]
+    monkeypatch.setitem(where, name, lambda *args, **kwargs: genuine(*args, **kwargs))
+    got = fast.generate(ids, max_new_tokens=6, do_sample=False)
+    assert "was replaced" in caplog.text
+    assert torch.equal(got, unaccelerate(fast).generate(ids, max_new_tokens=6, do_sample=False))
+
+
 def test_what_the_engine_refuses_falls_back(theirs, ids, caplog) -> None:
     expected = theirs.generate(ids, max_new_tokens=3, do_sample=False)
     fast = accelerate(theirs)
@@ -398,7 +413,7 @@ def test_what_the_engine_does_not_do_stays_in_transformers_loops(asked, theirs, 
     assert "decoding in transformers' loop with the engine's logits" in caplog.text
 
 
-@pytest.mark.parametrize("asked", [{}, {"typical_p": 0.9}])
+@pytest.mark.parametrize("asked", [{}, {"epsilon_cutoff": 0.01}])
 def test_rows_that_transformers_has_expanded_stay_as_many(asked, theirs, ids) -> None:
     out = theirs.generate(
         ids, max_new_tokens=3, do_sample=True, num_return_sequences=3, custom_generate=generate, **asked

@@ -52,7 +52,7 @@ OPS: dict[str, tuple[Callable[..., object], dict[str, torch.Tensor]]] = {
     }),
     "sample": (sample.sample, {
         "logits_bv": torch.randn(2, 40), "temperature_b": torch.ones(2), "top_k_b": ids(2), "top_p_b": torch.ones(2),
-        "min_p_b": torch.ones(2), "seed_b": ids(2), "position_b": ids(2),
+        "min_p_b": torch.ones(2), "typical_p_b": torch.ones(2), "seed_b": ids(2), "position_b": ids(2),
     }),
 }  # fmt: skip
 

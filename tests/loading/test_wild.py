@@ -234,7 +234,7 @@ def test_strict_refuses_what_is_otherwise_named_in_a_warning(tmp_path):
     for file, keys in (
         ("config.json", {"some_key": 1}),
         ("config.json", {"rope_scaling": rope}),
-        ("generation_config.json", {"presence_penalty": 1.1}),
+        ("generation_config.json", {"best_of": 1.1}),
     ):
         before = (folder / file).read_text()
         patch_json(folder / file, **keys)
@@ -252,9 +252,9 @@ def test_strict_refuses_what_is_otherwise_named_in_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "call", "neutral"),
     [
-        ({"no_repeat_ngram_size": 1, "stop_token_ids": [5], "presence_penalty": 0.0}, {}, {"no_repeat_ngram_size": 0}),
+        ({"guidance_scale": 1.5, "stop_token_ids": [5], "best_of": 1}, {}, {"guidance_scale": 1.0}),
         ({"num_beams": 4, "early_stopping": True}, {}, {"num_beams": 1}),
-        ({"typical_p": 0.5}, {"do_sample": True}, {"typical_p": 1.0}),
+        ({"epsilon_cutoff": 0.1}, {"do_sample": True}, {"epsilon_cutoff": 0.0}),
     ],
     ids=str,
 )

@@ -27,7 +27,7 @@ Tensor layers(Tensor x, Tensor cos, Tensor sin, Tensor positions, std::vector<Te
               int64_t activation);
 
 struct SamplingSettings {
-  Tensor temperature, top_k, top_p, min_p, seed;  // of each row
+  Tensor temperature, top_k, top_p, min_p, typical_p, seed;  // of each row
 };
 
 struct ProcessingSettings {  // of each row, in the order of ../sampling/processing.py

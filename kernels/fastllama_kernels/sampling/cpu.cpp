@@ -7,6 +7,8 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -22,7 +24,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr uint64_t kGolden = 0x9e3779b97f4a7c15;
 
 struct Settings {
-  float temperature, top_p, min_p;
+  float temperature, top_p, min_p, typical_p;
   int64_t top_k;
   uint64_t key;  // hash of seed and position
 };
@@ -145,6 +147,44 @@ void weigh(Pool& pool, float top, float temperature) {
   for (; i < pool.size(); ++i) pool.weight[i] = std::exp((pool.logit[i] - top) / temperature);
 }
 
+// Keeps those that come before as much of the weight as `limit` is reached, in the order of some keys; those of equal keys
+// are kept or dropped together.
+void keep_first(Pool& pool, const std::vector<float>& keys, float limit) {
+  std::vector<int64_t> order(pool.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return keys[i] < keys[j]; });
+  double before = 0, weight = 0;  // of smaller keys; of the same and smaller ones
+  int64_t kept = 0;
+  for (; kept < pool.size(); ++kept) {
+    if (kept > 0 && keys[order[kept]] != keys[order[kept - 1]]) before = weight;
+    if (kept > 0 && !(before < limit)) break;
+    weight += pool.weight[order[kept]];
+  }
+  Pool rest;
+  for (int64_t i = 0; i < kept; ++i) {
+    rest.logit.push_back(pool.logit[order[i]]), rest.weight.push_back(pool.weight[order[i]]);
+    rest.token.push_back(pool.token[order[i]]);
+  }
+  pool = std::move(rest);
+}
+
+// Keeps the nucleus, and of it what is likely enough and typical.
+void keep_typical(Pool& pool, float top, float least, float total, const Settings& settings) {
+  std::vector<float> keys(pool.size());
+  if (settings.top_p < 1) {
+    std::transform(pool.logit.begin(), pool.logit.end(), keys.begin(), std::negate<float>());
+    keep_first(pool, keys, settings.top_p * total);
+  }
+  pool.drop_below(least);
+  total = weight_above(pool, -kInfinity);
+  const auto surprise = [&](int64_t i) { return (top - pool.logit[i]) / settings.temperature + std::log(total); };
+  float entropy = 0;
+  for (int64_t i = 0; i < pool.size(); ++i) entropy += pool.weight[i] > 0 ? pool.weight[i] / total * surprise(i) : 0;
+  keys.resize(pool.size());
+  for (int64_t i = 0; i < pool.size(); ++i) keys[i] = std::abs(surprise(i) - entropy);
+  keep_first(pool, keys, settings.typical_p * total);
+}
+
 template <typename T>
 int64_t sample_row(const T* logits, int64_t vocab, const Settings& settings) {
   const std::vector<float> maxima = block_maxima(logits, vocab);
@@ -168,6 +208,10 @@ int64_t sample_row(const T* logits, int64_t vocab, const Settings& settings) {
   if (by_rank) pool.drop_below(kth_largest(pool.logit, std::min(settings.top_k, pool.size())));  // NaNs are not in it
   weigh(pool, top, settings.temperature);
   const float total = by_mass ? weight_above(pool, -kInfinity) : 0;
+  if (settings.typical_p < 1) {
+    keep_typical(pool, top, least, total, settings);
+    return pool.token[highest_score(pool, settings)];
+  }
   pool.drop_below(least);
   while (true) {
     const int64_t winner = highest_score(pool, settings);
@@ -189,6 +233,7 @@ void sample_rows(const Tensor& logits, int64_t vocab, const SamplingSettings& se
   check(settings.top_k, "top_k", ScalarType::Long, {batch});
   check(settings.top_p, "top_p", ScalarType::Float, {batch});
   check(settings.min_p, "min_p", ScalarType::Float, {batch});
+  check(settings.typical_p, "typical_p", ScalarType::Float, {batch});
   check(settings.seed, "seed", ScalarType::Long, {batch});
   dispatch(logits, [&](auto zero) {
     using T = decltype(zero);
@@ -197,21 +242,22 @@ void sample_rows(const Tensor& logits, int64_t vocab, const SamplingSettings& se
         const uint64_t key = mix(static_cast<uint64_t>(data<int64_t>(settings.seed)[b]) +
                                  static_cast<uint64_t>(positions[b]) * kGolden);
         const Settings row{data<float>(settings.temperature)[b], data<float>(settings.top_p)[b],
-                           data<float>(settings.min_p)[b], data<int64_t>(settings.top_k)[b], key};
+                           data<float>(settings.min_p)[b], data<float>(settings.typical_p)[b],
+                           data<int64_t>(settings.top_k)[b], key};
         tokens[b] = sample_row(data<T>(logits) + b * stride, vocab, row);
       });
     });
   });
 }
 
-Tensor sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,
-              Tensor positions) {
+Tensor sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor typical_p,
+              Tensor seed, Tensor positions) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "fastllama: logits have ", logits.dim(),
                   " dimensions, expected rows of a vocabulary");
   check(logits, "logits", logits.scalar_type(), {logits.size(0), logits.size(1)});
   check(positions, "positions", torch::headeronly::ScalarType::Long, {logits.size(0)});
   Tensor out = torch::stable::empty_like(positions);
-  sample_rows(logits, logits.size(1), {temperature, top_k, top_p, min_p, seed}, data<int64_t>(positions),
+  sample_rows(logits, logits.size(1), {temperature, top_k, top_p, min_p, typical_p, seed}, data<int64_t>(positions),
               static_cast<int64_t*>(out.mutable_data_ptr()));
   return out;
 }

@@ -13,8 +13,10 @@ Kept are the tokens v that pass all of
     top-k   logit[v] is at least the k-th largest
     top-p   of what top-k leaves, the tokens more likely than v hold less than p (arXiv 1904.09751)
     min-p   v is at least min-p times as probable as the most likely token (arXiv 2407.01082)
+    typical of what these leave, the tokens whose surprise is nearer to the entropy hold less than p (arXiv 2202.00666)
 
-in this order, as Hugging Face's logits processors; equally likely tokens are kept or dropped together.
+in this order, as Hugging Face's logits processors; equally likely tokens are kept or dropped together. The Triton
+kernel does all but the last.
 
 Bytes moved: the logits, once to sample and once more to check the winner. The kernels (``cpu.cpp``;
 :mod:`fastllama_kernels.sampling.triton`, which registers itself for CUDA when imported) need contiguous logits in
@@ -31,8 +33,8 @@ import torch
 
 torch.library.define(
     "fastllama::sample",
-    "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor positions)"
-    " -> Tensor",
+    "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor typical_p, Tensor seed, "
+    "Tensor positions) -> Tensor",
 )
 
 _GOLDEN, _MIX1, _MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
@@ -45,6 +47,7 @@ class SamplingParams(NamedTuple):
     top_k: int64, keep that many most likely tokens; 0 keeps all.
     top_p: float32, keep the fewest most likely tokens whose probabilities reach it; 1 keeps all.
     min_p: float32, keep tokens at least this probable, relative to the most likely; 0 keeps all.
+    typical_p: float32, keep the tokens of the most typical surprise whose probabilities reach it; 1 keeps all.
     seed: int64, with the token's position it determines the sample.
     """
 
@@ -52,6 +55,7 @@ class SamplingParams(NamedTuple):
     top_k: torch.Tensor
     top_p: torch.Tensor
     min_p: torch.Tensor
+    typical_p: torch.Tensor
     seed: torch.Tensor
 
 
@@ -83,7 +87,21 @@ def _kept(scaled_bv: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     inside_bv = prob_bv.cumsum(dim=-1) - prob_bv < params.top_p[:, None]
     last_b1 = ordered_bv.masked_fill(~inside_bv, torch.inf).amin(dim=-1, keepdim=True).minimum(top_b1)
     likely_bv = (scaled_bv - top_b1).exp() >= params.min_p[:, None]
-    return (scaled_bv >= kth_b1) & (scaled_bv >= last_b1) & likely_bv
+    return _typical(scaled_bv, (scaled_bv >= kth_b1) & (scaled_bv >= last_b1) & likely_bv, params.typical_p[:, None])
+
+
+def _typical(scaled_bv: torch.Tensor, kept_bv: torch.Tensor, mass_b1: torch.Tensor) -> torch.Tensor:
+    """Which of some tokens are typical, bool ``[b, v]``."""
+    log_bv = scaled_bv.masked_fill(~kept_bv, -torch.inf).log_softmax(dim=-1)
+    prob_bv = log_bv.exp()
+    entropy_b1 = -torch.where(kept_bv, log_bv * prob_bv, 0.0).sum(dim=-1, keepdim=True)
+    away_bv = torch.where(kept_bv, (log_bv + entropy_b1).abs(), torch.inf)
+    away_bv, order_bv = away_bv.sort(dim=-1)
+    prob_bv = prob_bv.gather(1, order_bv)
+    inside_bv = (prob_bv.cumsum(dim=-1) - prob_bv < mass_b1) & (away_bv < torch.inf)
+    last_b1 = away_bv.masked_fill(~inside_bv, -torch.inf).amax(dim=-1, keepdim=True)
+    typical_bv = torch.zeros_like(kept_bv).scatter(1, order_bv, away_bv <= last_b1)
+    return kept_bv & (typical_bv | (mass_b1 >= 1))
 
 
 def uniform(seed_b: torch.Tensor, position_b: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -118,5 +136,5 @@ def row_seed(seed: int, row: int) -> int:
 
 
 @torch.library.register_fake("fastllama::sample")
-def _sample_fake(logits_bv, temperature_b, top_k_b, top_p_b, min_p_b, seed_b, position_b):
+def _sample_fake(logits_bv, temperature_b, top_k_b, top_p_b, min_p_b, typical_p_b, seed_b, position_b):
     return torch.empty_like(position_b)

@@ -29,6 +29,7 @@ from fastllama_kernels.sampling.op import SamplingParams
 BLOCK = 128  # tokens
 RACE_BLOCKS, RACE_WARPS = 8, 4  # of a program
 SETTLE_BLOCKS, SETTLE_WARPS = 64, 16  # looked at together by the one program of a row
+SETTLED = ("temperature", "top_k", "top_p", "min_p", "seed")
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 LOWEST = tl.constexpr(-(2**31))
 
@@ -329,7 +330,7 @@ def plan_launches(
         "settle",
         _settle_kernel,
         (batch,),
-        {"logits_ptr": logits_bv, **{f"{name}_ptr": value for name, value in params._asdict().items()},
+        {"logits_ptr": logits_bv, **{f"{name}_ptr": getattr(params, name) for name in SETTLED},
          "position_ptr": position_b, **of_blocks, "chosen_ptr": chosen, "out_ptr": out, **sizes},
         {"BLOCKS": padded, "TILE": min(SETTLE_BLOCKS, padded), "BLOCK": BLOCK, "PDL": with_pdl},
         reads=sum(x.nbytes for x in of_blocks.values()),
@@ -356,11 +357,12 @@ def sample(
     top_k_b: torch.Tensor,
     top_p_b: torch.Tensor,
     min_p_b: torch.Tensor,
+    typical_p_b: torch.Tensor,
     seed_b: torch.Tensor,
     position_b: torch.Tensor,
 ) -> torch.Tensor:
-    """A token of each row, int64 ``[b]``; see :func:`plan_launches` for the arguments."""
-    params = SamplingParams(temperature_b, top_k_b, top_p_b, min_p_b, seed_b)
+    """A token of each row, int64 ``[b]``, whatever ``typical_p_b``; see :func:`plan_launches` for the arguments."""
+    params = SamplingParams(temperature_b, top_k_b, top_p_b, min_p_b, typical_p_b, seed_b)
     launches, out = plan_launches(logits_bv, params, position_b)
     for launch in launches:
         launch.run()

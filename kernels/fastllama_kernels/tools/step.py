@@ -111,7 +111,7 @@ def _plan_attention(setting: Setting, call: Call) -> Planned:
 def _plan_sample(setting: Setting, call: Call) -> Planned:
     batch = setting.batch
     counts, numbers = setting.tensor(batch, dtype=torch.int64), setting.tensor(batch, dtype=torch.float32)
-    params = SamplingParams(numbers, counts, numbers, numbers, counts)
+    params = SamplingParams(numbers, counts, numbers, numbers, numbers, counts)
     launches, _ = sample.plan_launches(setting.tensor(batch, setting.shape.vocab_size), params, counts, setting.chip)
     for launch in launches:
         yield f"{call.name}: {launch.name}", launch, launch.reads + launch.writes

@@ -8,12 +8,13 @@ import torch
 from fastllama.ops import SamplingParams, row_seed, sample
 
 
-def params(rows: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) -> SamplingParams:
+def params(rows: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, typical_p=1.0) -> SamplingParams:
     return SamplingParams(
         torch.full((rows,), float(temperature)),
         torch.full((rows,), top_k),
         torch.full((rows,), float(top_p)),
         torch.full((rows,), float(min_p)),
+        torch.full((rows,), float(typical_p)),
         torch.tensor([row_seed(seed, row) for row in range(rows)]),
     )
 
@@ -22,7 +23,7 @@ def test_each_row_has_settings_of_its_own() -> None:
     logits, position = torch.randn(1, 400).expand(4, 400).contiguous(), torch.arange(4)
     mixed = SamplingParams(
         torch.tensor([1.0, 0.5, 2.0, 0.0]), torch.tensor([0, 5, 0, 3]), torch.tensor([0.5, 1.0, 1.0, 0.2]),
-        torch.tensor([0.0, 0.0, 0.2, 0.9]), torch.arange(4),
+        torch.tensor([0.0, 0.0, 0.2, 0.9]), torch.tensor([1.0, 0.8, 0.3, 0.5]), torch.arange(4),
     )  # fmt: skip
     together = sample(logits, mixed, position)
     for row in range(4):

@@ -14,6 +14,7 @@ from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from fastllama_kernels.common import build
@@ -25,12 +26,13 @@ SETTINGS = settings(deadline=None, max_examples=100)
 EDGE = 2e-5  # of probability: a token this near to the edge of the nucleus may fall on either side
 
 
-def params_of(rows: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) -> SamplingParams:
+def params_of(rows: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, typical_p=1.0) -> SamplingParams:
     return SamplingParams(
         torch.full((rows,), float(temperature)),
         torch.full((rows,), top_k),
         torch.full((rows,), float(top_p)),
         torch.full((rows,), float(min_p)),
+        torch.full((rows,), float(typical_p)),
         torch.arange(seed, seed + rows),
     )
 
@@ -117,11 +119,12 @@ def test_the_token_is_the_winner_among_the_kept(
             assert token == score_v.tolist().index(best), "the first of those that tie"
 
 
-def transformers_probabilities(logits, temperature, top_k, top_p, min_p) -> torch.Tensor:
+def transformers_probabilities(logits, temperature, top_k, top_p, min_p, typical_p=1.0) -> torch.Tensor:
     warpers: list[Any] = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     warpers += [MinPLogitsWarper(min_p)] if min_p else []
+    warpers += [TypicalLogitsWarper(typical_p)] if typical_p < 1 else []
     for warper in warpers:
         logits = warper(None, logits)
     return logits.softmax(-1)
@@ -130,14 +133,34 @@ def transformers_probabilities(logits, temperature, top_k, top_p, min_p) -> torc
 @SETTINGS
 @given(
     temperature=st.floats(0.05, 5), top_k=st.integers(0, 60), top_p=st.floats(0.01, 1), min_p=st.floats(0, 0.9),
-    seed=st.integers(0, 999),
+    typical_p=st.just(1.0) | st.floats(0.01, 1), seed=st.integers(0, 999),
 )  # fmt: skip
-def test_warping_equals_transformers(temperature, top_k, top_p, min_p, seed) -> None:
+def test_warping_equals_transformers(temperature, top_k, top_p, min_p, typical_p, seed) -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(seed)) * 3
-    ours = warped_probabilities(logits, params_of(3, temperature, top_k, top_p, min_p))
-    theirs = transformers_probabilities(logits, temperature, min(top_k, 50), top_p, min_p)
+    ours = warped_probabilities(logits, params_of(3, temperature, top_k, top_p, min_p, typical_p=typical_p))
+    theirs = transformers_probabilities(logits, temperature, min(top_k, 50), top_p, min_p, typical_p)
     # A token exactly at the edge of the nucleus may fall on either side by rounding; then so little is at stake.
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-3)
+
+
+@SETTINGS
+@given(
+    temperature=st.floats(0.3, 3), top_k=st.integers(0, 60), top_p=st.just(1.0) | st.floats(0.3, 1),
+    min_p=st.just(0.0) | st.floats(0, 0.2), typical_p=st.floats(0.05, 0.999), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_the_kernel_samples_the_typical_tokens_that_the_reference_samples(
+    temperature, top_k, top_p, min_p, typical_p, seed
+) -> None:
+    if reason := build.load():
+        pytest.skip(reason)
+    logits = torch.randn(8, 300, generator=torch.Generator().manual_seed(seed)) * 3
+    params, position = params_of(8, temperature, top_k, top_p, min_p, seed, typical_p), torch.arange(8)
+    found = torch.ops.fastllama.sample(logits, *params, position)
+    expected = sample_ref(logits, params, position)
+    edges = [params_of(8, temperature, top_k, top_p + by, min_p, seed, typical_p + by) for by in (-1e-4, 1e-4)]
+    for row in (found != expected).nonzero().flatten().tolist():  # at an edge, by rounding
+        assert len({int(sample_ref(logits, edge, position)[row]) for edge in edges} | {int(expected[row])}) > 1
+    assert (found == expected).sum() >= 6
 
 
 def test_zero_and_minus_zero_are_equally_likely(sample) -> None:
