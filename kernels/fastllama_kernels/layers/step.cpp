@@ -98,12 +98,12 @@ struct RowBuffers {
   SamplingSettings sampling;
 
   explicit RowBuffers(const std::vector<Tensor>& all) {
-    constexpr size_t kOwn = 8, kSampling = kOwn + ProcessingSettings::kTensors, kAll = kSampling + 6;
+    constexpr size_t kPlain = 8, kSampling = kPlain + ProcessingSettings::kTensors, kAll = kSampling + 6;
     STD_TORCH_CHECK(all.size() == kAll, "fastllama: got ", all.size(), " buffers of rows, expected ", kAll);
     ids = all[0], positions = all[1], finished = all[2], steps = all[3];
     output = all[4], limit = all[5], eos = all[6], pad = all[7];
     const int64_t b = ids.size(0);
-    processing = ProcessingSettings(all.data() + kOwn, b);
+    processing = ProcessingSettings(all.data() + kPlain, b);
     const Tensor* last = all.data() + kSampling;
     sampling = {last[0], last[1], last[2], last[3], last[4], last[5]};
     check(positions, "positions", ScalarType::Long, {b, 1});
