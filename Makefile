@@ -7,10 +7,11 @@ BUILT  := $(VENV)/.kernels
 RUN    := PATH="$(abspath $(BIN)):$$PATH" # programs of this environment, such as fastllama
 ARGS   ?=
 VERSIONS ?= 4.57.6 5.6.2 5.16.1 5.20.2 5.23.0 5.24.0 # of transformers: the oldest that passes, the newest, steps between
+TORCHES ?= python3.10,torch==2.11.0 python3.12,torch==2.12.1 torch==2.14.1,transformers==5.24.0 python3.13,torch==2.15.0 # the range of pyproject.toml
 PROMPT ?= def read_config(path):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test test-slow test-real test-compat lint format docs bench clean
+.PHONY: help demo chat test test-slow test-real test-compat test-versions lint format docs bench clean
 
 help: ## show this list
 	@echo "usage: make TARGET [PYTHON=python3.12] [ARGS='...']"
@@ -33,6 +34,9 @@ test-real: $(BUILT) ## run the tests with a real model, where the package index 
 
 test-compat: $(BUILT) ## run the tests on other versions of transformers (VERSIONS='4.57.6')
 	@$(RUN) python tools/compat.py $(VERSIONS) -- $(ARGS)
+
+test-versions: $(BUILT) ## run the core of the suite on other versions of torch and Python (TORCHES='python3.12,torch==2.11.0')
+	@$(RUN) python tools/compat.py $(TORCHES) -- $(ARGS)
 
 lint: $(STAMP) ## ruff, pyright, spelling and words, changing nothing
 	@$(RUN) ruff check .

@@ -17,6 +17,7 @@ TARGETS = (
     "test-slow",
     "test-real",
     "test-compat",
+    "test-versions",
     "lint",
     "format",
     "docs",
