@@ -85,8 +85,11 @@ def _difference(module: nn.Module, wanted: Description) -> str | None:
     if type(module) is not wanted.kind:
         return f"is a {type(module).__name__}"
     hooks = [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
-    if any(not getattr(hook, "__qualname__", "").startswith(CAPTURES) for hook in hooks) or "forward" in own:
+    forward = getattr(own.get("forward"), "__func__", own.get("forward"))  # transformers 4 puts a module's own one there
+    if any(not getattr(hook, "__qualname__", "").startswith(CAPTURES) for hook in hooks):
         return "has a forward hook"
+    if forward not in (None, type(module).forward):
+        return "has a forward() of its own"
     if not _is_library_code(type(module).forward):
         return "has a forward() that was put into its class"
     if changed := [key for key, value in wanted.numbers.items() if own.get(key) != value]:

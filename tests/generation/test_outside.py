@@ -58,7 +58,7 @@ def has_five(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         {"min_new_tokens": 5, "eos_token_id": list(range(96))[::2]},
         {"min_length": 12, "eos_token_id": list(range(96))[::2]},
         {"exponential_decay_length_penalty": (2, 1.6), "eos_token_id": EOS},
-        {"typical_p": 0.7, "top_h": 0.4, **SAMPLED},
+        {"typical_p": 0.7, "epsilon_cutoff": 0.01, **SAMPLED},
         {"epsilon_cutoff": 0.02, **SAMPLED},
         {"eta_cutoff": 0.02, "min_p": 0.05, "top_p": 0.9, **SAMPLED},
         {"guidance_scale": 1.5, "negative_prompt_ids": torch.tensor([[3, 4], [5, 6]])},
