@@ -135,13 +135,14 @@ class LlamaForCausalLM(Llama):
                 id is also an EOS id.
             generation_config: ours or transformers'; what it does not set is as in the model's own.
             streamer: an object with ``put`` and ``end``, as in transformers; receives the prompt, then each token.
-            settings: override the generation config: ``max_new_tokens``, ``max_length`` (prompt included),
-                ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
-                ``min_new_tokens``, ``min_length``, ``seed``, ``eos_token_id`` (one or several), ``pad_token_id``: each
-                may be a list with a value for each prompt; ``num_return_sequences``; ``past_key_values`` or ``cache``,
-                a StaticCache of the prompts' first tokens, which are not computed again, and in the end of all tokens
-                but the last one. Everything else that transformers takes is done by its code over the engine's logits,
-                or over the eager forward, where a warning says why, once.
+            settings: override the generation config. The fields of :class:`GenerationConfig` may be lists with a value
+                for each prompt, but for ``num_return_sequences`` and ``bos_token_id``. Besides,
+                ``prefix_allowed_tokens_fn`` as in transformers; ``token_mask``, a function of a row's number, its
+                tokens, int64 ``[n]``, and a mask, int32 ``[words]``, in which it clears bit v % 32 of word v // 32 of
+                every token v that may not follow; ``past_key_values`` or ``cache``, a StaticCache of the prompts'
+                first tokens, which are not computed again, and in the end of all tokens but the last one. What else
+                transformers takes is done by its code over the engine's logits, or over the eager forward, where a
+                warning says why, once.
 
         Returns:
             int64 ``[b, t + n]`` on the device of ``input_ids``, with ``num_return_sequences`` that many rows for each

@@ -7,8 +7,8 @@ Python that is on the PATH (``python3.12,torch==2.11.0``).
 
 On a version of transformers the tests that compare with it run, in an environment of its own in ``.venvs``, on top of
 the one that runs this: it holds transformers and what that needs in another version than is installed; torch and the
-rest come from below. On another torch or Python the core of the suite runs, in an environment that has everything of its
-own, takes gigabytes and is removed afterwards. ``make test-compat`` and ``make test-versions`` use it.
+rest come from below. On another torch or Python the core of the suite runs, in an environment that has everything of
+its own, takes gigabytes and is removed afterwards. ``make test-compat`` and ``make test-versions`` use it.
 """
 
 from __future__ import annotations

@@ -79,6 +79,7 @@ def gather(
 
     from fastllama import ops
     from fastllama.config.settings import said
+    from fastllama.generation.request import outside_the_step
     from fastllama.loading.names import resolve
 
     source = resolve(model, strict)
@@ -88,7 +89,7 @@ def gather(
     with progress(quiet) as say:
         say("measuring memory bandwidth")
         decoding = _decoding(config, where, context or config.max_position_embeddings)
-    outside = source.generation_config.outside_the_step({})
+    outside = outside_the_step(source.generation_config, {}, where.type)
     way = f"transformers' loop, for {said(outside)}" if outside else "the compiled step"
     return {
         "model": {"name": model} | {field: getattr(config, field) for field in SHAPE_FIELDS} | {"generate": way},

@@ -139,13 +139,22 @@ def load(
     quantize: str | None = None,
     kv_cache_dtype: str | None = None,
 ) -> Loaded:
-    """Load a model and its tokenizer; generation settings that the compiled step does not do are left out."""
-    from fastllama import LlamaForCausalLM, load_tokenizer
+    """Load a model and its tokenizer; generation settings that the compiled step does not do are left out.
+
+    Args:
+        name, dtype, device, quantize, kv_cache_dtype, strict: as ``from_pretrained`` takes them.
+        quiet: show no progress.
+    """
+    from fastllama import GenerationConfig, LlamaForCausalLM, load_tokenizer
     from fastllama.config.fields import tolerate
+    from fastllama.generation.request import outside_the_step
 
     how = {"dtype": dtype, "device": pick_device(device), "quantize": quantize, "kv_cache_dtype": kv_cache_dtype}
     model = LlamaForCausalLM.from_pretrained(name, **how, progress=not quiet, strict=strict)
-    if left_out := sorted(model.generation_config.other):
+    config = model.generation_config
+    outside = outside_the_step(config, {}, model.device.type).keys() - config.other.keys()
+    if left_out := sorted({*config.other, *outside}):
         tolerate(f"decoding without the checkpoint's settings {', '.join(left_out)}", strict)
-        model.generation_config = model.generation_config.replace(other={})
+        plain = GenerationConfig()
+        model.generation_config = config.replace(other={}, **{name: getattr(plain, name) for name in outside})
     return Loaded(name, model, load_tokenizer(name))

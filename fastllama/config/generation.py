@@ -38,7 +38,7 @@ from fastllama.config.settings import (
     said,
     set_of,
 )
-from fastllama.config.tokens import bias_items
+from fastllama.config.tokens import bias_items, plain_numbers
 
 
 @dataclasses.dataclass(init=False)
@@ -154,8 +154,8 @@ class GenerationConfig:
             tolerate(f"{'; '.join(what)}: kept, for calls that would use it", strict)
         return cls(**{key: values[key] for key in names & values.keys() - other.keys()}, other=other)
 
-    def outside_the_step(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What a call sets, or else this config, that the compiled step does not do.
+    def left_to_loops(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What a call sets, or else this config, that no compiled step does.
 
         Args:
             given: the call's own settings, which count instead; None is off.
@@ -184,7 +184,7 @@ class GenerationConfig:
         for key, value in kept.items():
             if key in used:
                 raise ValueError(f"generation config: {_problem_of(key, value)}; give {key} to generate()")
-        if outside := self.outside_the_step(given):
+        if outside := self.left_to_loops(given):
             neutral = ", ".join(f"{key}={OUTSIDE_THE_STEP[key]!r}" for key in outside)
             raise NotImplementedError(f"the compiled step does not do {said(outside)}; pass {neutral} to go without")
 
@@ -281,10 +281,11 @@ def _checked(name: str, value: Any) -> Any:
     if name == "eos_token_id":
         eos = plain_eos(value)
         return () if eos is None else (eos,) if isinstance(eos, int) else eos
-    if getattr(value, "ndim", None) is not None:  # of numpy or torch
-        value = value.tolist()
-    if name in ("bos_token_id", "pad_token_id"):
+    value = plain_numbers(value)
+    if name in ("bos_token_id", "pad_token_id", "forced_bos_token_id"):
         value = plain_id(value)
+    if name in ("suppress_tokens", "begin_suppress_tokens") and isinstance(value, (list, tuple)):
+        value = [token for token in value if token != -1]  # which means none
     if name == "top_k" and value == -1:
         value = 0
     if name in LISTS and isinstance(value, (list, tuple, dict)) and not value:  # which asks for nothing

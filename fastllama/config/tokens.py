@@ -49,6 +49,15 @@ def bias_items(value: Any) -> list[tuple[tuple[int, ...], float]]:
     return list({tuple(tokens): number for tokens, number in pairs}.items())
 
 
+def plain_numbers(value: Any) -> Any:
+    """Numbers and lists of Python in place of those of numpy and torch, lists in place of ranges and sets."""
+    if getattr(value, "ndim", None) is not None:
+        return value.tolist()
+    if isinstance(value, (range, set, frozenset)):
+        return sorted(value)
+    return type(value)(map(plain_numbers, value)) if type(value) in (list, tuple) else value
+
+
 def depth(value: Any) -> int:
     """How many lists are in each other: 0 for a number."""
     return 1 + max(map(depth, value), default=0) if isinstance(value, (list, tuple)) else 0

@@ -17,7 +17,7 @@ import torch
 from fastllama import ops
 from fastllama.config import LlamaConfig
 from fastllama.engine.processing import changes_logits, load_processing, new_processing
-from fastllama.engine.row import MAX_EOS_IDS, Row, Sampling
+from fastllama.engine.row import MAX_EOS_IDS, Row, Sampling, check_sampling
 from fastllama.engine.state import Chunk, Memory, Rows, static
 from fastllama.model.cache import StaticCache
 from fastllama.model.rope import rotary_cos_sin, static_length
@@ -172,8 +172,7 @@ class Buffers:
         """Set everything that belongs to these slots, each to begin with the last token of its prompt."""
         at_r, host = torch.tensor(list(rows), device=self.device), "cpu"  # whatever torch's default device is
         wanted = list(rows.values())
-        if self.device.type != "cpu" and any(row.sampling.typical_p < 1 for row in wanted):
-            raise NotImplementedError("typical_p is done on a CPU, by no kernel of a GPU")
+        check_sampling([row.sampling for row in wanted], self.device)
         eos_re = torch.full((len(rows), MAX_EOS_IDS), -1, device=host)
         for eos_e, row in zip(eos_re, wanted, strict=True):
             eos_ids = row.eos_token_ids[:MAX_EOS_IDS]

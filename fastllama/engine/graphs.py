@@ -182,6 +182,8 @@ def _compile(step: Step, graphs: bool) -> CompiledStep:
     model a tenth of its time, so nothing is checked; what was set globally at the time (threads, matmul precision)
     stays as it was.
     """
+    if not torch.cuda.is_available():  # a build of torch with CUDA complains, of a machine without
+        logging.getLogger("torch.utils.cpp_extension").addFilter(_is_about_no_missing_gpu)
     fresh = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__)
     options: dict[str, Any] = torch._inductor.list_mode_options("reduce-overhead") if graphs else {}
     options |= {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
@@ -189,6 +191,10 @@ def _compile(step: Step, graphs: bool) -> CompiledStep:
     options |= {"triton.enable_pdl": False}  # Inductor's kernels need not wait, ours rely on it that all before them do
     compiled = torch.compile(fresh, fullgraph=True, dynamic=False, options=options)
     return CompiledStep(fresh, CompiledOrPlain(compiled, fresh))
+
+
+def _is_about_no_missing_gpu(record: logging.LogRecord) -> bool:
+    return "No CUDA runtime is found" not in record.getMessage()
 
 
 class CompiledOrPlain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,6 +24,12 @@ class Sampling(NamedTuple):
 
 
 GREEDY = Sampling()
+
+
+def check_sampling(rows: Iterable[Sampling], device: torch.device) -> None:
+    """Raise NotImplementedError where rows ask for what no kernel of a device does."""
+    if device.type != "cpu" and any(row.typical_p < 1 for row in rows):
+        raise NotImplementedError("typical_p is done on a CPU, by no kernel of a GPU")
 
 
 class Bias(NamedTuple):

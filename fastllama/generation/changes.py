@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -42,12 +42,17 @@ def changes_of(config: GenerationConfig, width: int, vocab_size: int) -> Changes
         ValueError: a token outside the vocabulary.
     """
     if beyond := beyond_the_step(config):
-        raise NotImplementedError(f"the compiled step does not do {', '.join(beyond)} of this size")
+        raise NotImplementedError(
+            f"the compiled step does not do {', '.join(beyond)} as it is given (docs/generate.md has its limits), and "
+            "nothing else does what differs from prompt to prompt"
+        )
     found = biases_of(config, width)
     used = [*_tokens_of("sequence_bias", config), *_tokens_of("bad_words_ids", config)]
     forced_first = config.forced_bos_token_id if width == 1 else None
     forced_last = as_list(config.forced_eos_token_id)
     _check_vocabulary([*used, *as_list(forced_first), *forced_last], vocab_size)
+    if suppressed := sorted({*as_list(forced_first), *forced_last} & {*(config.suppress_tokens or ())}):
+        raise ValueError(f"token {suppressed[0]} is forced, and in suppress_tokens; take it out of one of them")
     return Changes(
         repetition_penalty=config.repetition_penalty,
         presence_penalty=config.presence_penalty,
@@ -104,7 +109,34 @@ def _all_but(banned: frozenset[int], vocab_size: int) -> torch.Tensor:
     return ~ops.token_mask(tokens, vocab_size)
 
 
-def prefix_mask(allowed_tokens: Callable[[int, torch.Tensor], Any], vocab_size: int) -> TokenMask:
+def token_masks(settings: Mapping[str, Any], vocab_size: int) -> list[TokenMask]:
+    """What writes the token masks of a call.
+
+    Raises:
+        TypeError: a setting that is no function.
+    """
+    names = ("prefix_allowed_tokens_fn", "token_mask")
+    functions = {name: settings[name] for name in names if settings.get(name) is not None}
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{name} is {function!r}; expected one function for all rows, which is given their numbers")
+    if "prefix_allowed_tokens_fn" in functions:
+        functions["prefix_allowed_tokens_fn"] = _prefix_mask(functions["prefix_allowed_tokens_fn"], vocab_size)
+    return [*functions.values()]
+
+
+def fill_mask(
+    masks: Iterable[TokenMask], row: int, prompt: torch.Tensor, new_tokens: torch.Tensor, allowed: torch.Tensor
+) -> None:
+    """Take from what is allowed what some token masks do not allow after a row's new tokens."""
+    tokens = torch.cat((prompt, new_tokens.to(prompt)))
+    for fill in masks:
+        own = torch.full_like(allowed, -1)  # so that none of them undoes what another one forbids
+        fill(row, tokens, own)
+        allowed &= own
+
+
+def _prefix_mask(allowed_tokens: Callable[[int, torch.Tensor], Any], vocab_size: int) -> TokenMask:
     """The token mask of transformers' ``prefix_allowed_tokens_fn``."""
 
     def fill(row: int, tokens: torch.Tensor, mask: torch.Tensor) -> None:

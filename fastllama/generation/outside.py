@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastllama.config import GenerationConfig
-from fastllama.config.settings import said
+from fastllama.config.settings import FUNCTIONS, NOT_IN_TRANSFORMERS, said
 from fastllama.config.tokens import bias_items
 from fastllama.engine.runner import Runner
 from fastllama.generation.generate import Streamer
@@ -40,6 +40,14 @@ logger = logging.getLogger(__name__)
 
 # How caches are organised: without a meaning where the engine's is used.
 ORGANISES_CACHES = ("cache_implementation", "cache_config", "prefill_chunk_size")
+# Settings that the step takes in more forms than transformers, and transformers' form of each.
+FORMS: dict[str, Callable[[Any], Any]] = {
+    "repetition_penalty": float, "presence_penalty": float, "frequency_penalty": float, "no_repeat_ngram_size": int,
+    "sequence_bias": lambda value: {tokens: float(number) for tokens, number in bias_items(value)},
+    "bad_words_ids": lambda value: [list(tokens) for tokens in value],
+    "suppress_tokens": list, "begin_suppress_tokens": list, "forced_bos_token_id": int,
+    "forced_eos_token_id": lambda value: value if isinstance(value, int) else list(value),
+}  # fmt: skip
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
@@ -86,13 +94,18 @@ def generate_outside(
             unpad(input_ids.cpu(), None if attention_mask is None else attention_mask.cpu()), model.config.vocab_size
         )
     host = _host_class()(model)
-    values, given = config.to_dict(), dict(settings)
+    values, given = config.to_dict(), _plain(config, settings)
+    values |= _plain(config, {name: values[name] for name in FORMS if name in values})
     cache = one_cache(given.pop("past_key_values", None), given.pop("cache", None))
     if cache is not None:
         given[_cache_name()] = cache
     if isinstance(given.get("tokenizer"), Tokenizer):
         _use_our_tokenizer(values, given)
-    _add_processors(values, given, 0 if input_ids is None else input_ids.shape[1])
+    for name in (*NOT_IN_TRANSFORMERS, *FUNCTIONS):  # which transformers' object does not have
+        if name in values:
+            given.setdefault(name, values.pop(name))
+    beams = (values | given).get("num_beams") or 1
+    add_processors(given, 0 if input_ids is None else input_ids.shape[1], beams)
     seed = given.pop("seed", values.pop("seed", None))
     reason = _why_eager(runner_of, values | given, input_ids, attention_mask)
     _say_outside(tuple(asked), reason)
@@ -102,7 +115,7 @@ def generate_outside(
             values.pop(name, None)
             given.pop(name, None)
     host.generation_config = transformers.GenerationConfig(**values | {"disable_compile": True})
-    with _seeded(seed, model.device):
+    with seeded(seed, model.device):
         done = host.generate(input_ids, attention_mask=attention_mask, streamer=streamer, **given)
     if reason is not None or not (values | given).get("use_cache", True):
         return done
@@ -111,20 +124,26 @@ def generate_outside(
     return with_cache(done, runner_of(), attention_mask)
 
 
-def _add_processors(values: dict[str, Any], given: dict[str, Any], prompt_tokens: int) -> None:
-    """Do with processors what transformers has no settings for."""
-    names = ("presence_penalty", "frequency_penalty", "token_mask")
-    asked = {name: given.pop(name, values.pop(name, None)) for name in names}
-    presence, frequency = (float(asked[name] or 0) for name in names[:2])
-    added: list[Any] = [CountPenalties(presence, frequency, prompt_tokens)] if presence or frequency else []
-    if asked["token_mask"] is not None:
-        added.append(MaskedTokens(asked["token_mask"], (values | given).get("num_beams") or 1))
+def _plain(config: GenerationConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's settings in the forms that transformers takes, checked as the step checks them."""
+    own = {name: given[name] for name in FORMS if given.get(name) is not None}
+    checked = config.replace(**own)
+    values = {name: getattr(checked, name) for name in own}
+    return {**given, **{name: None if value is None else FORMS[name](value) for name, value in values.items()}}
+
+
+def add_processors(given: dict[str, Any], prompt_tokens: int, beams: int) -> None:
+    """Do with processors what a call asks for and transformers has no settings for; those are taken out of the call."""
+    presence, frequency = (float(given.pop(f"{name}_penalty", None) or 0) for name in ("presence", "frequency"))
+    token_mask, added = given.pop("token_mask", None), list[Any]()
+    if presence or frequency:
+        added.append(CountPenalties(presence, frequency, prompt_tokens))
+    if token_mask is not None:
+        added.append(MaskedTokens(token_mask, beams))
     if added:
         from transformers import LogitsProcessorList
 
         given["logits_processor"] = LogitsProcessorList([*(given.get("logits_processor") or ()), *added])
-    if values.get("sequence_bias") is not None:
-        values["sequence_bias"] = dict(bias_items(values["sequence_bias"]))  # which takes a token 0, a list does not
 
 
 def _use_our_tokenizer(values: dict[str, Any], given: dict[str, Any]) -> None:
@@ -167,7 +186,7 @@ def _say_outside(names: tuple[str, ...], reason: str | None) -> None:
 
 
 @contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Generator[None, None, None]:
+def seeded(seed: int | None, device: torch.device) -> Generator[None, None, None]:
     """Sample from a seed, without touching torch's own generators; from those where it is None."""
     if seed is None:
         yield

@@ -18,8 +18,9 @@ class CountPenalties:
         self._presence, self._frequency, self._prompt_tokens = presence, frequency, prompt_tokens
 
     def __call__(self, ids_bt: torch.Tensor, scores_bv: torch.Tensor) -> torch.Tensor:
-        new_bt = ids_bt[:, self._prompt_tokens :]
-        counts_bv = torch.zeros_like(scores_bv).scatter_add(1, new_bt, torch.ones_like(new_bt, dtype=scores_bv.dtype))
+        new_bt, vocab_size = ids_bt[:, self._prompt_tokens :], scores_bv.shape[1]
+        is_token_bt = (new_bt < vocab_size).to(scores_bv.dtype)  # the pad id of a row that has ended may be any number
+        counts_bv = torch.zeros_like(scores_bv).scatter_add(1, new_bt.clamp(max=vocab_size - 1), is_token_bt)
         return scores_bv - self._frequency * counts_bv - self._presence * (counts_bv > 0)
 
 

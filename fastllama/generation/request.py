@@ -16,9 +16,9 @@ import torch
 
 from fastllama.config import GenerationConfig
 from fastllama.config.settings import KNOWN, OFF, OUTSIDE_THE_STEP, said
-from fastllama.config.tokens import depth
+from fastllama.config.tokens import depth, plain_numbers
 from fastllama.engine.row import GREEDY, NO_CHANGES, Changes, Sampling
-from fastllama.generation.changes import TokenMask, allowed_tokens, beyond_the_step, changes_of, prefix_mask
+from fastllama.generation.changes import allowed_tokens, beyond_the_step, changes_of, fill_mask, token_masks
 from fastllama.ops import row_seed
 
 logger = logging.getLogger(__name__)
@@ -31,11 +31,13 @@ BY_PROMPT = frozenset({
     "min_new_tokens", "min_length", "pad_token_id", "seed",
 })  # fmt: skip
 # How many lists a value is that counts for all prompts.
-DEPTHS = {"eos_token_id": 1, "suppress_tokens": 1, "begin_suppress_tokens": 1, "bad_words_ids": 2}
-CHANGING = (
+DEPTHS = {
+    "eos_token_id": 1, "forced_eos_token_id": 1, "suppress_tokens": 1, "begin_suppress_tokens": 1, "bad_words_ids": 2,
+}  # fmt: skip
+CHANGING = frozenset({
     "no_repeat_ngram_size", "sequence_bias", "bad_words_ids", "begin_suppress_tokens", "forced_bos_token_id",
     "forced_eos_token_id", "min_new_tokens", "min_length", "eos_token_id",
-)  # fmt: skip
+})  # fmt: skip
 NO_PROMPT = "every row needs at least one prompt token; give a BOS token to start from nothing"
 
 
@@ -106,7 +108,7 @@ def requests_of(
     check_ids(prompts, vocab_size)
     is_free = any(own.do_sample and own.seed is None for own in configs)  # else torch's generator stays as it is
     seed = int(torch.randint(2**62, (), device="cpu")) if is_free else 0
-    masks = _token_masks(config, settings, vocab_size)
+    masks = token_masks({**config.other, **settings}, vocab_size)
     rows = zip(input_ids, prompts, unpadded(input_ids.cpu().long(), mask), configs, strict=True)
     requests = []
     for whole, prompt, seen, own in rows:
@@ -118,7 +120,7 @@ def requests_of(
             row_of_call = row_seed(seed if own.seed is None else own.seed, row)
             request = _request(prompt, input_ids.shape[1], own, row_of_call, known, vocab_size)
             if masks:
-                follow = functools.partial(_fill, masks, len(requests), whole)
+                follow = functools.partial(fill_mask, masks, len(requests), whole)
                 request = dataclasses.replace(request, next_allowed=follow)
             requests.append(request)
     return requests
@@ -135,31 +137,22 @@ def _request(
     return Request(prompt, new_tokens, sampling_of(config, seed), eos, pad, changes, seen, allowed)
 
 
-def _token_masks(config: GenerationConfig, settings: Mapping[str, Any], vocab_size: int) -> list[TokenMask]:
-    """What writes the token masks of a call, one after the other."""
-    asked = {**config.other, **settings}
-    masks = [] if (prefix := asked.get("prefix_allowed_tokens_fn")) is None else [prefix_mask(prefix, vocab_size)]
-    return masks if (mask := asked.get("token_mask")) is None else [*masks, mask]
-
-
-def _fill(
-    masks: Iterable[TokenMask], row: int, prompt: torch.Tensor, new_tokens: torch.Tensor, allowed: torch.Tensor
-) -> None:
-    for fill in masks:
-        fill(row, torch.cat((prompt, new_tokens.to(prompt))), allowed)
-
-
 def is_by_prompt(name: str, value: Any) -> bool:
     """Whether the setting of a call has one value for each prompt: a list of what counts for all of them elsewhere."""
-    if name in DEPTHS:
-        return depth(value) > DEPTHS[name]
-    if name == "sequence_bias":
-        return isinstance(value, (list, tuple)) and any(hasattr(each, "items") for each in value)
-    return name in BY_PROMPT and (isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1)
+    if name not in {*BY_PROMPT, *DEPTHS, "sequence_bias"}:
+        return False
+    value = plain_numbers(value)
+    if not isinstance(value, (list, tuple)) or name in BY_PROMPT:
+        return isinstance(value, (list, tuple))
+    if name == "sequence_bias":  # [[[tokens], value]] is one for all
+        items = (each for each in value if each is None or isinstance(each, (dict, list, tuple)))
+        return any(not each or isinstance(each, dict) or depth(each[0]) > 1 for each in items)
+    is_off = any(each is None or (each == [] and DEPTHS[name] > 1) for each in value)
+    return is_off or depth(value) > DEPTHS[name]
 
 
 def _by_prompt(settings: Mapping[str, Any], listed: Iterable[str], prompts: int) -> list[Mapping[str, Any]]:
-    values = {name: [getattr(each, "item", lambda each=each: each)() for each in settings[name]] for name in listed}
+    values = {name: plain_numbers(settings[name]) for name in listed}
     for name, each in values.items():
         if len(each) != prompts:
             raise ValueError(f"{name} has {len(each)} values for {prompts} prompts; give one value, or one for each")
@@ -168,7 +161,7 @@ def _by_prompt(settings: Mapping[str, Any], listed: Iterable[str], prompts: int)
 
 def outside_the_step(config: GenerationConfig, settings: Mapping[str, Any], device_type: str = "cpu") -> dict[str, Any]:
     """What a call asks for that the compiled step does not do on such a device."""
-    outside = config.outside_the_step(settings)
+    outside = config.left_to_loops(settings)
     typical_p = settings.get("typical_p", config.typical_p)
     if device_type != "cpu" and typical_p not in (None, 1.0) and settings.get("do_sample", config.do_sample):
         outside |= {"typical_p": typical_p}
@@ -182,11 +175,9 @@ def outside_the_step(config: GenerationConfig, settings: Mapping[str, Any], devi
                 "give one value for all prompts"
             )
         return {}
-    changing = {name: settings.get(name, getattr(config, name)) for name in CHANGING}
-    if any(changing[name] for name in CHANGING if name != "eos_token_id"):
-        own = GenerationConfig(**{name: OFF.get(name) if value is None else value for name, value in changing.items()})
-        outside |= {name: changing[name] for name in beyond_the_step(own)}
-    return outside
+    touched = {name: OFF.get(name) if settings[name] is None else settings[name] for name in CHANGING & settings.keys()}
+    own = config.replace(**touched) if touched else config
+    return outside | {name: getattr(own, name) for name in beyond_the_step(own)}
 
 
 def start_of(config: GenerationConfig) -> torch.Tensor:

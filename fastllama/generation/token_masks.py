@@ -24,8 +24,12 @@ class TokenMasks:
 
     def __init__(self, requests: Sequence[Request], vocab_size: int) -> None:
         self._requests = {slot: request for slot, request in enumerate(requests) if request.next_allowed is not None}
-        self._new = {slot: torch.empty(0, dtype=torch.long, device="cpu") for slot in self._requests}
-        self._words = ops.token_mask_words(vocab_size)
+        self._new = {
+            slot: torch.empty(request.max_new_tokens, dtype=torch.long, device="cpu")
+            for slot, request in self._requests.items()
+        }
+        self._count = 0
+        self._all = ops.token_mask(torch.arange(vocab_size, device="cpu"), vocab_size) if self._requests else None
 
     def __bool__(self) -> bool:
         return bool(self._requests)
@@ -40,15 +44,18 @@ class TokenMasks:
 
     def after(self, tokens_bn: torch.Tensor, ended: Sequence[bool]) -> Mapping[int, torch.Tensor]:
         """The next masks, by slot, of rows that go on after these new tokens."""
-        for slot in self._requests:
-            self._new[slot] = torch.cat((self._new[slot], tokens_bn[slot]))
+        first, self._count = self._count, self._count + tokens_bn.shape[1]
+        for slot, new in self._new.items():
+            if not ended[slot]:
+                new[first : self._count] = tokens_bn[slot]
         return {slot: self._mask(slot) for slot in self._requests if not ended[slot]}
 
     def _mask(self, slot: int) -> torch.Tensor:
         request = self._requests[slot]
-        allowed = torch.full((self._words,), -1, dtype=torch.int32, device="cpu")
-        if request.allowed is not None:
-            allowed.copy_(request.allowed)
         assert request.next_allowed is not None
-        request.next_allowed(self._new[slot], allowed)
+        assert self._all is not None
+        allowed = self._all.clone() if request.allowed is None else self._all & request.allowed
+        request.next_allowed(self._new[slot][: self._count], allowed)
+        if not allowed.any():
+            raise ValueError(f"no token may follow in row {slot}: its token mask and what is banned leave none")
         return allowed

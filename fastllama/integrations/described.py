@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import json
@@ -16,7 +17,8 @@ ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_a
 # Attributes that change no token; transformers 5.17 does not follow resized embeddings with vocab_size.
 FREE = {"training", "gradient_checkpointing", "name_or_path", "max_seq_len_cached", "vocab_size"}
 OURS = {"generate", "fastllama"}  # what accelerate() puts into a model
-CAPTURES = "install_output_capuring_hook."  # transformers' own hooks, which stay after a call with output_hidden_states
+CAPTURES = "transformers.utils.output_capturing"  # where hooks are from that stay after a call with hidden states
+LOOPS = ("_sample", "_beam_search", "_get_logits_processor", "_get_stopping_criteria", "_prepare_generation_config")
 
 
 class Description(NamedTuple):
@@ -46,7 +48,7 @@ def check_as_described(model: nn.Module) -> None:
     attention = getattr(config, "_attn_implementation", None)
     if attention not in (None, *ATTENTIONS):
         raise NotImplementedError(f"the model has an attention of its own, {attention!r}")
-    if replaced := _replaced_function(attention):
+    if replaced := _replaced_function(type(model), attention):
         raise NotImplementedError(f"{replaced}() of transformers was replaced")
     if getattr(config, "sliding_window", None):
         raise NotImplementedError("sliding_window is set, which the engine does not follow")
@@ -68,15 +70,23 @@ def check_as_described(model: nn.Module) -> None:
         raise NotImplementedError(f"{name} holds other frequencies than the config describes{why}")
 
 
-def _replaced_function(attention: str | None) -> str | None:
-    """A function that layers of transformers call, and that is none of its own."""
+def _replaced_function(kind: type[nn.Module], attention: str | None) -> str | None:
+    """A function that layers or loops of transformers call, and that is none of its own."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.llama import modeling_llama
 
-    called = {name: value for name, value in vars(modeling_llama).items() if inspect.isroutine(value)}
+    called = {name: getattr(modeling_llama, name, None) for name in _functions_of(modeling_llama.__file__)}
+    called |= {name: value for name, value in vars(modeling_llama).items() if inspect.isfunction(value)}
+    called |= {name: getattr(kind, name) for name in LOOPS if hasattr(kind, name)}
     if attention in ALL_ATTENTION_FUNCTIONS:
         called[f"attention function {attention!r}"] = ALL_ATTENTION_FUNCTIONS[attention]
     return next((name for name, function in called.items() if not _is_library_code(function)), None)
+
+
+@functools.cache
+def _functions_of(file: str) -> list[str]:
+    """The functions that a file of Python defines."""
+    return [node.name for node in ast.parse(Path(file).read_text()).body if isinstance(node, ast.FunctionDef)]
 
 
 def _difference(module: nn.Module, wanted: Description) -> str | None:
@@ -85,9 +95,11 @@ def _difference(module: nn.Module, wanted: Description) -> str | None:
     if type(module) is not wanted.kind:
         return f"is a {type(module).__name__}"
     hooks = [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
-    forward = getattr(own.get("forward"), "__func__", own.get("forward"))  # transformers 4 puts a module's own one there
-    if any(not getattr(hook, "__qualname__", "").startswith(CAPTURES) for hook in hooks):
+    forward = getattr(own.get("forward"), "__func__", own.get("forward"))  # transformers 4 puts the class's there
+    if any(getattr(hook, "__module__", None) != CAPTURES for hook in hooks):
         return "has a forward hook"
+    if not _is_library_code(type(module).__call__):
+        return "has a __call__() of its own"
     if forward not in (None, type(module).forward):
         return "has a forward() of its own"
     if not _is_library_code(type(module).forward):
@@ -136,11 +148,12 @@ def _numbers(module: nn.Module) -> dict[str, Any]:
 
 @functools.cache
 def _is_library_code(function: Any) -> bool:
-    """Whether a function is defined in a file of torch or transformers."""
+    """Whether a function, and what it wraps, is defined in a file of torch or transformers."""
     import transformers
 
-    code = getattr(function, "__code__", None)
-    return code is not None and _is_in((torch.__file__, transformers.__file__), code.co_filename)
+    codes = [getattr(each, "__code__", None) for each in (function, inspect.unwrap(function))]
+    libraries = (torch.__file__, transformers.__file__)
+    return all(code is not None and _is_in(libraries, code.co_filename) for code in codes)
 
 
 @functools.lru_cache(maxsize=1024)

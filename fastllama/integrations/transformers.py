@@ -16,7 +16,9 @@ import torch
 
 from fastllama.causal_lm import LlamaForCausalLM, engine_of
 from fastllama.config import GenerationConfig, LlamaConfig
-from fastllama.generation.outside import ORGANISES_CACHES
+from fastllama.config.settings import FUNCTIONS, KNOWN, NOT_IN_TRANSFORMERS
+from fastllama.engine.row import check_sampling
+from fastllama.generation.outside import ORGANISES_CACHES, add_processors, seeded
 from fastllama.generation.request import check_ids, check_tensor, inferred_mask, requests_of, unpad
 from fastllama.generation.transformers_loop import over_engine, why_not, with_cache
 from fastllama.integrations.described import check_as_described
@@ -101,7 +103,7 @@ def generate(
         if own := sorted(own_arguments(kwargs, mask).keys() & POSITIONS_AND_CACHES):
             raise NotImplementedError(f"{', '.join(own)} is given")
         _follow(model)
-        config = GenerationConfig.from_hf(generation_config).replace(max_new_tokens=None, num_return_sequences=1)
+        config = _config_of(generation_config.to_dict()).replace(max_new_tokens=None, num_return_sequences=1)
         arguments = {"input_ids": input_ids, "attention_mask": mask, "generation_config": config}
         _check(model.fastllama, **arguments)
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -136,7 +138,9 @@ def _generate(model: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any)
         return theirs(*args, **kwargs)  # which says so
     kwargs |= named
     if isinstance(given := kwargs.get("generation_config"), GenerationConfig):
-        kwargs["generation_config"] = type(model.generation_config)(**given.to_diff_dict())
+        values = given.to_diff_dict()
+        own = {name: values.pop(name) for name in (*NOT_IN_TRANSFORMERS, *FUNCTIONS) if name in values}
+        kwargs = {**own, **kwargs, "generation_config": type(model.generation_config)(**values)}
     try:
         if kwargs.get("custom_generate") is not None:
             raise NotImplementedError("custom_generate is given")
@@ -144,12 +148,24 @@ def _generate(model: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any)
         arguments = engine_arguments(model, **kwargs)
         _check(model.fastllama, **arguments)
     except (TypeError, ValueError, NotImplementedError) as error:
+        seed = kwargs.pop("seed", None)
+        ids, config = kwargs.get("input_ids", kwargs.get("inputs")), kwargs.get("generation_config")
+        beams = kwargs.get("num_beams") or getattr(config or model.generation_config, "num_beams", None) or 1
+        add_processors(kwargs, 0 if ids is None else ids.shape[1], beams)
         rest = {name: value for name, value in kwargs.items() if name not in ORGANISES_CACHES}
         loops, with_engine = _loops_of(model, str(error), _asked(model, **rest))
-        if loops is model or getattr(theirs, "__func__", None) is not type(loops).generate:
-            return theirs(**kwargs)
-        return with_engine(type(loops).generate(loops, **rest))
+        with seeded(seed, model.device):
+            if loops is model or getattr(theirs, "__func__", None) is not type(loops).generate:
+                return theirs(**kwargs)
+            return with_engine(type(loops).generate(loops, **rest))
     return model.fastllama.generate(**arguments)
+
+
+def _config_of(values: Mapping[str, Any]) -> GenerationConfig:
+    """Ours, of what transformers' object holds and transformers follows."""
+    fields = GenerationConfig.__dataclass_fields__.keys() | KNOWN
+    followed = fields - {"other", *NOT_IN_TRANSFORMERS, *FUNCTIONS}
+    return GenerationConfig.from_dict({name: value for name, value in values.items() if name in followed})
 
 
 def _asked(model: Any, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> dict[str, Any]:
@@ -212,8 +228,7 @@ def _check(
     """Raise what a call would raise before its first token."""
     engine_of(twin)
     requests = requests_of(input_ids, attention_mask, generation_config, settings, twin.config.vocab_size)
-    if any(request.sampling.typical_p < 1 for request in requests) and twin.device.type != "cpu":
-        raise NotImplementedError("typical_p is done on a CPU, by no kernel of a GPU")
+    check_sampling([request.sampling for request in requests], twin.device)
     changes = [request.changes for request in requests if len(request.prompt) < input_ids.shape[1]]  # of padded rows
     if any(each.repetition_penalty != 1 for each in changes) and _penalises_padding():
         raise NotImplementedError("repetition_penalty counts padding in this version of transformers")
@@ -301,6 +316,6 @@ def engine_arguments(
         raise NotImplementedError("decoding without input_ids is not available")
     passed = {name: settings.pop(name) for name in ("attention_mask", "streamer") if name in settings}
     chosen = {} if generation_config is None else generation_config.to_diff_dict()
-    config = GenerationConfig.from_dict(model.generation_config.to_dict() | chosen)
+    config = _config_of(model.generation_config.to_dict() | chosen)
     settings = {name: chosen[name] for name in ("max_length",) if name in chosen} | settings
     return {"input_ids": input_ids, "generation_config": config, **passed, **settings}

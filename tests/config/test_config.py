@@ -412,19 +412,19 @@ def test_a_generation_setting_that_the_step_does_not_do_is_kept_and_refused_by_t
     config = GenerationConfig.from_dict({"temperature": 0.7, **setting})
     assert config == GenerationConfig(temperature=0.7, other=setting)
     assert not caplog.text
-    assert config.outside_the_step({}) == setting
+    assert config.left_to_loops({}) == setting
     with pytest.raises(NotImplementedError, match=re.escape(f"{name}={value!r}")):
         config.check_usable({})
     for off in (OUTSIDE_THE_STEP[name], None):
         config.check_usable({name: off})
-        assert not config.outside_the_step({name: off})
+        assert not config.left_to_loops({name: off})
     assert GenerationConfig.from_dict(setting, strict=True).to_dict()[name] == value
 
 
 def test_settings_of_sampling_ask_for_nothing_where_nothing_is_sampled():
     config = GenerationConfig(epsilon_cutoff=0.1, top_h=0.4)
-    assert not config.outside_the_step({})
-    assert config.outside_the_step({"do_sample": True}) == {"epsilon_cutoff": 0.1, "top_h": 0.4}
+    assert not config.left_to_loops({})
+    assert config.left_to_loops({"do_sample": True}) == {"epsilon_cutoff": 0.1, "top_h": 0.4}
 
 
 def test_generation_settings_that_ask_for_nothing_are_accepted():

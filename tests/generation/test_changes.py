@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from shapes import LEFT
@@ -113,12 +114,19 @@ def test_a_row_leaves_nothing_to_the_next_one_in_its_slot(pair, ids) -> None:
 
 
 def test_presence_and_frequency_penalties_are_those_of_a_processor(pair, ids) -> None:
-    for asked in ({"presence_penalty": 1.1}, {"frequency_penalty": -20.0, "repetition_penalty": 1.2}):
+    for asked in ({"presence_penalty": -50.0}, {"frequency_penalty": -20.0, "repetition_penalty": 1.2}):
         plain = pair[0].generate(ids, **PLAIN | asked)
         stopped = pair[0].generate(
             ids, stopping_criteria=[lambda ids, _: torch.zeros(len(ids)).bool()], **PLAIN | asked
         )
         assert plain.tolist() == stopped.tolist() != pair[0].generate(ids, **PLAIN).tolist()
+
+
+def test_pads_beyond_the_vocabulary_count_as_no_token(pair, ids) -> None:
+    ends = likely(pair, ids)[0][1]
+    asked = {"frequency_penalty": 2.0, "eos_token_id": ends, **PLAIN, "pad_token_id": 200}
+    plain = pair[0].generate(ids, **asked)
+    assert pair[0].generate(ids, max_time=60.0, **asked).tolist() == plain.tolist()
 
 
 def test_a_token_mask_follows_each_row(pair, ids) -> None:
@@ -135,6 +143,21 @@ def test_a_token_mask_follows_each_row(pair, ids) -> None:
     assert [tokens for row, tokens in seen if row == 1] == [out[1, :end].tolist() for end in range(7, 16)]
     beams = pair[0].generate(ids, token_mask=third, num_beams=2, **PLAIN)
     assert (beams[:, 7:] % 4).tolist() == [[0, 1] * 4 + [0]] * 2
+
+
+def test_token_masks_and_bans_count_together(pair, ids) -> None:
+    def only(row: int, tokens: torch.Tensor, mask: torch.Tensor) -> None:
+        mask.zero_()
+        mask[0] = 0b111000
+
+    for asked in ({"suppress_tokens": [3]}, {"bad_words_ids": [[3]]}, {"prefix_allowed_tokens_fn": lambda *_: [4, 9]}):
+        for elsewhere in ({}, {"max_time": 60.0}):
+            out = pair[0].generate(ids, token_mask=only, **PLAIN, **asked, **elsewhere)
+            assert {*out[:, 7:].flatten().tolist()} <= {4, 5}
+    with pytest.raises(ValueError, match="no token may follow in row 0"):
+        pair[0].generate(ids, token_mask=only, suppress_tokens=[3, 4, 5], **PLAIN)
+    with pytest.raises(TypeError, match="token_mask is 5; expected one function"):
+        pair[0].generate(ids, token_mask=5, **PLAIN)
 
 
 def test_rows_that_have_ended_are_not_asked_about(pair, ids) -> None:
@@ -198,9 +221,11 @@ def test_what_does_not_fit_in_the_step_is_done_outside(pair, ids, asked, monkeyp
         ({"sequence_bias": {(): 1.0}}, "none of them empty"),
         ({"sequence_bias": [3, 4]}, "sequence_bias is"),
         ({"bad_words_ids": [3]}, "a list of lists of token ids"),
-        ({"suppress_tokens": [-1]}, "suppress_tokens is -1"),
+        ({"suppress_tokens": [-2]}, "suppress_tokens is -2"),
         ({"suppress_tokens": 5}, "a list of token ids"),
         ({"forced_eos_token_id": 300}, "token id 300"),
+        ({"forced_eos_token_id": 7, "suppress_tokens": [7]}, "token 7 is forced, and in suppress_tokens"),
+        ({"presence_penalty": 1000, "num_beams": 2}, "presence_penalty is 1000"),
         ({"presence_penalty": 200}, "presence_penalty is 200"),
         ({"no_repeat_ngram_size": [1, 2, 3]}, "3 values for 2 prompts"),
     ],
@@ -218,6 +243,47 @@ def test_lists_that_nobody_does_are_named(pair, ids) -> None:
         NotImplementedError, match="top_k by prompt is done by the compiled step, which does not do num_beams"
     ):
         pair[0].generate(ids, do_sample=True, top_k=[1, 2], num_beams=2, **PLAIN)
+
+
+def test_values_may_come_as_tensors_arrays_and_tuples(pair, ids) -> None:
+    for name, plain, others in (
+        ("begin_suppress_tokens", [5, 6], (torch.tensor([5, 6]), np.array([5, 6]), (5, 6), {5, 6}, range(5, 7))),
+        ("suppress_tokens", [5, 6], (torch.tensor([5, 6]), [np.int64(5), torch.tensor(6)], [5, -1, 6])),
+        ("bad_words_ids", [[5, 6]], (torch.tensor([[5, 6]]), ((5, 6),))),
+        ("forced_eos_token_id", [5], (torch.tensor([5]), np.array([5]), 5)),
+        ("no_repeat_ngram_size", 2, (torch.tensor(2), np.int64(2))),
+        ("repetition_penalty", 2.0, (2, torch.tensor(2.0))),
+        ("sequence_bias", {(0,): 3.0}, ([[[0], 3.0]], {(0,): 3})),
+    ):
+        expected = requests_of(ids, None, GenerationConfig(), {name: plain}, 96)[0]
+        loop = pair[0].generate(ids, max_time=60.0, **PLAIN, **{name: plain}).tolist()
+        for other in others:
+            assert requests_of(ids, None, GenerationConfig(), {name: other}, 96)[0].changes == expected.changes
+            assert pair[0].generate(ids, **PLAIN, **{name: other}).tolist() == loop
+            assert pair[0].generate(ids, max_time=60.0, **PLAIN, **{name: other}).tolist() == loop
+
+
+@pytest.mark.parametrize(
+    ("name", "listed", "each"),
+    [
+        ("forced_eos_token_id", [[5], [6]], (5, 6)),
+        ("forced_eos_token_id", [None, 6], (None, 6)),
+        ("suppress_tokens", [None, None], (None, None)),
+        ("suppress_tokens", torch.tensor([[5], [6]]), ([5], [6])),
+        ("bad_words_ids", [[], []], (None, None)),
+        ("bad_words_ids", [[[5]], None], ([[5]], None)),
+        ("sequence_bias", [[[[5], 1.0]], [[[6, 7], 2.0], [[8], 1.0]]], ([[[5], 1.0]], {(6, 7): 2.0, (8,): 1.0})),
+        ("eos_token_id", [[5, 6], None], ([5, 6], None)),
+        ("no_repeat_ngram_size", np.array([2, 3]), (2, 3)),
+    ],
+    ids=str,
+)
+def test_a_list_has_a_value_for_each_prompt(ids, name, listed, each) -> None:
+    together = requests_of(ids, None, GenerationConfig(), {name: listed}, 96)
+    for at, value in enumerate(each):
+        alone = requests_of(ids[at : at + 1], None, GenerationConfig(), {name: value}, 96)[0]
+        assert (together[at].changes, together[at].eos_token_ids) == (alone.changes, alone.eos_token_ids)
+        assert (together[at].allowed is None) == (alone.allowed is None)
 
 
 def test_a_config_says_the_same_as_a_call(ids) -> None:

@@ -254,6 +254,44 @@ def test_functions_of_transformers_that_were_replaced_are_seen(theirs, ids, monk
     assert torch.equal(got, unaccelerate(fast).generate(ids, max_new_tokens=6, do_sample=False))
 
 
+@pytest.mark.parametrize("how", ["partial", "wrapped", "object"])
+def test_whatever_replaces_a_function_is_seen(theirs, ids, monkeypatch, caplog, how) -> None:
+    class Called:
+        def __call__(self, *args: object) -> object:
+            return genuine(*args)
+
+    fast, genuine = accelerate(theirs), modeling_llama.apply_rotary_pos_emb
+    put = {
+        "partial": functools.partial(genuine),
+        "wrapped": torch.no_grad()(lambda *x: genuine(*x)),
+        "object": Called(),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_llama, "apply_rotary_pos_emb", put[how])
+        _say_fallback.cache_clear()
+        fast.generate(ids, max_new_tokens=2, do_sample=False)
+    assert "apply_rotary_pos_emb() of transformers was replaced" in caplog.text
+    monkeypatch.setattr(LlamaMLP, "forward", torch.no_grad()(lambda self, x: x))
+    fast.generate(ids, max_new_tokens=2, do_sample=False)
+    assert "forward() that was put into its class" in caplog.text
+
+
+def test_what_is_fastllamas_own_counts_in_loops_too_and_in_configs_of_transformers_never(theirs, ids) -> None:
+    asked = {"max_new_tokens": 9, "do_sample": False}
+    plain = theirs.generate(ids, **asked).tolist()
+    theirs.generation_config.presence_penalty = 50.0  # which transformers does not follow
+    assert theirs.generate(ids, custom_generate=generate, **asked).tolist() == plain
+    fast = accelerate(theirs)
+    assert fast.generate(ids, **asked).tolist() == plain
+    config = GenerationConfig(frequency_penalty=-30.0, **asked)
+    changed = fast.generate(ids, generation_config=config).tolist()
+    assert changed != plain
+    assert fast.generate(ids, generation_config=config, max_time=60.0).tolist() == changed
+    assert fast.generate(ids, frequency_penalty=-30.0, max_time=60.0, **asked).tolist() == changed
+    sampled = {"do_sample": True, "seed": 4, "max_new_tokens": 6, "max_time": 60.0}
+    assert fast.generate(ids, **sampled).tolist() == fast.generate(ids, **sampled).tolist()
+
+
 def test_what_the_engine_refuses_falls_back(theirs, ids, caplog) -> None:
     expected = theirs.generate(ids, max_new_tokens=3, do_sample=False)
     fast = accelerate(theirs)
