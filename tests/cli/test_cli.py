@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import fastllama
 from fastllama import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from fastllama.cli import console
 from fastllama.cli.app import app
+from fastllama.cli.info import gather
 from fastllama.cli.options import sampling_arguments
 
 ANSWER = "wörld"
@@ -196,6 +198,12 @@ def test_strict_reaches_the_loader_and_settings_that_are_not_available_go(model:
 def test_what_is_left_out_is_said(model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:
     run("generate", "hello")
     assert "decoding without the checkpoint's settings epsilon_cutoff" in caplog.text
+
+
+def test_settings_of_a_size_that_the_step_does_not_do_go_too(model: FakeModel) -> None:
+    model.generation_config = GenerationConfig(no_repeat_ngram_size=20, forced_eos_token_id=[1, 2], suppress_tokens=[5])
+    assert run("generate", "hello").exit_code == 0
+    assert model.generation_config == GenerationConfig(suppress_tokens=[5])
 
 
 def test_without_options_the_checkpoint_decides_how_to_sample() -> None:
@@ -400,6 +408,21 @@ def test_info_reports_sizes_and_operations(checkpoint: Path, monkeypatch: pytest
     names = [line.strip().split("  ")[0] for line in result.stdout.splitlines() if line.startswith("  ")]
     assert "KV cache, full context" in names
     assert [name for name in names if "_" in name and name not in {op["op"] for op in facts["ops"]}] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "way"),
+    [
+        ({"no_repeat_ngram_size": 3, "suppress_tokens": [4]}, "the compiled step"),
+        ({"no_repeat_ngram_size": 20}, "transformers' loop, for no_repeat_ngram_size=20"),
+        ({"num_beams": 4}, "transformers' loop, for num_beams=4"),
+    ],
+)
+def test_info_says_which_way_calls_take(checkpoint: Path, tmp_path: Path, monkeypatch, settings, way) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("fastllama.cli.info._decoding", lambda *_: {})
+    assert gather(str(tmp_path / "model"), None, "cpu", None, quiet=True)["model"]["generate"] == way
 
 
 def test_info_of_a_published_shape_loads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
