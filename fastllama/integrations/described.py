@@ -149,13 +149,16 @@ def _numbers(module: nn.Module) -> dict[str, Any]:
 @functools.cache
 def _is_library_code(function: Any) -> bool:
     """Whether a function, and what it wraps, is defined in a file of torch or transformers."""
-    import transformers
-
-    codes = [getattr(each, "__code__", None) for each in (function, inspect.unwrap(function))]
-    libraries = (torch.__file__, transformers.__file__)
-    return all(code is not None and _is_in(libraries, code.co_filename) for code in codes)
+    code = getattr(function, "__code__", None)
+    return code is not None and _all_in_libraries(function, code)
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_in(libraries: tuple[str, ...], file: str) -> bool:
-    return any(Path(library).parent in Path(file).parents for library in libraries)
+def _all_in_libraries(function: Any, code: types.CodeType) -> bool:
+    """The answer for a function while it has this code."""
+    import transformers
+
+    wrapped = getattr(inspect.unwrap(function), "__code__", None)
+    roots = [Path(inspect.getfile(library)).parent for library in (torch, transformers)]
+    files = [None if each is None else Path(each.co_filename) for each in (code, wrapped)]
+    return all(file is not None and any(root in file.parents for root in roots) for file in files)
