@@ -183,7 +183,7 @@ def _compile(step: Step, graphs: bool) -> CompiledStep:
     stays as it was.
     """
     if not torch.cuda.is_available():  # a build of torch with CUDA complains, of a machine without
-        logging.getLogger("torch.utils.cpp_extension").addFilter(_is_about_no_missing_gpu)
+        logging.getLogger("torch.utils.cpp_extension").addFilter(_is_not_about_a_missing_gpu)
     fresh = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__)
     options: dict[str, Any] = torch._inductor.list_mode_options("reduce-overhead") if graphs else {}
     options |= {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
@@ -193,7 +193,7 @@ def _compile(step: Step, graphs: bool) -> CompiledStep:
     return CompiledStep(fresh, CompiledOrPlain(compiled, fresh))
 
 
-def _is_about_no_missing_gpu(record: logging.LogRecord) -> bool:
+def _is_not_about_a_missing_gpu(record: logging.LogRecord) -> bool:
     return "No CUDA runtime is found" not in record.getMessage()
 
 

@@ -94,19 +94,8 @@ def generate_outside(
             unpad(input_ids.cpu(), None if attention_mask is None else attention_mask.cpu()), model.config.vocab_size
         )
     host = _host_class()(model)
-    values, given = config.to_dict(), _plain(config, settings)
-    values |= _plain(config, {name: values[name] for name in FORMS if name in values})
-    cache = one_cache(given.pop("past_key_values", None), given.pop("cache", None))
-    if cache is not None:
-        given[_cache_name()] = cache
-    if isinstance(given.get("tokenizer"), Tokenizer):
-        _use_our_tokenizer(values, given)
-    for name in (*NOT_IN_TRANSFORMERS, *FUNCTIONS):  # which transformers' object does not have
-        if name in values:
-            given.setdefault(name, values.pop(name))
-    beams = (values | given).get("num_beams") or 1
-    add_processors(given, 0 if input_ids is None else input_ids.shape[1], beams)
-    seed = given.pop("seed", values.pop("seed", None))
+    values, given = _prepared(config, settings, input_ids)
+    seed = given.pop("seed", None)
     reason = _why_eager(runner_of, values | given, input_ids, attention_mask)
     _say_outside(tuple(asked), reason)
     if reason is None:
@@ -124,6 +113,24 @@ def generate_outside(
     return with_cache(done, runner_of(), attention_mask)
 
 
+def _prepared(
+    config: GenerationConfig, settings: Mapping[str, Any], input_ids: torch.Tensor | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a config and a call come to for transformers; and ``seed``, which is with the call's."""
+    values, given = config.to_dict(), _plain(config, settings)
+    values |= _plain(config, {name: values[name] for name in FORMS if name in values})
+    cache = one_cache(given.pop("past_key_values", None), given.pop("cache", None))
+    if cache is not None:
+        given[_cache_name()] = cache
+    if isinstance(given.get("tokenizer"), Tokenizer):
+        _use_our_tokenizer(values, given)
+    for name in (*NOT_IN_TRANSFORMERS, *FUNCTIONS):  # which transformers' object does not have
+        if name in values:
+            given.setdefault(name, values.pop(name))
+    add_processors(given, values, input_ids)
+    return values, given
+
+
 def _plain(config: GenerationConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """A call's settings in the forms that transformers takes, checked as the step checks them."""
     own = {name: given[name] for name in FORMS if given.get(name) is not None}
@@ -132,14 +139,23 @@ def _plain(config: GenerationConfig, given: Mapping[str, Any]) -> dict[str, Any]
     return {**given, **{name: None if value is None else FORMS[name](value) for name, value in values.items()}}
 
 
-def add_processors(given: dict[str, Any], prompt_tokens: int, beams: int) -> None:
-    """Do with processors what a call asks for and transformers has no settings for; those are taken out of the call."""
+def add_processors(given: dict[str, Any], values: Mapping[str, Any], input_ids: torch.Tensor | None) -> None:
+    """Do with processors what a call asks for and transformers has no settings for; those are taken out of the call.
+
+    Args:
+        given: the call's settings, which change.
+        values: of its config, which count where the call says nothing.
+        input_ids: its prompts.
+    """
+    prompt_tokens = 0 if input_ids is None else input_ids.shape[1]
     presence, frequency = (float(given.pop(f"{name}_penalty", None) or 0) for name in ("presence", "frequency"))
     token_mask, added = given.pop("token_mask", None), list[Any]()
     if presence or frequency:
         added.append(CountPenalties(presence, frequency, prompt_tokens))
     if token_mask is not None:
-        added.append(MaskedTokens(token_mask, beams))
+        beams = given.get("num_beams") or values.get("num_beams") or 1
+        eos = GenerationConfig(eos_token_id=given.get("eos_token_id", values.get("eos_token_id"))).eos_token_id
+        added.append(MaskedTokens(token_mask, beams, prompt_tokens, eos))
     if added:
         from transformers import LogitsProcessorList
 

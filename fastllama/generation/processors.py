@@ -5,6 +5,8 @@ Shape suffixes: ``b`` rows, ``t`` tokens, ``v`` vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastllama import ops
@@ -25,15 +27,24 @@ class CountPenalties:
 
 
 class MaskedTokens:
-    """The token mask of each row; ``beams`` rows after each other are one."""
+    """The token mask of each row that no EOS id has ended; ``beams`` rows after each other are one."""
 
-    def __init__(self, fill: TokenMask, beams: int) -> None:
-        self._fill, self._beams = fill, beams
+    def __init__(self, fill: TokenMask, beams: int, prompt_tokens: int, eos: Sequence[int]) -> None:
+        self._fill, self._beams, self._prompt_tokens, self._eos = fill, beams, prompt_tokens, frozenset(eos)
 
     def __call__(self, ids_bt: torch.Tensor, scores_bv: torch.Tensor) -> torch.Tensor:
+        """Mask the scores.
+
+        Raises:
+            ValueError: a mask allows nothing.
+        """
         allowed = torch.full((ops.token_mask_words(scores_bv.shape[1]),), -1, dtype=torch.int32, device="cpu")
-        allowed_bv = torch.empty(scores_bv.shape, dtype=torch.bool, device="cpu")
+        allowed_bv = torch.ones(scores_bv.shape, dtype=torch.bool, device="cpu")
         for row, (ids_t, allowed_v) in enumerate(zip(ids_bt, allowed_bv, strict=True)):
+            if self._eos.intersection(ids_t[self._prompt_tokens :].tolist()):
+                continue
             self._fill(row // self._beams, ids_t, allowed.fill_(-1))
             allowed_v.copy_(ops.allowed_by(allowed, len(allowed_v)))
+            if not allowed_v.any():
+                raise ValueError(f"no token may follow in row {row // self._beams}: its token mask leaves none")
         return scores_bv.masked_fill(~allowed_bv.to(scores_bv.device), -torch.inf)

@@ -146,7 +146,6 @@ def _numbers(module: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if not key.startswith("_") and key not in FREE}
 
 
-@functools.cache
 def _is_library_code(function: Any) -> bool:
     """Whether a function, and what it wraps, is defined in a file of torch or transformers."""
     code = getattr(function, "__code__", None)

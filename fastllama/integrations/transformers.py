@@ -149,9 +149,7 @@ def _generate(model: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any)
         _check(model.fastllama, **arguments)
     except (TypeError, ValueError, NotImplementedError) as error:
         seed = kwargs.pop("seed", None)
-        ids, config = kwargs.get("input_ids", kwargs.get("inputs")), kwargs.get("generation_config")
-        beams = kwargs.get("num_beams") or getattr(config or model.generation_config, "num_beams", None) or 1
-        add_processors(kwargs, 0 if ids is None else ids.shape[1], beams)
+        add_processors(kwargs, _asked(model, **kwargs), kwargs.get("input_ids", kwargs.get("inputs")))
         rest = {name: value for name, value in kwargs.items() if name not in ORGANISES_CACHES}
         loops, with_engine = _loops_of(model, str(error), _asked(model, **rest))
         with seeded(seed, model.device):

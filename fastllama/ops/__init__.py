@@ -161,14 +161,7 @@ def processed(
     step_b: torch.Tensor,
     limit_b: torch.Tensor,
 ) -> torch.Tensor:
-    """Float32 logits ``[b, v]`` after penalties, biases and bans; see :mod:`fastllama_kernels.sampling.processing`.
-
-    Args:
-        logits_bv: of every token.
-        processing: of each row.
-        position_b: int64, of each row's newest token.
-        step_b, limit_b: int64, how many new tokens each row has, and will have at most.
-    """
+    """Float32 logits ``[b, v]`` after penalties, biases and bans; see :mod:`fastllama_kernels.sampling.processing`."""
     return _run("processed", logits_bv, [*processing], position_b, step_b, limit_b)
 
 

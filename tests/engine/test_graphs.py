@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from contextlib import contextmanager
 
 import pytest
@@ -25,6 +26,15 @@ def test_every_thread_for_cuda_graphs_has_a_place_of_its_own_for_them() -> None:
     assert len({*found, containers_of_this_thread()}) == 3
     for thread in threads:
         thread.shutdown()
+
+
+def test_a_build_of_torch_with_cuda_does_not_complain_of_a_machine_without(monkeypatch, caplog) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    graphs._compile(lambda: None, graphs=False)
+    torchs = logging.getLogger("torch.utils.cpp_extension")
+    torchs.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local")
+    torchs.warning("something else")
+    assert [record.message for record in caplog.records] == ["something else"]
 
 
 def test_an_unknown_way_to_take_steps_on_a_cpu_is_refused(monkeypatch) -> None:

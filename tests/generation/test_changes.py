@@ -156,17 +156,21 @@ def test_token_masks_and_bans_count_together(pair, ids) -> None:
             assert {*out[:, 7:].flatten().tolist()} <= {4, 5}
     with pytest.raises(ValueError, match="no token may follow in row 0"):
         pair[0].generate(ids, token_mask=only, suppress_tokens=[3, 4, 5], **PLAIN)
+    for elsewhere in ({}, {"max_time": 60.0}, {"num_beams": 2}):
+        with pytest.raises(ValueError, match="no token may follow in row 0"):
+            pair[0].generate(ids, token_mask=lambda row, tokens, mask: mask.zero_(), **PLAIN, **elsewhere)
     with pytest.raises(TypeError, match="token_mask is 5; expected one function"):
         pair[0].generate(ids, token_mask=5, **PLAIN)
 
 
-def test_rows_that_have_ended_are_not_asked_about(pair, ids) -> None:
+@pytest.mark.parametrize("elsewhere", [{}, {"max_time": 60.0}])
+def test_rows_that_have_ended_are_not_asked_about(pair, ids, elsewhere) -> None:
     ends, asked = likely(pair, ids)[0][1], []
 
     def fill(row: int, tokens: torch.Tensor, mask: torch.Tensor) -> None:
         asked.append(row)
 
-    out = pair[0].generate(ids, token_mask=fill, eos_token_id=ends, **PLAIN)
+    out = pair[0].generate(ids, token_mask=fill, eos_token_id=ends, **PLAIN, **elsewhere)
     first = out[0, 7:].tolist().index(ends)
     assert asked.count(0) == first + 1
 

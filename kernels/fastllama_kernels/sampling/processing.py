@@ -8,7 +8,8 @@ In this order, as Hugging Face's logits processors:
     frequency, presence    logit - frequency · n - presence · (n > 0), where n of the row's new tokens are this one
     no repeated n-grams    minus infinity for tokens that would end an n-gram which the row has
     token mask             minus infinity for tokens whose bit is 0
-    forced tokens          0, and minus infinity for all others, as the first or the last new token
+    forced tokens          0, and minus infinity for all others, as the first or the last new token, whatever is banned;
+                           in transformers a ban can undo that
 
 A bias of minus infinity bans a sequence; one that counts for the first new tokens only keeps EOS ids back. Frequency
 and presence penalty are those of OpenAI's API, which Hugging Face has not.

@@ -141,7 +141,7 @@ def test_rows_equal_what_processors_of_transformers_make_of_them(process, rows, 
     for at, row in enumerate(rows):
         expected = by_transformers(row, logits[at])
         if processing.forced_last[at] >= 0 and limits[at] - steps[at] == 1:
-            expected = torch.full_like(expected, -INFINITY)  # which a token that is suppressed besides stays, there
+            expected = torch.full_like(expected, -INFINITY)  # there, a suppressed token is not forced
             expected[processing.forced_last[at]] = 0
         torch.testing.assert_close(found[at], expected, rtol=1e-6, atol=1e-6)
 
