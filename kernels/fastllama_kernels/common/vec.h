@@ -220,7 +220,11 @@ template <>
 struct Activations<BFloat16> { using type = BFloat16; };
 #endif
 
-constexpr int64_t kAhead = 2048;  // bytes between a load and the prefetch before it
+#ifdef __AVX512F__
+constexpr int64_t kAhead = 1024;  // bytes between a load and the prefetch before it
+#else
+constexpr int64_t kAhead = 2048;
+#endif
 
 // out[r][m] = w_r · x_m for R weight rows and M activation rows (x_m = x + m * n): each weight is loaded once.
 // Weight rows that follow each other in memory are prefetched to the next rows' beginning, where a page ends.
@@ -258,14 +262,19 @@ __attribute__((noinline)) void dot_tile(const T* const (&rows)[R], const float* 
 #ifdef __AVX512BF16__
 // The same with bfloat16 on both sides: pairs are multiplied and summed in float32 by one instruction.
 template <int R, int M>
-inline void dot_tile(const BFloat16* const (&w)[R], const BFloat16* x, int64_t n, float (&out)[R][M]) {
-  constexpr int64_t kPairs = 2 * kLanes;
+__attribute__((noinline)) void dot_tile(const BFloat16* const (&rows)[R], const BFloat16* x, int64_t n,
+                                        float (&out)[R][M]) {
+  constexpr int64_t kPairs = 2 * kLanes, kAheadColumns = kAhead / sizeof(BFloat16);
   const auto load = [](const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); };
+  const BFloat16* w[R];
+  std::memcpy(w, rows, sizeof(w));
   __m512 acc[R][M];
   FASTLLAMA_UNROLL for (int r = 0; r < R; ++r)
     FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) acc[r][m] = _mm512_setzero_ps();
   int64_t i = 0;
   for (; i + kPairs <= n; i += kPairs) {
+    const int64_t ahead = i + kAheadColumns < n ? kAheadColumns : kAheadColumns + (R - 1) * n;
+    FASTLLAMA_UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + i + ahead);
     __m512bh x32[M];
     FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) x32[m] = load(x + m * n + i);
     FASTLLAMA_UNROLL for (int r = 0; r < R; ++r) {

@@ -17,7 +17,11 @@
 namespace fastllama {
 namespace {
 
-constexpr int kWeightRows = 6;  // matrix rows streamed side by side: enough to keep the load queues full
+#ifdef __AVX512F__
+constexpr int kWeightRows = 4;  // matrix rows streamed side by side: enough to keep the load queues full
+#else
+constexpr int kWeightRows = 6;
+#endif
 // Of these, as many at once as there are registers for.
 constexpr int at_once(int activation_rows) { return kRegisters == 16 && activation_rows > 2 ? 3 : kWeightRows; }
 
