@@ -220,10 +220,12 @@ template <>
 struct Activations<BFloat16> { using type = BFloat16; };
 #endif
 
+// Bytes between a load and the prefetch before it: of a row of weights among several, of a panel of codes, of its
+// scales; none where it is 0.
 #ifdef __AVX512F__
-constexpr int64_t kAhead = 1024;  // bytes between a load and the prefetch before it
+constexpr int64_t kAhead = 1024, kAheadCodes = 4096, kAheadScales = 512;
 #else
-constexpr int64_t kAhead = 2048;
+constexpr int64_t kAhead = 2048, kAheadCodes = 2048, kAheadScales = 0;
 #endif
 
 // out[r][m] = w_r · x_m for R weight rows and M activation rows (x_m = x + m * n): each weight is loaded once.

@@ -68,8 +68,9 @@ inline float encode(const float* x, int8_t* codes, int32_t& sum) {
 }
 
 // Sums of a block's products with one row of activations. `add` takes a part of a line as `Codes` has split it, and the
-// activations from the line's first column on.
-template <int kBits, typename X>
+// activations from the line's first column on; `value` is the sum, less a number. kTwo: in two chains of sums, for an
+// instruction's result takes some cycles.
+template <int kBits, typename X, bool kTwo>
 struct BlockSum;
 
 #if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512F__)
@@ -78,14 +79,15 @@ template <int kBits>
 struct Codes {  // the low and the high halves of bytes
   __m256i low, high;
 
+  Codes() = default;
   explicit Codes(IntPart part)
       : low(_mm256_and_si256((__m256i)part, _mm256_set1_epi8(15))),
         high(_mm256_and_si256(_mm256_srli_epi16((__m256i)part, 4), _mm256_set1_epi8(15))) {}
 };
 
 // Sixteen-bit sums: a block adds up eight pairs of products, each at most 2 * 15 * 127.
-template <int kBits>
-struct BlockSum<kBits, int8_t> {
+template <int kBits, bool kTwo>
+struct BlockSum<kBits, int8_t, kTwo> {
   static constexpr int kSums = kBits == 4 ? 1 : 2;
   __m256i low = _mm256_setzero_si256(), high = _mm256_setzero_si256();
 
@@ -94,10 +96,11 @@ struct BlockSum<kBits, int8_t> {
     add(kBits == 4 ? low : high, codes.high, kBits == 4 ? x + 4 : x);
   }
 
-  FloatPart value() const {
-    const __m256i one = _mm256_set1_epi16(1), sum = _mm256_madd_epi16(low, one);
-    if constexpr (kBits == 4) return (FloatPart)_mm256_cvtepi32_ps(sum);
-    return (FloatPart)_mm256_cvtepi32_ps(_mm256_add_epi32(sum, _mm256_slli_epi32(_mm256_madd_epi16(high, one), 4)));
+  FloatPart value(int32_t less = 0) const {
+    const __m256i one = _mm256_set1_epi16(1);
+    IntPart sum = (IntPart)_mm256_madd_epi16(low, one);
+    if constexpr (kBits == 8) sum += (IntPart)_mm256_slli_epi32(_mm256_madd_epi16(high, one), 4);
+    return (FloatPart)_mm256_cvtepi32_ps((__m256i)(sum - less));
   }
 
  private:
@@ -131,23 +134,27 @@ inline IntPart dot4(IntPart acc, IntPart codes, int32_t quad) {
 template <int kBits>
 struct Codes {
   IntPart low, high;
+  Codes() = default;
   explicit Codes(IntPart part) : low(kBits == 4 ? part & 0x0f0f0f0f : part), high((part >> 4) & 0x0f0f0f0f) {}
 };
 
-template <int kBits>
-struct BlockSum<kBits, int8_t> {
-  static constexpr int kSums = 2;
-  IntPart even = {}, odd = {};  // two chains, for an instruction's result takes some cycles
+template <int kBits, bool kTwo>
+struct BlockSum<kBits, int8_t, kTwo> {
+  static constexpr int kSums = 1 + kTwo;
+  IntPart even = {}, odd = {};
 
   void add(const Codes<kBits>& codes, const int8_t* x) {
     even = dot4(even, codes.low, load_quad(x));
-    if constexpr (kBits == 4)
-      odd = dot4(odd, codes.high, load_quad(x + 4));
-    else
-      std::swap(even, odd);
+    if constexpr (kTwo) std::swap(even, odd);
+    if constexpr (kBits == 4) {
+      even = dot4(even, codes.high, load_quad(x + 4));
+      if constexpr (kTwo) std::swap(even, odd);
+    }
   }
 
-  FloatPart value() const { return __builtin_convertvector(even + odd, FloatPart); }
+  FloatPart value(int32_t less = 0) const {
+    return __builtin_convertvector((kTwo ? even + odd : even) - less, FloatPart);
+  }
 };
 
 #endif
@@ -156,6 +163,7 @@ template <int kBits>
 struct FloatCodes {
   FloatPart columns[32 / kBits];
 
+  FloatCodes() = default;
   explicit FloatCodes(IntPart part) {
     FASTLLAMA_UNROLL for (int i = 0; i < 32 / kBits; ++i) {
       const int shift = kBits == 4 ? 8 * (i % 4) + 4 * (i / 4) : 8 * i;
@@ -164,8 +172,8 @@ struct FloatCodes {
   }
 };
 
-template <int kBits>
-struct BlockSum<kBits, float> {
+template <int kBits, bool kTwo>
+struct BlockSum<kBits, float, kTwo> {
   static constexpr int kSums = 2;
   FloatPart even = {}, odd = {};
 
@@ -176,7 +184,7 @@ struct BlockSum<kBits, float> {
     }
   }
 
-  FloatPart value() const { return even + odd; }
+  FloatPart value(float less = 0.f) const { return even + odd - less; }
 };
 
 }  // namespace fastllama

@@ -32,79 +32,128 @@ struct Panels {
 // Activations as the products take them: 8-bit codes with a scale for each kGroup of them, or float32.
 template <typename X>
 struct Inputs {
+  using Sum = std::conditional_t<std::is_same_v<X, float>, float, int32_t>;
   int64_t k;
-  std::vector<X> values;                // [rows, k]
-  std::vector<float> scales, sums;      // [rows, k / kGroup]; the sums are those of the values
+  Sum middle;                        // what the matrix's codes have for zero
+  std::vector<X> values;             // [rows, k]
+  std::vector<float> scales, sums;   // [rows, k / kGroup]; the sums are those of what the values stand for
+  std::vector<Sum> less;             // likewise: the sum of the values, `middle` times
 
-  Inputs(int64_t rows, int64_t columns)
-      : k(columns), values(rows * k), scales(rows * k / kGroup, 1.f), sums(rows * k / kGroup) {}
+  Inputs(int64_t rows, const Panels& w)
+      : k(w.k), middle(1 << (w.bits - 1)), values(rows * k), scales(rows * k / kGroup, 1.f), sums(scales.size()),
+        less(scales.size()) {}
 
   void set(int64_t row, const float* x) {
     for (int64_t g = 0; g < k / kGroup; ++g, x += kGroup) {
       X* to = values.data() + row * k + g * kGroup;
       const int64_t at = row * (k / kGroup) + g;
+      Sum sum;
       if constexpr (std::is_same_v<X, float>) {
         std::copy(x, x + kGroup, to);
-        sums[at] = sum16(load16(x) + load16(x + kLanes));
+        sum = sum16(load16(x) + load16(x + kLanes));
       } else {
-        int32_t sum;
         scales[at] = encode(x, to, sum);
-        sums[at] = static_cast<float>(sum);
       }
+      sums[at] = sum * scales[at];
+      less[at] = middle * sum;
     }
   }
 };
 
-// out[m] = the panel's 16 rows times row `first` + m of the activations.
-template <int kBits, bool kOffsets, int M, typename X>
-void multiply(const Panels& w, int64_t panel, const Inputs<X>& x, int64_t first, f32x16 (&out)[M]) {
-  using Split = std::conditional_t<std::is_same_v<X, float>, FloatCodes<kBits>, Codes<kBits>>;
+// Panels that are multiplied together with M rows of activations, where there are registers for it: what is loaded of
+// the activations serves them all. Fewer rows wait for memory, and that is read best panel after panel.
+template <typename X, int M>
+constexpr int together() {
+#ifdef __AVX512F__
+  return M < kTile || std::is_same_v<X, float> ? 1 : 2;
+#else
+  return 1;
+#endif
+}
+
+// out[p][m] = the 16 rows of panel `panel` + p * stride times row `first` + m of the activations.
+template <int kBits, bool kOffsets, int P, int M, typename X>
+void multiply(const Panels& w, int64_t panel, int64_t stride, const Inputs<X>& x, int64_t first, f32x16 (*out)[M]) {
+  constexpr bool kCodes = !std::is_same_v<X, float>;
+  using Split = std::conditional_t<kCodes, Codes<kBits>, FloatCodes<kBits>>;
+  using Dot = BlockSum<kBits, X, (P * M < 8)>;
   constexpr int64_t kColumns = 32 / kBits, kLines = kGroup / kColumns;  // of a line, of a block
   // Parts of a line that are worked on together: all, where their sums fit half of the registers.
-  constexpr bool kFit = BlockSum<kBits, X>::kSums * kParts * M <= kRegisters / 2;
-  constexpr int kTogether = kFit && kBits == 4 && !std::is_same_v<X, float> ? kParts : 1;
-  constexpr float kMiddle = 1 << (kBits - 1);
+  constexpr bool kFit = Dot::kSums * kParts * M <= kRegisters / 2;
+  constexpr int kPartsAtOnce = kFit && kBits == 4 && kCodes ? kParts : 1;
   const int64_t blocks = w.k / kGroup, blocks_a_group = w.group / kGroup;
-  const uint8_t* lines = w.codes + panel * w.bytes();
-  const Half* scale = w.scales + panel * w.scales_each();
-  const Half* offset = kOffsets ? w.offsets + panel * w.scales_each() : scale;
+  const uint8_t* lines[P];
+  const Half *scale[P], *offset[P];
+  for (int p = 0; p < P; ++p, panel += stride) {
+    lines[p] = w.codes + panel * w.bytes();
+    scale[p] = w.scales + panel * w.scales_each();
+    offset[p] = kOffsets ? w.offsets + panel * w.scales_each() : nullptr;
+  }
   const X* values = x.values.data() + first * w.k;
   const float *scales = x.scales.data() + first * blocks, *sums = x.sums.data() + first * blocks;
-  FloatPart total[kParts][M] = {};
-  for (int64_t block = 0; block < blocks; scale += kLanes, offset += kLanes) {
-    FloatPart scale_p[kParts], offset_p[kParts];
-    for (int part = 0; part < kParts; ++part) {
-      scale_p[part] = load_part(scale + part * kPartLanes);
-      if constexpr (kOffsets) offset_p[part] = load_part(offset + part * kPartLanes);
+  const auto* less = x.less.data() + first * blocks;
+  FloatPart total[P][kParts][M] = {};
+  int64_t at = 0, next = 0;  // bytes of a panel, scales
+  // Where to prefetch from: at the end of panels that lie one behind the other, from the beginning of the next ones.
+  const auto ahead = [&](int64_t place, int64_t distance, int64_t panel_size) {
+    const bool is_next = P > 1 && stride == 1 && place + distance >= panel_size;
+    return place + distance + (is_next ? (P - 1) * panel_size : 0);
+  };
+  for (int64_t block = 0; block < blocks; next += kLanes) {
+    FloatPart scale_p[P][kParts], offset_p[P][kParts];
+    FASTLLAMA_UNROLL for (int p = 0; p < P; ++p) {
+      FASTLLAMA_UNROLL for (int part = 0; part < kParts; ++part) {
+        scale_p[p][part] = load_part(scale[p] + next + part * kPartLanes);
+        if constexpr (kOffsets) offset_p[p][part] = load_part(offset[p] + next + part * kPartLanes);
+      }
     }
-    for (const int64_t end = block + blocks_a_group; block < end; ++block, lines += kLines * kLine) {
-      FASTLLAMA_UNROLL for (int64_t l = 0; l < kLines; ++l) __builtin_prefetch(lines + kAhead + l * kLine);
-      for (int first_part = 0; first_part < kParts; first_part += kTogether) {
-        BlockSum<kBits, X> dot[kTogether][M];
+    for (const int64_t end = block + blocks_a_group; block < end; ++block, at += kLines * kLine) {
+      const int64_t codes_ahead = ahead(at, kAheadCodes, w.bytes());
+      const int64_t scales_ahead = ahead(next, kAheadScales / sizeof(Half), w.scales_each());
+      FASTLLAMA_UNROLL for (int p = 0; p < P; ++p) {
+        FASTLLAMA_UNROLL for (int64_t l = 0; l < kLines; ++l) __builtin_prefetch(lines[p] + codes_ahead + l * kLine);
+        if constexpr (kAheadScales > 0) __builtin_prefetch(scale[p] + scales_ahead);
+        if constexpr (kAheadScales > 0 && kOffsets) __builtin_prefetch(offset[p] + scales_ahead);
+      }
+      for (int first_part = 0; first_part < kParts; first_part += kPartsAtOnce) {
+        Dot dot[P][kPartsAtOnce][M];
         FASTLLAMA_UNROLL for (int64_t l = 0; l < kLines; ++l) {
-          FASTLLAMA_UNROLL for (int i = 0; i < kTogether; ++i) {
-            const Split codes(load_part(lines + l * kLine + (first_part + i) * kPartBytes));
+          FASTLLAMA_UNROLL for (int i = 0; i < kPartsAtOnce; ++i) {
+            Split codes[P];
+            FASTLLAMA_UNROLL for (int p = 0; p < P; ++p)
+              codes[p] = Split(load_part(lines[p] + at + l * kLine + (first_part + i) * kPartBytes));
             FASTLLAMA_UNROLL for (int m = 0; m < M; ++m)
-              dot[i][m].add(codes, values + m * w.k + block * kGroup + l * kColumns);
+              FASTLLAMA_UNROLL for (int p = 0; p < P; ++p)
+                dot[p][i][m].add(codes[p], values + m * w.k + block * kGroup + l * kColumns);
           }
         }
         FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) {
-          const float x_scale = scales[m * blocks + block], sum = sums[m * blocks + block];
-          FASTLLAMA_UNROLL for (int i = 0; i < kTogether; ++i) {
-            const int part = first_part + i;
-            FloatPart product = dot[i][m].value();
-            if constexpr (kOffsets)
-              total[part][m] += offset_p[part] * (sum * x_scale);
-            else
-              product -= kMiddle * sum;
-            total[part][m] += product * (scale_p[part] * x_scale);
+          const int64_t of = m * blocks + block;
+          FASTLLAMA_UNROLL for (int p = 0; p < P; ++p) {
+            FASTLLAMA_UNROLL for (int i = 0; i < kPartsAtOnce; ++i) {
+              const int part = first_part + i;
+              if constexpr (kOffsets) total[p][part][m] += offset_p[p][part] * sums[of];
+              const FloatPart product = kOffsets ? dot[p][i][m].value() : dot[p][i][m].value(less[of]);
+              total[p][part][m] += product * (scale_p[p][part] * scales[of]);
+            }
           }
         }
       }
     }
   }
-  FASTLLAMA_UNROLL for (int m = 0; m < M; ++m)
-    FASTLLAMA_UNROLL for (int part = 0; part < kParts; ++part) out[m].parts[part] = total[part][m];
+  FASTLLAMA_UNROLL for (int p = 0; p < P; ++p)
+    FASTLLAMA_UNROLL for (int m = 0; m < M; ++m)
+      FASTLLAMA_UNROLL for (int part = 0; part < kParts; ++part) out[p][m].parts[part] = total[p][part][m];
+}
+
+// The same for any number of panels.
+template <int kBits, bool kOffsets, int M, typename X>
+void multiply_all(const Panels& w, int64_t panel, int64_t stride, int64_t panels, const Inputs<X>& x, int64_t first,
+                  f32x16 (*out)[M]) {
+  constexpr int P = together<X, M>();
+  int64_t p = 0;
+  for (; p + P <= panels; p += P) multiply<kBits, kOffsets, P, M>(w, panel + p * stride, stride, x, first, out + p);
+  for (; p < panels; ++p) multiply<kBits, kOffsets, 1, M>(w, panel + p * stride, stride, x, first, out + p);
 }
 
 // Reads rows `begin` to `end` - 1 of the activations x [rows, k], normalised when a norm weight is given.
@@ -153,27 +202,32 @@ struct Call {
 
 template <int kBits, bool kOffsets, typename X>
 void run(const Panels& w, const Call& call, Tensor& out) {
-  const int64_t rows = call.x.numel() / w.k, parts = call.activation ? 2 : 1, count = w.count / parts;
+  const int64_t rows = call.x.numel() / w.k;
   const bool is_shared = rows > kTile;  // few rows are read by every thread, which saves a wait for the others
-  Inputs<X> shared(is_shared ? rows : 0, w.k);
+  Inputs<X> shared(is_shared ? rows : 0, w);
   if (is_shared)
     torch::stable::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
       read_inputs<X>(call.x, call.norm_weight, call.eps, begin, end, shared);
     });
-  parallel_groups(count, parts * w.bytes() * std::max<int64_t>(1, rows / kTile), [&](const auto& each) {
-    Inputs<X> own(is_shared ? 0 : rows, w.k);
+  // A gated product multiplies gate's and up's panel together, others such as follow each other.
+  const int64_t stride = call.activation ? w.count / 2 : 1, most = call.activation ? 2 : together<X, kTile>();
+  const int64_t groups = call.activation ? stride : (w.count + most - 1) / most;
+  parallel_groups(groups, most * w.bytes() * std::max<int64_t>(1, rows / kTile), [&](const auto& each) {
+    Inputs<X> own(is_shared ? 0 : rows, w);
     if (!is_shared) read_inputs<X>(call.x, call.norm_weight, call.eps, 0, rows, own);
     const Inputs<X>& inputs = is_shared ? shared : own;
-    each([&](int64_t panel) {
+    each([&](int64_t group) {
+      const int64_t panel = call.activation ? group : group * most, panels = std::min(most, w.count - panel);
       for_each_tile(rows, [&](auto tile, int64_t first) {
         constexpr int M = decltype(tile)::value;
-        f32x16 y[M], up[M];
-        multiply<kBits, kOffsets, M>(w, panel, inputs, first, y);
-        if (call.activation) multiply<kBits, kOffsets, M>(w, count + panel, inputs, first, up);
+        f32x16 y[2][M];
+        multiply_all<kBits, kOffsets, M>(w, panel, stride, panels, inputs, first, y);
         for (int m = 0; m < M; ++m) {
-          f32x16 result = call.biased(y[m], panel * kLanes);
-          if (call.activation) result = call.gated(result, call.biased(up[m], (count + panel) * kLanes));
-          call.store(out, first + m, panel * kLanes, result);
+          for (int64_t p = 0; p < panels; ++p) y[p][m] = call.biased(y[p][m], (panel + p * stride) * kLanes);
+          if (call.activation)
+            call.store(out, first + m, panel * kLanes, call.gated(y[0][m], y[1][m]));
+          else
+            for (int64_t p = 0; p < panels; ++p) call.store(out, first + m, (panel + p) * kLanes, y[p][m]);
         }
       });
     });
