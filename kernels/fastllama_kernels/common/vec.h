@@ -262,28 +262,37 @@ __attribute__((noinline)) void dot_tile(const T* const (&rows)[R], const float* 
 }
 
 #ifdef __AVX512BF16__
-// The same with bfloat16 on both sides: pairs are multiplied and summed in float32 by one instruction.
+// The same with bfloat16 on both sides: pairs are multiplied and summed in float32 by one instruction, in the same order
+// whatever R and M.
 template <int R, int M>
 __attribute__((noinline)) void dot_tile(const BFloat16* const (&rows)[R], const BFloat16* x, int64_t n,
                                         float (&out)[R][M]) {
   constexpr int64_t kPairs = 2 * kLanes, kAheadColumns = kAhead / sizeof(BFloat16);
+  constexpr int64_t kStep = kPairs * (R == 1 ? 4 : 1);
   const auto load = [](const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); };
   const BFloat16* w[R];
   std::memcpy(w, rows, sizeof(w));
   __m512 acc[R][M];
   FASTLLAMA_UNROLL for (int r = 0; r < R; ++r)
     FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) acc[r][m] = _mm512_setzero_ps();
-  int64_t i = 0;
-  for (; i + kPairs <= n; i += kPairs) {
-    const int64_t ahead = i + kAheadColumns < n ? kAheadColumns : kAheadColumns + (R - 1) * n;
-    FASTLLAMA_UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + i + ahead);
+  const auto add = [&](int64_t i) {
     __m512bh x32[M];
     FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) x32[m] = load(x + m * n + i);
     FASTLLAMA_UNROLL for (int r = 0; r < R; ++r) {
       const __m512bh w32 = load(w[r] + i);
       FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w32, x32[m]);
     }
+  };
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    const int64_t ahead = i + (i + kAheadColumns < n ? kAheadColumns : kAheadColumns + (R - 1) * n);
+    FASTLLAMA_UNROLL for (int64_t j = 0; j < kStep; j += kPairs) {
+      FASTLLAMA_UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + ahead + j);
+      add(i + j);
+    }
   }
+  if constexpr (kStep > kPairs)
+    for (; i + kPairs <= n; i += kPairs) add(i);
   FASTLLAMA_UNROLL for (int r = 0; r < R; ++r)
     FASTLLAMA_UNROLL for (int m = 0; m < M; ++m) {
       out[r][m] = _mm512_reduce_add_ps(acc[r][m]);

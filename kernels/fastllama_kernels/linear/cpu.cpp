@@ -22,8 +22,13 @@ constexpr int kWeightRows = 4;  // matrix rows streamed side by side: enough to 
 #else
 constexpr int kWeightRows = 6;
 #endif
-// Of these, as many at once as there are registers for.
-constexpr int at_once(int activation_rows) { return kRegisters == 16 && activation_rows > 2 ? 3 : kWeightRows; }
+// Of these, as many at once as there are registers for. Where there are more instructions than it takes, one after the
+// other, as memory is read best: in order.
+template <typename X>
+constexpr int at_once(int activation_rows) {
+  if (std::is_same_v<X, BFloat16> && activation_rows == 1) return 1;
+  return kRegisters == 16 && activation_rows > 2 ? 3 : kWeightRows;
+}
 
 // The activations [rows, n] as the products take them, normalised (RMS, weighted) when a norm weight is given.
 template <typename T>
@@ -47,7 +52,7 @@ std::vector<typename Activations<T>::type> prologue(const T* x, const T* norm_we
 template <typename T, typename X, typename Emit>
 void for_each_row(const T* const (&w)[kWeightRows], const X* x, int64_t rows, int64_t n, const Emit& emit) {
   for_each_tile(rows, [&](auto tile, int64_t first) {
-    constexpr int M = decltype(tile)::value, R = at_once(M);
+    constexpr int M = decltype(tile)::value, R = at_once<X>(M);
     float out[kWeightRows][M];
     if constexpr (R == kWeightRows) {
       dot_tile(w, x + first * n, n, out);
