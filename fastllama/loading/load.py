@@ -23,6 +23,7 @@ from fastllama.loading.coded import Coded, CodedTensor, DecodedTensor, is_quanti
 from fastllama.loading.formats import ours
 from fastllama.loading.mapped import MappedFiles
 from fastllama.loading.match import EMBEDDING, HEAD, layers_in, listed, matched, missing_hint
+from fastllama.loading.memory import empty
 from fastllama.loading.names import Source, resolve
 from fastllama.loading.random import random_tensors
 from fastllama.loading.stored import CheckpointError, Stored, said_once
@@ -244,7 +245,7 @@ def _materialise(model: nn.Module, device: torch.device, stored: Mapping[str, St
         first, sizes = parts[0], [len(tensor) for tensor in parts]
         mapped = files.rows([by_id.get(id(part)) for part in parts], first.dtype) if device.type == "cpu" else None
         shape = (sum(sizes), *first.shape[1:])
-        memory = torch.empty(shape, dtype=first.dtype, device=device) if mapped is None else mapped
+        memory = empty(shape, first.dtype, device) if mapped is None else mapped
         for part, rows in zip(parts, memory.split(sizes), strict=True):
             is_parameter = isinstance(part, nn.Parameter)
             made[id(part)] = nn.Parameter(rows, requires_grad=False) if is_parameter else rows
