@@ -1,7 +1,7 @@
 """Memory for weights: in huge pages, where the system has them.
 
 A decode step reads every weight once, in order. With pages of 4 KiB a core loses time at their ends: its prefetching
-stops there and addresses are looked up anew.
+stops there and addresses are looked up again.
 """
 
 from __future__ import annotations
