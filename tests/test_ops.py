@@ -65,8 +65,8 @@ def test_limits_and_what_runs_beyond_them_are_reported(monkeypatch) -> None:
     )
     assert reasons["sample"] == "without sorting the vocabulary"
     reasons = {choice.op: choice.reason for choice in ops.report("cpu", torch.float32)}
-    assert reasons["linear"] == "up to 32 rows; torch's GEMM above"
-    assert reasons["rotary_attention"] == "up to 8 tokens a row; torch's flash attention above"
+    assert reasons["linear"] == "up to 32 rows; C++ norm, torch's GEMM above"
+    assert reasons["rotary_attention"] == "up to 8 tokens a row; C++ kernel for prompts above"
     reasons = {choice.op: choice.reason for choice in ops.report("cpu", torch.float32, rows=36, tokens=9)}
     assert reasons["linear"] == "above 32 rows"
     assert reasons["rotary_attention"] == "above 8 tokens a row"
@@ -101,8 +101,8 @@ def test_on_a_cpu_a_step_is_one_operation() -> None:
 def test_kernels_take_more_rows_where_torch_has_no_gemm_for_16_bits(monkeypatch, multiplies, rows) -> None:
     monkeypatch.setattr(linear_op, "multiplies", lambda dtype: multiplies)
     ops.rules.first_rule.cache_clear()
-    for count, implementation in ((rows, "C++ kernel"), (rows + 1, "torch's GEMM")):
-        assert implementations("cpu", torch.bfloat16, rows=count)["gate_up"] == implementation
+    for count, implementation in ((rows, "C++ kernel"), (rows + 1, "C++ norm, torch's GEMM")):
+        assert implementations("cpu", torch.bfloat16, rows=count)["linear"] == implementation
     ops.rules.first_rule.cache_clear()
 
 
@@ -141,15 +141,15 @@ CALLED = {
     ("step", "C++ kernel"): {"decode_step"},
     ("layers", "C++ kernel"): {"layers"},
     ("linear", "C++ kernel"): {"linear"},
-    ("linear", "torch's GEMM"): set(),
+    ("linear", "C++ norm, torch's GEMM"): {"rms_norm"},
     ("linear", "Triton kernel"): {"linear"},
     ("linear", "Triton norm, cuBLAS"): {"rms_norm"},
     ("gate_up", "C++ kernel"): {"gate_up"},
-    ("gate_up", "torch's GEMM"): set(),
+    ("gate_up", "C++ norm and activation, torch's GEMM"): {"rms_norm", "silu_mul"},
     ("gate_up", "Triton kernel"): {"gate_up"},
     ("gate_up", "Triton norm and activation, cuBLAS"): {"rms_norm", "silu_mul"},
     ("rotary_attention", "C++ kernel"): {"rotary_attention"},
-    ("rotary_attention", "torch's flash attention"): {"prefill_attention"},
+    ("rotary_attention", "C++ kernel for prompts"): {"prefill_attention"},
     ("rotary_attention", "Triton kernel"): {"rotary_attention_split"},
     ("rotary_attention", "Triton rotary and KV write, torch's masked attention"): {"rotary_write"},
     ("processed", "C++ kernel"): {"processed"},

@@ -123,14 +123,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "linear": (
         Rule("cpu", "C++ kernel", _op("linear"), max_rows=CPU_ROWS),
-        Rule("cpu", "torch's GEMM", linear_op.linear_slabs, launches=0),
+        Rule("cpu", "C++ norm, torch's GEMM", linear_op.linear_slabs),
         Rule("cuda", "Triton kernel", _op("linear"), max_rows=CUDA_ROWS),
         Rule("cuda", "Triton norm, cuBLAS", linear_op.linear_wide),
         Rule(None, "torch", linear_op.linear_ref, launches=0),
     ),
     "gate_up": (
         Rule("cpu", "C++ kernel", _op("gate_up"), max_rows=CPU_ROWS),
-        Rule("cpu", "torch's GEMM", linear_op.gate_up_slabs, launches=0),
+        Rule("cpu", "C++ norm and activation, torch's GEMM", linear_op.gate_up_slabs, launches=2),
         Rule("cuda", "Triton kernel", _op("gate_up"), max_rows=CUDA_ROWS),
         Rule("cuda", "Triton norm and activation, cuBLAS", linear_op.gate_up_wide, launches=2),
         Rule(None, "torch", linear_op.gate_up_ref, launches=0),
@@ -153,7 +153,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "rotary_attention": (
         Rule("cpu", "C++ kernel", _countless(_op("rotary_attention")), max_tokens=TOKENS),
-        Rule("cpu", "torch's flash attention", _countless(_op("prefill_attention")), launches=0),
+        Rule("cpu", "C++ kernel for prompts", _countless(_op("prefill_attention"))),
         Rule("cuda", "Triton kernel", _op("rotary_attention_split"), max_tokens=TOKENS, limits_heads=True),
         Rule(
             "cuda",

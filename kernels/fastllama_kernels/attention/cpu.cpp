@@ -6,13 +6,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
-#include <limits>
 #include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "dispatch.h"
+#include "heads.h"
 #include "ops.h"
 #include "parallel.h"
 #include "vec.h"
@@ -25,59 +24,6 @@ constexpr int64_t kChunk = 2 * kSlots;  // of a task; threads share out tasks, s
 constexpr int kHeads = 4;         // query heads that take a key or value together, of those that share it
 // Keys, and vectors of a value, that these heads take together: as many as there are registers for.
 constexpr int kKeys = kRegisters / 8, kVectors = kRegisters / 8;
-constexpr float kLowest = std::numeric_limits<float>::lowest();
-
-struct Shape {
-  int64_t tokens, heads, kv_heads, dim, slots;
-  int64_t groups() const { return heads / kv_heads; }
-  int64_t packed() const { return (heads + 2 * kv_heads) * dim; }  // one token's q, k and v side by side
-  int64_t queries() const { return tokens * groups(); }            // of one KV head
-  int64_t state() const { return dim + 2; }                        // of one query: values, sum and top of its softmax
-};
-
-// The keys or values of one KV head: rows of dim numbers, or of dim codes and their scale (codes.py).
-template <typename C>
-struct Rows {
-  static constexpr bool kCodes = std::is_same_v<C, int8_t>;
-  C* first;
-  int64_t dim;
-
-  int64_t stride() const { return kCodes ? dim + static_cast<int64_t>(sizeof(float)) : dim; }
-  C* at(int64_t slot) const { return first + slot * stride(); }
-
-  float scale(int64_t slot) const {
-    float scale = 1.f;
-    if constexpr (kCodes) std::memcpy(&scale, at(slot) + dim, sizeof(scale));
-    return scale;
-  }
-
-  void write(int64_t slot, const float* x) const {
-    C* row = at(slot);
-    if constexpr (kCodes) {
-      float largest = 0.f;
-      for (int64_t i = 0; i < dim; ++i) largest = x[i] == x[i] ? std::max(largest, std::abs(x[i])) : x[i];
-      const float scale = largest / 127.f;
-      for (int64_t i = 0; i < dim; ++i) {
-        const float code = scale > 0.f ? std::nearbyint(x[i] / scale) : 0.f;
-        row[i] = code == code ? static_cast<int8_t>(code) : 0;
-      }
-      std::memcpy(row + dim, &scale, sizeof(scale));
-    } else {
-      for (int64_t i = 0; i < dim; ++i) row[i] = static_cast<C>(x[i]);
-    }
-  }
-};
-
-// Rotates one head (half-split layout) into float32, times scale.
-template <typename T>
-void rotate(const T* x, const float* cos, const float* sin, int64_t dim, float scale, float* out) {
-  const int64_t half = dim / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    const float a = static_cast<float>(x[i]), b = static_cast<float>(x[i + half]);
-    out[i] = (a * cos[i] - b * sin[i]) * scale;
-    out[i + half] = (b * cos[i + half] + a * sin[i + half]) * scale;
-  }
-}
 
 // scores[g][s] = q_g · k_s for G query heads and some slots.
 template <int G, typename C>
@@ -278,44 +224,13 @@ void run(const Shape& shape, int64_t batch, const T* qkv, const float* cos, cons
   });
 }
 
-void check_arguments(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& positions,
-                     const Tensor& key_cache, const Tensor& value_cache, const Shape& shape) {
-  using torch::headeronly::ScalarType;
-  const int64_t batch = qkv.size(0), rows = key_cache.size(0), table = cos.size(0);
-  const bool codes = key_cache.scalar_type() == ScalarType::Char;
-  STD_TORCH_CHECK(batch <= rows, "fastllama: qkv has ", batch, " rows, expected at most the cache's ", rows);
-  STD_TORCH_CHECK(table >= shape.slots, "fastllama: cos has ", table, " rows, expected at least ", shape.slots);
-  check(qkv, "qkv", qkv.scalar_type(), {batch, shape.tokens, shape.packed()});
-  check(cos, "cos", ScalarType::Float, {table, shape.dim});
-  check(sin, "sin", ScalarType::Float, {table, shape.dim});
-  check(positions, "positions", ScalarType::Long, {batch, shape.tokens});
-  for (const auto* cache : {&key_cache, &value_cache})
-    check(*cache, "cache", codes ? ScalarType::Char : qkv.scalar_type(),
-          {rows, shape.kv_heads, shape.slots, Rows<int8_t>{nullptr, shape.dim}.stride() - (codes ? 0 : 4)});
-}
-
 }  // namespace
 
 Tensor rotary_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor key_cache, Tensor value_cache) {
-  const int64_t batch = qkv.size(0), kv_heads = key_cache.size(1), dim = cos.size(1);
-  const Shape shape{qkv.size(1), qkv.size(2) / dim - 2 * kv_heads, kv_heads, dim, key_cache.size(2)};
-  check_arguments(qkv, cos, sin, positions, key_cache, value_cache, shape);
-  const int64_t* position = data<int64_t>(positions);
-  for (int64_t i = 0; i < batch * shape.tokens; ++i)
-    STD_TORCH_CHECK(position[i] >= 0 && position[i] < shape.slots, "fastllama: position ", position[i],
-                    " lies outside the KV cache of ", shape.slots, " slots");
-  Tensor out = empty_with_last(qkv, shape.heads * dim);
-  dispatch(qkv, [&](auto zero) {
-    using T = decltype(zero);
-    const auto run_on = [&](auto* keys, auto* values) {
-      run(shape, batch, data<T>(qkv), data<float>(cos), data<float>(sin), position, keys, values,
-          static_cast<T*>(out.mutable_data_ptr()));
-    };
-    void *keys = key_cache.mutable_data_ptr(), *values = value_cache.mutable_data_ptr();
-    if (key_cache.scalar_type() == torch::headeronly::ScalarType::Char)
-      run_on(static_cast<int8_t*>(keys), static_cast<int8_t*>(values));
-    else
-      run_on(static_cast<T*>(keys), static_cast<T*>(values));
+  const Shape shape = checked(qkv, cos, sin, positions, key_cache, value_cache);
+  Tensor out = empty_with_last(qkv, shape.heads * shape.dim);
+  dispatch_heads(qkv, key_cache, value_cache, out, [&](auto* from, auto* keys, auto* values, auto* to) {
+    run(shape, qkv.size(0), from, data<float>(cos), data<float>(sin), data<int64_t>(positions), keys, values, to);
   });
   return out;
 }

@@ -15,9 +15,8 @@ dtype.
 Bytes moved per layer: the live keys and values once, 2 · Σ_r (p_r + 1) · k · d · itemsize. The cost follows the live
 length, never the capacity. The decode kernels take up to MAX_TOKENS query tokens a row: ``rotary_attention`` on a CPU
 (``cpu.cpp``), ``rotary_attention_split`` on a GPU, whose programs share counters
-(:mod:`fastllama_kernels.attention.triton`). For longer prefills ``prefill_attention`` runs torch's flash attention on
-the live part of the cache on a CPU, ``rotary_attention_wide`` torch's masked attention on a GPU. A row's tokens there
-lie one behind the other; those that fill up a chunk are copies of the last.
+(:mod:`fastllama_kernels.attention.triton`). For longer prefills there is ``prefill_attention`` on a CPU
+(``prefill.cpp``); on a GPU ``rotary_attention_wide`` runs torch's masked attention.
 
 Shape suffixes: ``b`` batch, ``t`` query tokens, ``s`` cache slots, ``h`` query heads, ``k`` KV heads, ``d`` head dim,
 ``n`` = (h + 2k)·d packed features, ``p`` counters.
@@ -29,9 +28,8 @@ import torch
 from torch.nn import functional as F
 
 from fastllama_kernels.attention.codes import decoded, encoded
-from fastllama_kernels.linear.op import multiplies
 
-MAX_TOKENS = 8  # query tokens a row up to which the decode kernel beats flash attention
+MAX_TOKENS = 8  # query tokens a row up to which the decode kernel is faster
 MAX_HEAD_DIM = 256  # of the kernels on a GPU
 
 _ARGS = "Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) key_cache, Tensor(b!) value_cache"
@@ -106,50 +104,6 @@ def rotary_attention_wide(
     """The op for many tokens a row on a GPU: a kernel rotates and writes, torch attends over the whole capacity."""
     q_bthd = torch.ops.fastllama.rotary_write(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
     return masked_attention(q_bthd.transpose(1, 2), position_bt, k_cache_bksd, v_cache_bksd).transpose(1, 2).flatten(2)
-
-
-@torch.library.impl("fastllama::prefill_attention", "CPU")
-def _prefill_attention(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd):
-    b, t, _ = qkv_btn.shape
-    low, high = position_bt.aminmax()
-    if low < 0 or high >= k_cache_bksd.shape[2]:
-        bad, slots = int(low if low < 0 else high), k_cache_bksd.shape[2]
-        raise IndexError(f"fastllama: position {bad} lies outside the KV cache of {slots} slots")
-    count_b = (position_bt.diff(dim=1) == 1).sum(dim=1) + 1  # copies of the last token follow
-    expected_bt = position_bt[:, :1] + torch.arange(t).clamp(max=(count_b - 1)[:, None])
-    if not torch.equal(position_bt, expected_bt):
-        raise ValueError("fastllama: the positions of a row do not follow one another")
-    q_bhtd = rotate_and_write(qkv_btn, cos_sd, sin_sd, position_bt, k_cache_bksd, v_cache_bksd)
-    out_bthd = q_bhtd.new_empty((b, t, *q_bhtd.shape[1::2]))
-    for row, count in enumerate(count_b.tolist()):
-        live = int(position_bt[row, -1]) + 1
-        k_1ksd, v_1ksd = (
-            decoded(cache[row : row + 1, :, :live], q_bhtd.dtype) for cache in (k_cache_bksd, v_cache_bksd)
-        )
-        out_1htd = causal_attention(q_bhtd[row : row + 1, :, :count], k_1ksd, v_1ksd)
-        out_bthd[row, :count] = out_1htd[0].transpose(0, 1)
-        out_bthd[row, count:] = out_bthd[row, count - 1]
-    return out_bthd.flatten(2)
-
-
-def causal_attention(q_1htd: torch.Tensor, k_1ksd: torch.Tensor, v_1ksd: torch.Tensor) -> torch.Tensor:
-    """Attention ``[1, h, t, d]`` of a row's last t tokens to all s of it, in flash attention's two cheap ways.
-
-    What lies before these tokens all of them see, so it needs no mask, and the query heads that share a KV head are as
-    good as tokens; among themselves they are causal. Both parts are weighted by what their softmax divided by.
-    """
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    (_, h, t, d), (_, k, s, _) = q_1htd.shape, k_1ksd.shape
-    past = s - t
-    k_1htd, v_1htd = (x[:, :, past:].float().repeat_interleave(h // k, dim=1) for x in (k_1ksd, v_1ksd))
-    out_1htd, sum_1ht = flash(q_1htd.float(), k_1htd, v_1htd, 0.0, True)
-    if past:
-        dtype = q_1htd.dtype if multiplies(q_1htd.dtype) else torch.float32
-        q, k, v = (x.to(dtype) for x in (q_1htd.reshape(1, k, h // k * t, d), k_1ksd[:, :, :past], v_1ksd[:, :, :past]))
-        before, before_sum = flash(q, k, v, 0.0, False)
-        share_1ht1 = torch.sigmoid(before_sum.reshape(1, h, t) - sum_1ht.reshape(1, h, t)).unsqueeze(-1)
-        out_1htd = torch.lerp(out_1htd, before.reshape(1, h, t, d).float(), share_1ht1)
-    return out_1htd.to(q_1htd.dtype)
 
 
 @torch.library.register_fake("fastllama::rotary_attention")

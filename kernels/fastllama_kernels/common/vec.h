@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace fastllama {
 
@@ -28,6 +29,7 @@ using torch::headeronly::Half;
 #endif
 
 constexpr int64_t kLanes = 16;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A part is what a register takes of sixteen lanes.
 #if defined(__AVX512F__)

@@ -34,7 +34,7 @@ inline int32_t load_quad(const int8_t* x) {
 // kGroup values as codes from -127 to 127 with the scale that is returned, and the codes' sum.
 inline float encode(const float* x, int8_t* codes, int32_t& sum) {
   constexpr int kCount = kGroup / kPartLanes;
-  constexpr int32_t kInfinity = 0x7f800000;
+  constexpr int32_t kInfinityBits = 0x7f800000;
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, half to even, in the lowest bits
   FloatPart parts[kCount];
   IntPart greatest = {};
@@ -46,7 +46,7 @@ inline float encode(const float* x, int8_t* codes, int32_t& sum) {
   int32_t top = 0;
   for (int i = 0; i < kPartLanes; ++i) top = std::max(top, greatest[i]);
   sum = 0;
-  if (top >= kInfinity) {
+  if (top >= kInfinityBits) {
     std::memset(codes, 0, kGroup);
     return std::nanf("");
   }

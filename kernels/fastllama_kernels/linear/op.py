@@ -9,11 +9,14 @@ Bytes moved per call: the matrix once, N·K·itemsize; all else is small at the 
 (``cpu.cpp``; :mod:`fastllama_kernels.linear.triton`, which registers itself for CUDA when imported) need contiguous
 tensors of one dtype among float32, bfloat16 and float16.
 
-For more rows than these kernels are fast for (``MAX_ROWS``, :func:`max_rows_cpu`) the product is torch's GEMM. On a CPU
-that does not multiply 16-bit numbers, ``linear_slabs`` and ``gate_up_slabs`` give it the matrix in float32, a slab of
-rows at a time. On a GPU ``linear_wide`` and ``gate_up_wide`` put kernels around it: the norm before
-(:mod:`fastllama_kernels.linear.rms_norm`), the residual in it, the activation after
-(:mod:`fastllama_kernels.linear.silu_mul`).
+For more rows than these kernels are fast for (``MAX_ROWS``, :func:`max_rows_cpu`) the product is torch's GEMM, which
+``linear_wide`` and ``gate_up_wide`` put kernels around (``wide.cpp``; :mod:`fastllama_kernels.linear.rms_norm` and
+:mod:`fastllama_kernels.linear.silu_mul` on a GPU): the norm before, the residual in it, the activation after. To a CPU
+that does not multiply 16-bit numbers ``linear_slabs`` and ``gate_up_slabs`` give the matrix in float32, a slab of rows
+at a time.
+
+    rms_norm(x)    = x / sqrt(mean(x²) + eps) · weight        over the last dimension, in float32, rounded once
+    silu_mul(x)[f] = act(x[f]) · x[F + f]                     likewise
 
 Shape suffixes: leading dimensions ``...``, ``k`` input features, ``n`` output features, ``f`` FFN dim.
 """
@@ -44,6 +47,8 @@ torch.library.define(
     "fastllama::gate_up",
     "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? norm_weight=None, float eps=0.0, int activation=0) -> Tensor",
 )
+torch.library.define("fastllama::rms_norm", "(Tensor x, Tensor weight, float eps) -> Tensor")
+torch.library.define("fastllama::silu_mul", "(Tensor x, int activation=0) -> Tensor")
 
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -51,6 +56,12 @@ def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
+
+
+def silu_mul_ref(x: torch.Tensor, activation: int = 0) -> torch.Tensor:
+    """``silu_mul`` in torch operators."""
+    gate, up = x.chunk(2, dim=-1)
+    return FUNCTIONS[activation](gate) * up
 
 
 def linear_ref(
@@ -77,8 +88,7 @@ def gate_up_ref(
     activation: int,
 ) -> torch.Tensor:
     """``gate_up`` in torch operators: any dtype and number of rows."""
-    gate, up = linear_ref(x, weight, bias, norm_weight, eps, None).chunk(2, dim=-1)
-    return FUNCTIONS[activation](gate) * up
+    return silu_mul_ref(linear_ref(x, weight, bias, norm_weight, eps, None), activation)
 
 
 @functools.cache
@@ -106,9 +116,9 @@ def linear_slabs(
 ) -> torch.Tensor:
     """``linear`` of many rows on a CPU: torch's GEMM, in float32 where it has none for the dtype."""
     if multiplies(x.dtype):
-        return linear_ref(x, weight, bias, norm_weight, eps, residual)
+        return linear_wide(x, weight, bias, norm_weight, eps, residual)
     if norm_weight is not None:
-        x = rms_norm_ref(x, norm_weight, eps)
+        x = torch.ops.fastllama.rms_norm(x, norm_weight, eps)
     x32_rk, (n, k) = x.flatten(0, -2).float(), weight.shape
     y = x.new_empty((*x.shape[:-1], n))
     y_rn, step = y.view(-1, n), max(1, SLAB_BYTES // (4 * k))
@@ -129,8 +139,7 @@ def gate_up_slabs(
     activation: int,
 ) -> torch.Tensor:
     """``gate_up`` of many rows on a CPU, likewise."""
-    gate, up = linear_slabs(x, weight, bias, norm_weight, eps, None).chunk(2, dim=-1)
-    return FUNCTIONS[activation](gate) * up
+    return torch.ops.fastllama.silu_mul(linear_slabs(x, weight, bias, norm_weight, eps, None), activation)
 
 
 def linear_wide(
@@ -141,7 +150,7 @@ def linear_wide(
     eps: float,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``linear`` of many rows on a GPU: a kernel for the norm, then one GEMM, which adds the residual as it writes."""
+    """``linear`` of many rows: a kernel for the norm, then torch's GEMM, which adds the residual as it writes."""
     if norm_weight is not None:
         x = torch.ops.fastllama.rms_norm(x, norm_weight, eps)
     if residual is None:
@@ -158,13 +167,23 @@ def gate_up_wide(
     eps: float,
     activation: int,
 ) -> torch.Tensor:
-    """``gate_up`` of many rows on a GPU: kernels for the norm and for the gated activation around one GEMM."""
+    """``gate_up`` of many rows: kernels for the norm and for the gated activation around one GEMM."""
     return torch.ops.fastllama.silu_mul(linear_wide(x, weight, bias, norm_weight, eps, None), activation)
 
 
 @torch.library.register_fake("fastllama::linear")
 def _linear_fake(x, weight, bias=None, norm_weight=None, eps=0.0, residual=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("fastllama::rms_norm")
+def _rms_norm_fake(x, weight, eps):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("fastllama::silu_mul")
+def _silu_mul_fake(x, activation=0):
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
 @torch.library.register_fake("fastllama::gate_up")

@@ -3,7 +3,7 @@
     y[..., f] = act(x[..., f]) · x[..., F + f]        act is SiLU (arXiv 2002.05202) or another of the activations
 
 in float32, rounded once. Bytes moved: x once, y once, 3·F·itemsize a row. For more rows than the GEMV takes, after the
-one GEMM of cuBLAS that both projections are.
+one GEMM of cuBLAS that both projections are; its reference is :func:`fastllama_kernels.linear.op.silu_mul_ref`.
 
 Shape suffixes: leading dimensions ``...``, ``f`` FFN dim.
 """
@@ -13,20 +13,11 @@ import triton
 import triton.language as tl
 
 from fastllama_kernels.common import pdl
-from fastllama_kernels.common.activations import FUNCTIONS
 from fastllama_kernels.common.checks import check, check_activation, check_dtype
 from fastllama_kernels.common.launch import Launch, cdiv
 from fastllama_kernels.linear.program import activate
 
 BLOCK = 1024
-
-torch.library.define("fastllama::silu_mul", "(Tensor x, int activation=0) -> Tensor")
-
-
-def silu_mul_ref(x: torch.Tensor, activation: int = 0) -> torch.Tensor:
-    """``silu_mul`` in torch operators."""
-    gate, up = x.chunk(2, dim=-1)
-    return FUNCTIONS[activation](gate) * up
 
 
 @triton.jit
@@ -74,11 +65,6 @@ def silu_mul(x: torch.Tensor, activation: int = 0) -> torch.Tensor:
     launch, y = plan_launch(x, activation)
     launch.run()
     return y
-
-
-@torch.library.register_fake("fastllama::silu_mul")
-def _silu_mul_fake(x, activation=0):
-    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
 torch.library.impl("fastllama::silu_mul", "CUDA", silu_mul)

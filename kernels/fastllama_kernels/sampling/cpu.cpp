@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <limits>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -20,7 +19,6 @@ namespace fastllama {
 namespace {
 
 constexpr int64_t kTokens = 64;  // tokens whose maximum is kept, to pass over them when none of them matters
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr uint64_t kGolden = 0x9e3779b97f4a7c15;
 
 struct Settings {

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "dispatch.h"
@@ -17,7 +16,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kWord = 32;  // bits of a token mask
 
 // What one row asks for.

@@ -145,11 +145,38 @@ def test_a_head_of_codes_is_within_half_a_step_and_keeps_what_is_no_number() -> 
     assert bad.nonzero().tolist() == [[0, 0], [1, 1]]
 
 
-def test_positions_that_do_not_follow_one_another_are_refused_in_a_prefill() -> None:
-    args = draw(1, MAX_TOKENS + 2, 2, 2, 16, torch.float32, [5])
-    args[3][0, 3] += 1
-    with pytest.raises(ValueError, match="follow one another"):
-        rotary_attention(*args)
+@settings(deadline=None, max_examples=25)
+@given(
+    t=st.integers(MAX_TOKENS + 1, 100), kv_heads=st.integers(1, 2), groups=st.sampled_from([1, 3, 4, 8]),
+    d=st.sampled_from([2, 30, 64, 128]), dtype=st.sampled_from(DTYPES),
+    starts=st.lists(st.integers(0, SLOTS - 100), min_size=1, max_size=2),
+)  # fmt: skip
+def test_prompts_are_as_exact_as_torch(
+    assert_as_exact, assert_same_keys, t, kv_heads, groups, d, dtype, starts
+) -> None:
+    check(assert_as_exact, assert_same_keys, draw(len(starts), t, kv_heads, groups, d, dtype, starts))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_prompt_in_chunks_is_the_same_to_the_last_bit(dtype) -> None:
+    qkv, cos, sin, position, *caches = draw(1, 150, 2, 3, 64, dtype, [0])
+    whole = torch.ops.fastllama.prefill_attention(qkv, cos, sin, position, *(cache.clone() for cache in caches))
+    chunks = [
+        torch.ops.fastllama.prefill_attention(qkv_1tn.contiguous(), cos, sin, position_1t.contiguous(), *caches)
+        for qkv_1tn, position_1t in zip(qkv.split((37, 64, 49), 1), position.split((37, 64, 49), 1), strict=True)
+    ]
+    assert torch.equal(torch.cat(chunks, 1), whole)
+
+
+def test_tokens_of_a_prompt_may_lie_in_any_order(assert_as_exact) -> None:
+    qkv, cos, sin, position, *caches = draw(1, 40, 2, 2, 16, torch.float32, [5])
+    for cache in caches:
+        cache.nan_to_num_()
+    order = torch.randperm(40)
+    args = [qkv[:, order].contiguous(), cos, sin, position[:, order].contiguous(), *caches]
+    exact = in_float64(*(x.clone() for x in args))
+    torchs = rotary_attention_ref(*(x.clone() for x in args))
+    assert_as_exact(rotary_attention(*args), torchs, exact)
 
 
 def test_rows_of_the_cache_beyond_the_batch_are_left_alone(assert_as_exact, assert_same_keys) -> None:

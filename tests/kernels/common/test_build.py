@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastllama_kernels.__main__ import main
 from fastllama_kernels.common import build, compiling, folders, levels
@@ -39,6 +40,16 @@ case "$*" in
   *) : > "$target" ;;
 esac
 """
+
+
+def test_all_sources_compile_as_one_unit(tmp_path) -> None:
+    """As they are on a machine with one core: names that are a file's own must not meet."""
+    (files,) = compiling.units(1)
+    unit = tmp_path / "unit.cpp"
+    unit.write_text("".join(f'#include "{file.relative_to(compiling.PACKAGE)}"\n' for file in files))
+    headers = [f"-I{compiling.PACKAGE / 'common'}", f"-I{compiling.PACKAGE}"]
+    headers += [f"-isystem{Path(torch.__file__).parent / 'include'}"]
+    compiling.run([*compiling.compiler(), *compiling.FLAGS, *OWN.flags, *headers, "-fsyntax-only", str(unit)])
 
 
 class Loading:

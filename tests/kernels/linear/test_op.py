@@ -118,8 +118,9 @@ def test_schema_and_fake_are_right(dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bias", "norm", "residual"), [(False, False, False), (True, True, True)])
-def test_slabs_are_as_exact_as_torch(monkeypatch, assert_as_exact, dtype, bias, norm, residual) -> None:
-    monkeypatch.setattr(op, "multiplies", lambda dtype: False)
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_many_rows_are_as_exact_as_torch(monkeypatch, assert_as_exact, dtype, multiplies, bias, norm, residual) -> None:
+    monkeypatch.setattr(op, "multiplies", lambda dtype: multiplies)
     monkeypatch.setattr(op, "SLAB_BYTES", 4 * 10 * 123)  # ten rows, and a last slab of seven
     args = draw(9, 123, 37, dtype, bias, norm, residual)
     args = (args[0].view(3, 3, 123), *args[1:5], None if args[5] is None else args[5].view(3, 3, 37))
@@ -128,3 +129,29 @@ def test_slabs_are_as_exact_as_torch(monkeypatch, assert_as_exact, dtype, bias, 
     gate, up = linear_in_float64(*exact(args), None).chunk(2, dim=-1)
     number, function = ACTIVATIONS["silu"]
     assert_as_exact(op.gate_up_slabs(*args, number), gate_up_ref(*args, number), function(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_norm_and_the_gated_activation_are_as_exact_as_torch(assert_as_exact, dtype, name) -> None:
+    number, function = ACTIVATIONS[name]
+    x = (torch.randn(3, 5, 106) * 3).to(dtype)
+    gate, up = x.double().chunk(2, dim=-1)
+    ours, torchs = torch.ops.fastllama.silu_mul(x, number), op.silu_mul_ref(x, number)
+    assert_as_exact(ours, torchs, function(gate) * up)
+    weight = torch.rand(106).to(dtype)
+    exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+    assert_as_exact(torch.ops.fastllama.rms_norm(x, weight, 1e-5), op.rms_norm_ref(x, weight, 1e-5), exact)
+
+
+def test_the_norm_and_the_gated_activation_refuse_what_they_would_misread() -> None:
+    x = torch.randn(4, 6)
+    for call in (
+        lambda: torch.ops.fastllama.rms_norm(x.t(), torch.ones(4), 1e-5),
+        lambda: torch.ops.fastllama.rms_norm(x, torch.ones(5), 1e-5),
+        lambda: torch.ops.fastllama.rms_norm(x, torch.ones(6).double(), 1e-5),
+        lambda: torch.ops.fastllama.silu_mul(x[:, :5].contiguous(), 0),
+        lambda: torch.ops.fastllama.silu_mul(x, 99),
+    ):
+        with pytest.raises(RuntimeError, match="expected"):
+            call()

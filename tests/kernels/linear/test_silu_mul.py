@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastllama_kernels.common.activations import ACTIVATIONS
-from fastllama_kernels.linear.silu_mul import silu_mul, silu_mul_ref
+from fastllama_kernels.linear.op import silu_mul_ref
+from fastllama_kernels.linear.silu_mul import silu_mul
 
 pytestmark = pytest.mark.triton
 SETTINGS = settings(deadline=None, max_examples=10 if torch.cuda.is_available() else 40)  # a GPU's are compiled each
