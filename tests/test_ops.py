@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastllama_kernels.attention
 from fastllama import ops
 from fastllama_kernels.linear import op as linear_op
+from fastllama_kernels.linear import packed as packed_op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 HEADS, KV_HEADS, SLOTS, VOCABULARY = 4, 2, 64, 40
@@ -103,6 +104,23 @@ def test_kernels_take_more_rows_where_torch_has_no_gemm_for_16_bits(monkeypatch,
     ops.rules.first_rule.cache_clear()
     for count, implementation in ((rows, "C++ kernel"), (rows + 1, "C++ norm, torch's GEMM")):
         assert implementations("cpu", torch.bfloat16, rows=count)["linear"] == implementation
+    ops.rules.first_rule.cache_clear()
+
+
+@pytest.mark.parametrize(("flags", "most"), [("avx512_bf16", None), ("avx512_bf16 amx_tile amx_int8 amx_bf16", 128)])
+def test_codes_are_written_out_for_many_rows_where_there_is_a_matrix_unit(monkeypatch, flags, most) -> None:
+    monkeypatch.setattr(packed_op.levels, "features", lambda: flags)
+    monkeypatch.setattr(packed_op, "multiplies", lambda dtype: True)
+    packed_op.max_rows_cpu.cache_clear()
+    ops.rules.first_rule.cache_clear()
+    for dtype, rows in ((torch.bfloat16, most), (torch.float32, None)):
+        for count in (1, 128, 129, 4096):
+            wanted = "C++ kernel" if rows is None or count <= rows else "written out, torch's GEMM"
+            case = ops.rules.Case(rows=count, dtype=dtype)
+            for op in ("linear_packed", "gate_up_packed"):
+                index, _ = ops.rules.choose(op, "cpu", dtype, case)
+                assert ops.RULES[op][index].implementation == wanted
+    packed_op.max_rows_cpu.cache_clear()
     ops.rules.first_rule.cache_clear()
 
 

@@ -57,7 +57,7 @@ class Rule(NamedTuple):
     implementation: str
     run: Callable[..., Any]
     launches: int = 1
-    max_rows: int | Callable[[torch.dtype], int] | None = None
+    max_rows: int | Callable[[torch.dtype], int | None] | None = None
     max_tokens: int | None = None
     limits_heads: bool = False
     note: str = ""
@@ -105,6 +105,7 @@ def _sample_ref(logits_bv: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
     return sampling_op.sample_ref(logits_bv, sampling_op.SamplingParams(*params), position_b)
 
 
+PACKED_ROWS = packed_op.max_rows_cpu
 CPU_ROWS, CUDA_ROWS, TOKENS = linear_op.max_rows_cpu, linear_op.MAX_ROWS["cuda"], attention_op.MAX_TOKENS
 #: The implementations of each operation; the first whose kernels can run and that takes the case does.
 RULES: dict[str, tuple[Rule, ...]] = {
@@ -136,13 +137,15 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(None, "torch", linear_op.gate_up_ref, launches=0),
     ),
     "linear_packed": (
-        Rule("cpu", "C++ kernel", _op("linear_packed")),
+        Rule("cpu", "C++ kernel", _op("linear_packed"), max_rows=PACKED_ROWS),
+        Rule("cpu", "written out, torch's GEMM", packed_op.linear_packed_slabs, launches=2),
         Rule("cuda", "Triton kernel", _op("linear_packed"), max_rows=CUDA_ROWS),
         Rule("cuda", "written out, cuBLAS", packed_op.linear_packed_wide),
         Rule(None, "dequantized, torch", packed_op.linear_packed_ref, launches=0),
     ),
     "gate_up_packed": (
-        Rule("cpu", "C++ kernel", _op("gate_up_packed")),
+        Rule("cpu", "C++ kernel", _op("gate_up_packed"), max_rows=PACKED_ROWS),
+        Rule("cpu", "written out, torch's GEMM", packed_op.gate_up_packed_slabs, launches=3),
         Rule("cuda", "Triton kernel", _op("gate_up_packed"), max_rows=CUDA_ROWS),
         Rule("cuda", "written out, cuBLAS", packed_op.gate_up_packed_wide, launches=2),
         Rule(None, "dequantized, torch", packed_op.gate_up_packed_ref, launches=0),

@@ -19,21 +19,26 @@ columns of norm(x) become 8-bit codes with a scale of their own, max |x| / 127, 
 else, and on GPUs, x stays as it is. Sums over blocks are float32.
 
 Bytes moved per call: codes, scales and offsets once. Kernels: ``packed.cpp`` and :mod:`.packed_triton`, for x in
-float32, bfloat16 and float16.
+float32, bfloat16 and float16. Many rows have the matrix written out for torch's GEMM, on a GPU and on a CPU with a
+matrix unit.
 
 Shape suffixes: ``p`` panels, ``l`` lines, ``g`` groups, ``n`` output features, ``k`` input features, ``f`` FFN dim.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from fastllama_kernels.common import levels
 from fastllama_kernels.common.activations import FUNCTIONS
-from fastllama_kernels.linear.op import gate_up_wide, linear_wide, rms_norm_ref
+from fastllama_kernels.linear.op import SLAB_BYTES, gate_up_wide, linear_wide, multiplies, rms_norm_ref
 
 PANEL = 16  # rows
 LINE = 64  # bytes
 BLOCK = 32  # columns of x with one scale; the least group
+MAX_ROWS_AMX = 128  # up to which products of codes are taken where there are AMX tiles: by reckoning, not measured
 LEAST = 1e-35  # largest of a block that counts as zero: 127 over less is too large for float32
 
 torch.library.define(
@@ -45,6 +50,10 @@ torch.library.define(
     "fastllama::gate_up_packed",
     "(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, Tensor? bias, Tensor? norm_weight, float eps, "
     "int activation, bool codes_inputs) -> Tensor",
+)
+torch.library.define(
+    "fastllama::written_out",
+    "(Tensor like, Tensor codes, Tensor scales, Tensor? offsets, int first, int last) -> Tensor",
 )
 torch.library.define(
     "fastllama::embed_packed",
@@ -155,6 +164,44 @@ def gate_up_packed_ref(x, codes, scales, offsets, bias, norm_weight, eps, activa
     return FUNCTIONS[activation](gate) * up
 
 
+def written_out_ref(like, codes, scales, offsets, first, last) -> torch.Tensor:
+    """Weights ``[k, n]`` of panels ``first`` to ``last - 1``, in the dtype of ``like`` ``[..., k]``."""
+    offsets = None if offsets is None else offsets[first:last]
+    return dequantized(codes[first:last], scales[first:last], offsets, like.shape[-1], like.dtype).t()
+
+
+@functools.cache
+def max_rows_cpu(dtype: torch.dtype) -> int | None:
+    """Rows up to which products of codes are faster than torch's GEMM with the matrix written out; None: always.
+
+    It is the processor's matrix unit (AMX), which torch uses and these kernels do not, that makes it faster.
+    """
+    has_unit = {"amx_tile", "amx_bf16"} <= set(levels.features().split())
+    return MAX_ROWS_AMX if has_unit and dtype == torch.bfloat16 and multiplies(dtype) else None
+
+
+def linear_packed_slabs(x, codes, scales, offsets, bias, norm_weight, eps, residual, codes_inputs) -> torch.Tensor:
+    """``linear_packed`` of many rows on a CPU: some panels at a time are written out for torch's GEMM, x stays."""
+    if norm_weight is not None:
+        x = torch.ops.fastllama.rms_norm(x, norm_weight, eps)
+    x_rk, panels = x.flatten(0, -2), codes.shape[0]
+    y = x.new_empty((*x.shape[:-1], panels * PANEL))
+    y_rn, step = y.view(-1, panels * PANEL), max(1, SLAB_BYTES // (PANEL * x.shape[-1] * x.itemsize))
+    for first in range(0, panels, step):
+        last = min(first + step, panels)
+        rows = slice(first * PANEL, last * PANEL)
+        product = x_rk @ torch.ops.fastllama.written_out(x, codes, scales, offsets, first, last)
+        product = product if bias is None else product.add_(bias[rows])
+        y_rn[:, rows] = product if residual is None else product.add_(residual.view(y_rn.shape)[:, rows])
+    return y
+
+
+def gate_up_packed_slabs(x, codes, scales, offsets, bias, norm_weight, eps, activation, codes_inputs) -> torch.Tensor:
+    """``gate_up_packed`` of many rows on a CPU, likewise."""
+    both = linear_packed_slabs(x, codes, scales, offsets, bias, norm_weight, eps, None, codes_inputs)
+    return torch.ops.fastllama.silu_mul(both, activation)
+
+
 def linear_packed_wide(x, codes, scales, offsets, bias, norm_weight, eps, residual, codes_inputs) -> torch.Tensor:
     """``linear_packed`` of many rows on a GPU: the matrix is written out for one GEMM, x stays as it is."""
     weight = dequantized(codes, scales, offsets, x.shape[-1], x.dtype)
@@ -170,6 +217,11 @@ def gate_up_packed_wide(x, codes, scales, offsets, bias, norm_weight, eps, activ
 @torch.library.register_fake("fastllama::linear_packed")
 def _linear_fake(x, codes, scales, offsets, bias, norm_weight, eps, residual, codes_inputs):
     return x.new_empty((*x.shape[:-1], codes.shape[0] * PANEL))
+
+
+@torch.library.register_fake("fastllama::written_out")
+def _written_fake(like, codes, scales, offsets, first, last):
+    return like.new_empty((like.shape[-1], (last - first) * PANEL))
 
 
 @torch.library.register_fake("fastllama::embed_packed")

@@ -111,6 +111,38 @@ def test_linear_is_its_formula(
     assert (y.double() - exact).abs().max() <= unit * exact.abs().max().clamp(min=1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "has_offsets"), [(4, False), (4, True), (8, False), (8, True)])
+def test_panels_are_written_out_as_what_they_stand_for(dtype, bits, has_offsets) -> None:
+    matrix, like = draw(80, 96, bits, 32, has_offsets), torch.empty(3, 96, dtype=dtype)
+    args = (like, *matrix, 1, 4)
+    written, exact = ops.written_out(*args), packed.dequantized(*matrix, 96, torch.float64)[16:64].T
+    torch.testing.assert_close(written, packed.written_out_ref(*args))
+    torch.testing.assert_close(written, exact.to(dtype))
+    torch.library.opcheck(ops.written_out.default, args)
+    for first, last in ((-1, 2), (2, 2), (0, 6)):
+        with pytest.raises(RuntimeError, match="expected some of 5"):
+            ops.written_out(like, *matrix, first, last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bias", "norm", "residual"), [(False, False, False), (True, True, True)])
+def test_slabs_are_the_product_with_what_codes_stand_for(monkeypatch, dtype, bias, norm, residual) -> None:
+    monkeypatch.setattr(packed, "SLAB_BYTES", 2 * 16 * 96 * dtype.itemsize)  # two panels, and a last slab of one
+    matrix, x = draw(80, 96, 4, 32, has_offsets=True), torch.randn(3, 4, 96).to(dtype)
+    bias_n, norm_weight = torch.randn(80).to(dtype) if bias else None, torch.rand(96).to(dtype) if norm else None
+    added = torch.randn(3, 4, 80).to(dtype) if residual else None
+    y = packed.linear_packed_slabs(x, *matrix, bias_n, norm_weight, 1e-5, added, True)
+    torchs = packed.linear_packed_ref(x, *matrix, bias_n, norm_weight, 1e-5, added, False)
+    bound = 4 * torch.finfo(dtype).eps * torchs.abs().max().clamp(min=1)
+    assert y.dtype == dtype
+    assert (y - torchs).abs().max() <= bound
+    matrix = draw(64, 96, 8, 96)
+    gated = packed.gate_up_packed_slabs(x, *matrix, None, norm_weight, 1e-5, 0, True)
+    torchs = packed.gate_up_packed_ref(x, *matrix, None, norm_weight, 1e-5, 0, False)
+    assert (gated - torchs).abs().max() <= 4 * torch.finfo(dtype).eps * torchs.abs().max().clamp(min=1)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_gate_up_is_the_gated_activation_of_linear(activation, bias) -> None:
