@@ -38,7 +38,7 @@ from fastllama_kernels.linear.op import SLAB_BYTES, gate_up_wide, linear_wide, m
 PANEL = 16  # rows
 LINE = 64  # bytes
 BLOCK = 32  # columns of x with one scale; the least group
-MAX_ROWS_AMX = 128  # up to which products of codes are taken where there are AMX tiles: by reckoning, not measured
+MAX_ROWS_AMX = 128  # up to which products of codes are taken where there are AMX tiles: assumed, not measured
 LEAST = 1e-35  # largest of a block that counts as zero: 127 over less is too large for float32
 
 torch.library.define(
@@ -165,9 +165,9 @@ def gate_up_packed_ref(x, codes, scales, offsets, bias, norm_weight, eps, activa
 
 
 def written_out_ref(like, codes, scales, offsets, first, last) -> torch.Tensor:
-    """Weights ``[k, n]`` of panels ``first`` to ``last - 1``, in the dtype of ``like`` ``[..., k]``."""
+    """Weights ``[n, k]`` of panels ``first`` to ``last - 1``, in the dtype of ``like`` ``[..., k]``."""
     offsets = None if offsets is None else offsets[first:last]
-    return dequantized(codes[first:last], scales[first:last], offsets, like.shape[-1], like.dtype).t()
+    return dequantized(codes[first:last], scales[first:last], offsets, like.shape[-1], like.dtype)
 
 
 @functools.cache
@@ -190,7 +190,7 @@ def linear_packed_slabs(x, codes, scales, offsets, bias, norm_weight, eps, resid
     for first in range(0, panels, step):
         last = min(first + step, panels)
         rows = slice(first * PANEL, last * PANEL)
-        product = x_rk @ torch.ops.fastllama.written_out(x, codes, scales, offsets, first, last)
+        product = x_rk @ torch.ops.fastllama.written_out(x, codes, scales, offsets, first, last).t()
         product = product if bias is None else product.add_(bias[rows])
         y_rn[:, rows] = product if residual is None else product.add_(residual.view(y_rn.shape)[:, rows])
     return y
@@ -221,7 +221,7 @@ def _linear_fake(x, codes, scales, offsets, bias, norm_weight, eps, residual, co
 
 @torch.library.register_fake("fastllama::written_out")
 def _written_fake(like, codes, scales, offsets, first, last):
-    return like.new_empty((like.shape[-1], (last - first) * PANEL))
+    return like.new_empty(((last - first) * PANEL, like.shape[-1]))
 
 
 @torch.library.register_fake("fastllama::embed_packed")

@@ -116,7 +116,7 @@ def test_linear_is_its_formula(
 def test_panels_are_written_out_as_what_they_stand_for(dtype, bits, has_offsets) -> None:
     matrix, like = draw(80, 96, bits, 32, has_offsets), torch.empty(3, 96, dtype=dtype)
     args = (like, *matrix, 1, 4)
-    written, exact = ops.written_out(*args), packed.dequantized(*matrix, 96, torch.float64)[16:64].T
+    written, exact = ops.written_out(*args), packed.dequantized(*matrix, 96, torch.float64)[16:64]
     torch.testing.assert_close(written, packed.written_out_ref(*args))
     torch.testing.assert_close(written, exact.to(dtype))
     torch.library.opcheck(ops.written_out.default, args)
