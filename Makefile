@@ -8,6 +8,7 @@ RUN    := PATH="$(abspath $(BIN)):$$PATH" # programs of this environment, such a
 ARGS   ?=
 VERSIONS ?= 4.57.6 5.6.2 5.16.1 5.20.2 5.23.0 5.24.0 # of transformers: the oldest that passes, the newest, steps between
 TORCHES ?= python3.10,torch==2.11.0 python3.12,torch==2.12.1 torch==2.14.1,transformers==5.24.0 python3.13,torch==2.15.0 # the range of pyproject.toml
+WRITERS ?= bitsandbytes==0.50.2 compressed-tensors==0.20.1 loguru==0.7.3 torchao==0.18.0 # what other projects quantize with
 PROMPT ?= def read_config(path):
 
 .DEFAULT_GOAL := help
@@ -29,8 +30,9 @@ test: $(BUILT) ## run the tests but for the slow ones (ARGS='-k cache')
 test-slow: $(BUILT) ## run the slow tests
 	@$(RUN) pytest -m slow $(ARGS)
 
-test-real: $(BUILT) ## run the tests with a real model, where the package index answers
-	@$(RUN) pytest -m real $(ARGS)
+test-real: $(BUILT) ## run the tests with a real model and with what others write, where the package index answers
+	-@test -d .venvs/writers || $(BIN)/python -m pip install --quiet --no-deps --target .venvs/writers $(WRITERS)
+	@$(RUN) PYTHONPATH=.venvs/writers pytest -m real $(ARGS)
 
 test-compat: $(BUILT) ## run the tests on other versions of transformers (VERSIONS='4.57.6')
 	@$(RUN) python tools/compat.py $(VERSIONS) -- $(ARGS)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import CompileConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from ..workload import Contender, Decode, Task, Workload, timed_by_difference
+from ..workload import Contender, Decode, Task, Unavailable, Workload, timed_by_difference
 from . import STATIC, TRANSFORMERS, title_of
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def twin_of(model: fastllama.LlamaForCausalLM) -> Any:
     """transformers' model of the same config on the same weights, which are shared and not copied."""
+    if model.config.quantization is not None:
+        raise Unavailable("it has no matrices of fastllama's codes")
     config = LlamaConfig(**model.config.to_dict())
     with torch.device("meta"):
         twin: Any = LlamaForCausalLM(config)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from shapes import SHAPE
 
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.measure import Bandwidth
@@ -19,7 +20,7 @@ from fastllama_benchmarks.contenders.fastllama import Eager
 from fastllama_benchmarks.decode import compare, disturbances, figures, workload_of
 from fastllama_benchmarks.environment import bandwidth
 from fastllama_benchmarks.records import new_record
-from fastllama_benchmarks.workload import Decode, Workload
+from fastllama_benchmarks.workload import Decode, Unavailable, Workload
 
 DESCRIBED = {"model": "m", "dtype": "float32", "device": "cpu"}
 
@@ -126,3 +127,11 @@ def test_a_point_that_does_not_fit_is_refused(model: LlamaForCausalLM, monkeypat
     monkeypatch.setattr(decoding, "free_memory", lambda: 1000)
     with pytest.raises(ValueError, match="the KV cache takes"):
         workload_of(model, 1, 64, 16, None)
+
+
+def test_transformers_does_not_take_codes(tmp_path) -> None:
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path)
+    quantized = LlamaForCausalLM.from_pretrained(tmp_path, quantize="int8")
+    contender, task = make(TRANSFORMERS), Task("m", "float32", lent=quantized)
+    with pytest.raises(Unavailable, match="no matrices of fastllama's codes"):
+        contender.load(task)
