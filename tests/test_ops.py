@@ -5,19 +5,21 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from shapes import SHAPE
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastllama_kernels.attention
-from fastllama import ops
+from fastllama import LlamaConfig, LlamaForCausalLM, ops
 from fastllama_kernels.linear import op as linear_op
 from fastllama_kernels.linear import packed as packed_op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+TILES = "amx_tile amx_int8 amx_bf16"
 HEADS, KV_HEADS, SLOTS, VOCABULARY = 4, 2, 64, 40
 
 
@@ -98,21 +100,36 @@ def test_on_a_cpu_a_step_is_one_operation() -> None:
         assert op not in implementations("cpu", torch.float32, rows=33)
 
 
-@pytest.mark.parametrize(("multiplies", "rows"), [(True, 4), (False, 64)])
-def test_kernels_take_more_rows_where_torch_has_no_gemm_for_16_bits(monkeypatch, multiplies, rows) -> None:
-    monkeypatch.setattr(linear_op, "multiplies", lambda dtype: multiplies)
-    ops.rules.first_rule.cache_clear()
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Lets the choice see a CPU with these features, and torch multiply 16-bit numbers on it or not."""
+    caches = (linear_op.max_rows_cpu, packed_op.max_rows_cpu, ops.rules.first_rule)
+
+    def of(features: str, multiplies: bool = True) -> None:
+        monkeypatch.setattr(linear_op.levels, "features", lambda: features)
+        for module in (linear_op, packed_op):
+            monkeypatch.setattr(module, "multiplies", lambda dtype: multiplies)
+        for cache in caches:
+            cache.cache_clear()
+
+    yield of
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("features", "multiplies", "rows"),
+    [("avx2", False, 64), ("avx512f", True, 4), ("avx512_bf16", True, 24), (f"avx512_bf16 {TILES}", True, 4)],
+)
+def test_kernels_take_as_many_rows_as_they_are_faster_for(processor, features, multiplies, rows) -> None:
+    processor(features, multiplies)
     for count, implementation in ((rows, "C++ kernel"), (rows + 1, "C++ norm, torch's GEMM")):
         assert implementations("cpu", torch.bfloat16, rows=count)["linear"] == implementation
-    ops.rules.first_rule.cache_clear()
 
 
-@pytest.mark.parametrize(("flags", "most"), [("avx512_bf16", None), ("avx512_bf16 amx_tile amx_int8 amx_bf16", 128)])
-def test_codes_are_written_out_for_many_rows_where_there_is_a_matrix_unit(monkeypatch, flags, most) -> None:
-    monkeypatch.setattr(packed_op.levels, "features", lambda: flags)
-    monkeypatch.setattr(packed_op, "multiplies", lambda dtype: True)
-    packed_op.max_rows_cpu.cache_clear()
-    ops.rules.first_rule.cache_clear()
+@pytest.mark.parametrize(("features", "most"), [("avx512_bf16", None), (f"avx512_bf16 {TILES}", 128)])
+def test_codes_are_written_out_for_many_rows_where_there_is_a_matrix_unit(processor, features, most) -> None:
+    processor(features)
     for dtype, rows in ((torch.bfloat16, most), (torch.float32, None)):
         for count in (1, 128, 129, 4096):
             wanted = "C++ kernel" if rows is None or count <= rows else "written out, torch's GEMM"
@@ -120,8 +137,19 @@ def test_codes_are_written_out_for_many_rows_where_there_is_a_matrix_unit(monkey
             for op in ("linear_packed", "gate_up_packed"):
                 index, _ = ops.rules.choose(op, "cpu", dtype, case)
                 assert ops.RULES[op][index].implementation == wanted
-    packed_op.max_rows_cpu.cache_clear()
-    ops.rules.first_rule.cache_clear()
+
+
+def test_codes_that_are_written_out_give_the_logits_of_codes(processor, tmp_path) -> None:
+    LlamaForCausalLM(LlamaConfig(**SHAPE | {"max_position_embeddings": 512})).save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, quantize="int4", dtype="bfloat16")
+    ids_bt, logits = torch.randint(3, 90, (2, 300)), []
+    for features in ("avx512_bf16", f"avx512_bf16 {TILES}"):
+        processor(features)
+        with Called() as called, torch.no_grad():
+            logits.append(model(ids_bt, use_cache=False).logits)
+            model.generate(ids_bt, max_new_tokens=2)
+        assert ("written_out" in called.names) == (TILES in features)
+    assert (logits[1] - logits[0]).abs().max() <= 0.1 * logits[0].abs().max()
 
 
 def test_an_older_gpu_runs_torch_and_says_so_once(monkeypatch, caplog) -> None:

@@ -105,8 +105,8 @@ def _sample_ref(logits_bv: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
     return sampling_op.sample_ref(logits_bv, sampling_op.SamplingParams(*params), position_b)
 
 
-PACKED_ROWS = packed_op.max_rows_cpu
-CPU_ROWS, CUDA_ROWS, TOKENS = linear_op.max_rows_cpu, linear_op.MAX_ROWS["cuda"], attention_op.MAX_TOKENS
+CPU_ROWS, PACKED_ROWS = linear_op.max_rows_cpu, packed_op.max_rows_cpu
+CUDA_ROWS, TOKENS = linear_op.MAX_ROWS["cuda"], attention_op.MAX_TOKENS
 #: The implementations of each operation; the first whose kernels can run and that takes the case does.
 RULES: dict[str, tuple[Rule, ...]] = {
     "step": (

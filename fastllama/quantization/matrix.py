@@ -142,7 +142,7 @@ class PackedMatrix(Matrix):
 
     @property
     def codes_inputs(self) -> bool:
-        """Whether products take activations in 8 bits, on a CPU."""
+        """Whether products take activations in 8 bits, on a CPU; not where it writes the matrix out for many rows."""
         return self._like[0].activations is not None
 
     @property

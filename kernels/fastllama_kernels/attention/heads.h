@@ -73,8 +73,10 @@ inline Shape checked(const Tensor& qkv, const Tensor& cos, const Tensor& sin, co
                      const Tensor& key_cache, const Tensor& value_cache) {
   using torch::headeronly::ScalarType;
   const int64_t batch = qkv.size(0), rows = key_cache.size(0), table = cos.size(0), dim = cos.size(1);
-  const int64_t kv_heads = key_cache.size(1);
-  const Shape shape{qkv.size(1), qkv.size(2) / dim - 2 * kv_heads, kv_heads, dim, key_cache.size(2)};
+  const int64_t kv_heads = key_cache.size(1), heads = dim > 0 ? qkv.size(2) / dim - 2 * kv_heads : 0;
+  STD_TORCH_CHECK(dim > 0 && dim % 2 == 0 && kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "fastllama: got ",
+                  heads, " query heads of ", dim, " over ", kv_heads, ", expected a multiple of them, and an even size");
+  const Shape shape{qkv.size(1), heads, kv_heads, dim, key_cache.size(2)};
   const bool codes = key_cache.scalar_type() == ScalarType::Char;
   STD_TORCH_CHECK(batch <= rows, "fastllama: qkv has ", batch, " rows, expected at most the cache's ", rows);
   STD_TORCH_CHECK(table >= shape.slots, "fastllama: cos has ", table, " rows, expected at least ", shape.slots);

@@ -2,7 +2,7 @@
 //
 // Lanes are queries: sixteen tokens of a head make a vector, and kQueries lanes of one KV head are worked on together.
 // So keys and values are taken as they lie, an element at a time for all lanes, and the softmax needs no sums across a
-// register. Each lane is computed alike whatever lies next to it.
+// register. Each lane is computed alike whatever lies next to it, as long as that is finite.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,11 +11,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "dispatch.h"
 #include "heads.h"
-#include "ops.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -23,9 +23,9 @@ namespace fastllama {
 namespace {
 
 constexpr int64_t kQueryVectors = 4, kQueries = kQueryVectors * kLanes;  // of a task
-constexpr int64_t kStepSlots = 32;                                 // cache slots per step of the online softmax
-constexpr int kTileRows = 4;                                   // keys, or dimensions, that are summed up together
-constexpr int kTileParts = kRegisters / 8;                     // of registers of queries
+constexpr int64_t kStepSlots = 32;  // cache slots per step of the online softmax
+constexpr int kTileRows = 4;  // keys, or dimensions, that are summed up together
+constexpr int kTileParts = kRegisters / 8;  // of registers of queries
 constexpr int64_t kTileLanes = kTileParts * kPartLanes;
 static_assert(kStepSlots % kTileRows == 0 && kQueries % kTileLanes == 0);
 
@@ -75,7 +75,8 @@ struct QueryBlock {
   alignas(64) int32_t limits[kQueries];                             // slots that each query sees
 
   explicit QueryBlock(int64_t head_dim)
-      : dim(head_dim), queries(dim * kQueries), values(dim * kQueries), keys_f(kStepSlots * dim), values_f(kStepSlots * dim) {}
+      : dim(head_dim), queries(dim * kQueries), values(dim * kQueries), keys_f(kStepSlots * dim),
+        values_f(kStepSlots * dim) {}
 
   void clear() {
     std::fill(queries.begin(), queries.end(), 0.f);
@@ -116,7 +117,9 @@ struct QueryBlock {
   template <int D>
   void add_values(int64_t d, int64_t rows) {
     float* to = values.data() + d * kQueries;
-    const auto first = [&](int r, int64_t lane) { return load_part(to + r * kQueries + lane) * load_part(decay + lane); };
+    const auto first = [&](int r, int64_t lane) {
+      return load_part(to + r * kQueries + lane) * load_part(decay + lane);
+    };
     add_tile<D>(weights, values_f.data() + d, 1, dim, rows, first, to);
   }
 
@@ -124,21 +127,20 @@ struct QueryBlock {
   void soften(int64_t begin, int64_t rows, bool is_masked, int64_t lane) {
     float* column = weights + lane;
     const FloatPart before = load_part(top + lane);
+    IntPart limit;
+    std::memcpy(&limit, limits + lane, sizeof(limit));
+    const auto seen = [&](int64_t s, FloatPart x, float otherwise) {
+      return is_masked ? (limit > static_cast<int32_t>(begin + s) ? x : FloatPart{} + otherwise) : x;
+    };
     FloatPart largest = before;
     for (int64_t s = 0; s < rows; ++s) {
-      FloatPart score = load_part(column + s * kQueries);
-      if (is_masked) {
-        IntPart limit;
-        std::memcpy(&limit, limits + lane, sizeof(limit));
-        score = limit > static_cast<int32_t>(begin + s) ? score : FloatPart{} + kLowest;
-        store_part(column + s * kQueries, score);
-      }
+      const FloatPart score = seen(s, load_part(column + s * kQueries), kLowest);
       largest = score > largest ? score : largest;
     }
     const FloatPart share = exp_part(before - largest);
     FloatPart total = load_part(sum + lane) * share;
     for (int64_t s = 0; s < rows; ++s) {
-      const FloatPart weight = exp_part(load_part(column + s * kQueries) - largest);  // about 1e-38 where it is masked
+      const FloatPart weight = seen(s, exp_part(load_part(column + s * kQueries) - largest), 0.f);
       store_part(column + s * kQueries, weight);
       total += weight;
     }

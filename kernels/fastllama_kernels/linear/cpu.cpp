@@ -22,8 +22,8 @@ constexpr int kWeightRows = 4;  // matrix rows streamed side by side: enough to 
 #else
 constexpr int kWeightRows = 6;
 #endif
-// Of these, as many at once as there are registers for. Where there are more instructions than it takes, one after the
-// other, as memory is read best: in order.
+// Of these, as many at once as there are registers for. A single row of bfloat16 activations, where the processor
+// multiplies them, waits for memory alone: then one after the other, for memory is read best in order.
 template <typename X>
 constexpr int at_once(int activation_rows) {
   if (std::is_same_v<X, BFloat16> && activation_rows == 1) return 1;

@@ -28,6 +28,7 @@ import functools
 import torch
 from torch.nn import functional as F
 
+from fastllama_kernels.common import levels
 from fastllama_kernels.common.activations import FUNCTIONS
 
 MAX_ROWS = {"cpu": 4, "cuda": 16}  # by device type; above, torch's GEMM is faster
@@ -36,6 +37,7 @@ MAX_ROWS_CPU = {
     torch.bfloat16: 64,
     torch.float16: 64,
 }  # where torch has no GEMM for the 16-bit dtype
+MAX_ROWS_BF16 = 24  # where it has one for bfloat16, without tiles
 SLAB_BYTES = 2**21  # of a matrix in float32 at a time: what a core's caches hold
 
 torch.library.define(
@@ -101,9 +103,18 @@ def multiplies(dtype: torch.dtype) -> bool:
     return True
 
 
+def has_matrix_unit() -> bool:
+    """Whether this CPU has tiles for bfloat16 (AMX), which torch's GEMM uses and these kernels do not."""
+    return {"amx_tile", "amx_bf16"} <= set(levels.features().split())
+
+
+@functools.cache
 def max_rows_cpu(dtype: torch.dtype) -> int:
     """Rows up to which the C++ kernels are faster than torch's GEMM on this CPU."""
-    return MAX_ROWS["cpu"] if dtype != torch.float32 and multiplies(dtype) else MAX_ROWS_CPU[dtype]
+    if dtype == torch.float32 or not multiplies(dtype):
+        return MAX_ROWS_CPU[dtype]
+    has_product = dtype == torch.bfloat16 and "avx512_bf16" in levels.features().split()
+    return MAX_ROWS_BF16 if has_product and not has_matrix_unit() else MAX_ROWS["cpu"]
 
 
 def linear_slabs(
@@ -153,10 +164,10 @@ def linear_wide(
     """``linear`` of many rows: a kernel for the norm, then torch's GEMM, which adds the residual as it writes."""
     if norm_weight is not None:
         x = torch.ops.fastllama.rms_norm(x, norm_weight, eps)
-    if residual is None:
-        return F.linear(x, weight, bias)
-    added = residual if bias is None else residual + bias
-    return torch.addmm(added.flatten(0, -2), x.flatten(0, -2), weight.t()).view(residual.shape)
+    if residual is None or bias is not None:  # together they would be rounded once more
+        y = F.linear(x, weight, bias)
+        return y if residual is None else residual + y
+    return torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), weight.t()).view(residual.shape)
 
 
 def gate_up_wide(

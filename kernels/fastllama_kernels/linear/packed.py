@@ -16,7 +16,7 @@ Codes are unsigned. They stand for
 
 The operations are those of :mod:`fastllama_kernels.linear.op`, with such a matrix. With ``codes_inputs`` every BLOCK
 columns of norm(x) become 8-bit codes with a scale of their own, max |x| / 127, and products of codes are integers;
-else, and on GPUs, x stays as it is. Sums over blocks are float32.
+else, on GPUs, and where many rows have the matrix written out, x stays as it is. Sums over blocks are float32.
 
 Bytes moved per call: codes, scales and offsets once. Kernels: ``packed.cpp`` and :mod:`.packed_triton`, for x in
 float32, bfloat16 and float16. Many rows have the matrix written out for torch's GEMM, on a GPU and on a CPU with a
@@ -31,9 +31,15 @@ import functools
 
 import torch
 
-from fastllama_kernels.common import levels
 from fastllama_kernels.common.activations import FUNCTIONS
-from fastllama_kernels.linear.op import SLAB_BYTES, gate_up_wide, linear_wide, multiplies, rms_norm_ref
+from fastllama_kernels.linear.op import (
+    SLAB_BYTES,
+    gate_up_wide,
+    has_matrix_unit,
+    linear_wide,
+    multiplies,
+    rms_norm_ref,
+)
 
 PANEL = 16  # rows
 LINE = 64  # bytes
@@ -176,8 +182,7 @@ def max_rows_cpu(dtype: torch.dtype) -> int | None:
 
     It is the processor's matrix unit (AMX), which torch uses and these kernels do not, that makes it faster.
     """
-    has_unit = {"amx_tile", "amx_bf16"} <= set(levels.features().split())
-    return MAX_ROWS_AMX if has_unit and dtype == torch.bfloat16 and multiplies(dtype) else None
+    return MAX_ROWS_AMX if dtype == torch.bfloat16 and multiplies(dtype) and has_matrix_unit() else None
 
 
 def linear_packed_slabs(x, codes, scales, offsets, bias, norm_weight, eps, residual, codes_inputs) -> torch.Tensor:
@@ -192,7 +197,7 @@ def linear_packed_slabs(x, codes, scales, offsets, bias, norm_weight, eps, resid
         rows = slice(first * PANEL, last * PANEL)
         product = x_rk @ torch.ops.fastllama.written_out(x, codes, scales, offsets, first, last).t()
         product = product if bias is None else product.add_(bias[rows])
-        y_rn[:, rows] = product if residual is None else product.add_(residual.view(y_rn.shape)[:, rows])
+        y_rn[:, rows] = product if residual is None else product.add_(residual.reshape(y_rn.shape)[:, rows])
     return y
 
 

@@ -37,7 +37,8 @@ void write_panel(const Panels& w, int64_t panel, T* out) {
       int8_t codes[kGroup];
       collect<kBits>(lines, row, codes);
       const float scale = w.scales[at + row], least = scale * (kBits == 4 ? -8.f : 0.f);
-      const float base = w.offsets ? static_cast<float>(w.offsets[at + row]) + (kBits == 4 ? 0.f : 128.f * scale) : least;
+      const float more = kBits == 4 ? 0.f : 128.f * scale;
+      const float base = w.offsets ? static_cast<float>(w.offsets[at + row]) + more : least;
       for (int64_t i = 0; i < kGroup; i += kPartLanes)
         store_part(out + row * w.k + column + i, load_part(codes + i) * scale + base);
     }

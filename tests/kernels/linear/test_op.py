@@ -104,6 +104,18 @@ def test_bad_input_is_refused_before_anything_runs(op, bad) -> None:
         op(**({"x": torch.randn(2, 8), "weight": torch.randn(4, 8)} | bad))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [40, 128, 200, 1000])
+def test_a_row_is_the_same_alone_and_among_others(dtype, k) -> None:
+    x, weight, bias, norm_weight, eps, residual = draw(9, k, 22, dtype, True, True, True)
+    whole = linear(x, weight, bias, norm_weight, eps, residual)
+    gated = gate_up(x, weight, bias, norm_weight, eps, 0)
+    for rows in (slice(0, 1), slice(1, 3), slice(3, 7), slice(8, 9)):
+        part = (x[rows].contiguous(), weight, bias, norm_weight, eps)
+        assert torch.equal(linear(*part, residual[rows].contiguous()), whole[rows])
+        assert torch.equal(gate_up(*part, 0), gated[rows])
+
+
 def test_a_residual_of_another_shape_is_refused() -> None:
     with pytest.raises(RuntimeError, match="residual"):
         linear(torch.randn(2, 8), torch.randn(4, 8), residual=torch.randn(1, 4))

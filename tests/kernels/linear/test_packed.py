@@ -182,6 +182,20 @@ def test_a_row_is_the_same_alone_and_on_any_number_of_threads(bits, rows, thread
         assert torch.equal(ops.linear_packed(x, *matrix, None, None, 0.0, None, True), torch.cat(alone))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "has_offsets"), [(4, False), (4, True), (8, False)])
+@pytest.mark.parametrize("codes_inputs", [False, True])
+def test_a_row_is_the_same_alone_and_among_others(dtype, bits, has_offsets, codes_inputs) -> None:
+    matrix, x = draw(16 * 6, 320, bits, 64, has_offsets), torch.randn(9, 320).to(dtype)
+    norm_weight = torch.rand(320).to(dtype)
+    whole = ops.linear_packed(x, *matrix, None, norm_weight, 1e-5, None, codes_inputs)
+    gated = ops.gate_up_packed(x, *matrix, None, norm_weight, 1e-5, 0, codes_inputs)
+    for rows in (slice(0, 1), slice(1, 3), slice(3, 7), slice(8, 9)):
+        part = x[rows].contiguous()
+        assert torch.equal(ops.linear_packed(part, *matrix, None, norm_weight, 1e-5, None, codes_inputs), whole[rows])
+        assert torch.equal(ops.gate_up_packed(part, *matrix, None, norm_weight, 1e-5, 0, codes_inputs), gated[rows])
+
+
 @pytest.mark.parametrize("codes_inputs", [True, False])
 def test_the_torch_reference_agrees(codes_inputs) -> None:
     args = (torch.randn(2, 96), *draw(32, 96, 4, 32, True), torch.randn(32), None, 0.0)
