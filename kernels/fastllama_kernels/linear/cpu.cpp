@@ -22,13 +22,12 @@ constexpr int kWeightRows = 4;  // matrix rows streamed side by side: enough to 
 #else
 constexpr int kWeightRows = 6;
 #endif
-// Of these, as many at once as there are registers for. A single row of bfloat16 activations, where the processor
-// multiplies them, waits for memory alone: then one after the other, for memory is read best in order.
-template <typename X>
-constexpr int at_once(int activation_rows) {
-  if (std::is_same_v<X, BFloat16> && activation_rows == 1) return 1;
-  return kRegisters == 16 && activation_rows > 2 ? 3 : kWeightRows;
-}
+// Of these, as many at once as there are registers for.
+constexpr int at_once(int activation_rows) { return kRegisters == 16 && activation_rows > 2 ? 3 : kWeightRows; }
+// Columns from which on a single row of bfloat16 activations, where the processor multiplies them, takes one row of the
+// matrix after the other: memory is read best in order. Models with shorter rows lie in the caches, where four rows at
+// once are faster.
+constexpr int64_t kInOrder = 1024;
 
 // The activations [rows, n] as the products take them, normalised (RMS, weighted) when a norm weight is given.
 template <typename T>
@@ -48,23 +47,32 @@ std::vector<typename Activations<T>::type> prologue(const T* x, const T* norm_we
   return out;
 }
 
+// out[r][m] = w_r · x_m, R rows of w at once.
+template <int R, int M, typename T, typename X>
+void dot_rows(const T* const (&w)[kWeightRows], const X* x, int64_t n, float (&out)[kWeightRows][M]) {
+  if constexpr (R == kWeightRows) {
+    dot_tile(w, x, n, out);
+  } else {
+    for (int r = 0; r < kWeightRows; r += R) {
+      const T* rows_w[R];
+      float products[R][M];
+      std::copy(w + r, w + r + R, rows_w);
+      dot_tile(rows_w, x, n, products);
+      std::copy(&products[0][0], &products[0][0] + R * M, &out[r][0]);
+    }
+  }
+}
+
 // Calls emit(row of x, index in w, values) with the dot products of w's kWeightRows matrix rows and every row of x.
 template <typename T, typename X, typename Emit>
 void for_each_row(const T* const (&w)[kWeightRows], const X* x, int64_t rows, int64_t n, const Emit& emit) {
   for_each_tile(rows, [&](auto tile, int64_t first) {
-    constexpr int M = decltype(tile)::value, R = at_once<X>(M);
+    constexpr int M = decltype(tile)::value;
     float out[kWeightRows][M];
-    if constexpr (R == kWeightRows) {
-      dot_tile(w, x + first * n, n, out);
-    } else {
-      for (int r = 0; r < kWeightRows; r += R) {
-        const T* rows_w[R];
-        float products[R][M];
-        std::copy(w + r, w + r + R, rows_w);
-        dot_tile(rows_w, x + first * n, n, products);
-        std::copy(&products[0][0], &products[0][0] + R * M, &out[r][0]);
-      }
-    }
+    if (std::is_same_v<X, BFloat16> && M == 1 && n >= kInOrder)
+      dot_rows<1>(w, x + first * n, n, out);
+    else
+      dot_rows<at_once(M)>(w, x + first * n, n, out);
     for (int m = 0; m < M; ++m) {
       float values[kWeightRows];
       for (int r = 0; r < kWeightRows; ++r) values[r] = out[r][m];
