@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -84,3 +86,47 @@ def test_what_a_step_would_misread_is_refused(make_pair) -> None:
     buffers.rows(1).ids_b1.fill_(96)
     with pytest.raises(RuntimeError, match="id 96 of an embedding of 96 rows"):
         call()
+
+
+# ---- torch's threads, kept at hand while a step runs ---------------------------------------------------------------
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int4"])
+def test_tokens_do_not_depend_on_the_number_of_threads(threads, quantize) -> None:
+    model, ids = LlamaForCausalLM.from_pretrained("demo", quantize=quantize), torch.randint(3, 4000, (3, 9))
+    found = []
+    for count in (1, 2, 3, 7):  # more than there are cores, too
+        threads(count)
+        found.append(model.generate(ids, max_new_tokens=24, **SAMPLED))
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+def test_models_on_several_threads_of_the_caller_decode_at_the_same_time(threads) -> None:
+    threads(2)
+    models = [LlamaForCausalLM.from_pretrained("demo") for _ in range(3)]
+    ids = torch.randint(3, 4000, (1, 9))
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda model: model.generate(ids, max_new_tokens=48, do_sample=False), models))
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_an_error_within_a_step_keeps_its_text_and_leaves_the_threads_usable(threads, count) -> None:
+    threads(count)
+    model, ids = LlamaForCausalLM.from_pretrained("demo"), torch.randint(3, 4000, (1, 9))
+    wanted = model.generate(ids, max_new_tokens=12, do_sample=False)
+    buffers = engine_of(model)._buffers
+    assert buffers is not None
+    (step,) = buffers.bound.values()
+    buffers.slots(0, 1).position_b1.fill_(10**6)
+    with pytest.raises(RuntimeError, match="position 1000000 lies outside the KV cache"):
+        step()
+    model.release()
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), wanted)

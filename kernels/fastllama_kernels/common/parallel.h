@@ -7,6 +7,8 @@
 #include <atomic>
 #include <memory>
 
+#include "team.h"
+
 namespace fastllama {
 
 // Calls f(each) once on each thread, or on fewer: one for every `grain` indices that there are. each(body) calls body(i)
@@ -18,7 +20,9 @@ void parallel_each(int64_t count, int64_t grain, const F& f) {
     std::atomic<int64_t> next;
     int64_t end;
   };
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (count + grain - 1) / grain);
+  Team* const team = Team::current();
+  const int64_t most = team != nullptr ? team->threads() : torch::stable::get_num_threads();
+  const int64_t threads = std::min<int64_t>(most, (count + grain - 1) / grain);
   if (threads == 0) return;
   const int64_t piece = std::clamp<int64_t>(count / (4 * threads), 1, grain), pieces = (count + piece - 1) / piece;
   const std::unique_ptr<Range[]> ranges(new Range[threads]);
@@ -26,7 +30,8 @@ void parallel_each(int64_t count, int64_t grain, const F& f) {
     ranges[t].next = t * pieces / threads;
     ranges[t].end = (t + 1) * pieces / threads;
   }
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
+  const auto work = [&](int64_t own) {
+    if (own >= threads) return;
     f([&](const auto& body) {
       for (int64_t t = 0; t < threads; ++t) {
         Range& range = ranges[(own + t) % threads];
@@ -34,7 +39,13 @@ void parallel_each(int64_t count, int64_t grain, const F& f) {
           for (int64_t at = i * piece; at < std::min(count, (i + 1) * piece); ++at) body(at);
       }
     });
-  });
+  };
+  if (threads == 1)
+    work(0);
+  else if (team != nullptr)
+    team->share(work);
+  else
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t own, int64_t) { work(own); });
 }
 
 }  // namespace fastllama

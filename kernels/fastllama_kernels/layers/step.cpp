@@ -12,6 +12,7 @@
 #include "dispatch.h"
 #include "matrix.h"
 #include "ops.h"
+#include "team.h"
 
 namespace fastllama {
 namespace {
@@ -74,8 +75,11 @@ Tensor logits(const Tensor& ids, const Tensor& positions, const Tensor& cos, con
   if (net.embedding.format.has_offsets) offsets = table[2];
   Tensor x = net.embedding.format.is_packed ? embed_packed(net.norm, ids, table[0], table[1], offsets)
                                             : embed(table[0], ids);
-  x = layers(x, cos, sin, positions, net.layers, net.kinds, key_caches, value_caches, eps, activation);
-  return net.head.multiply(x, net.norm, eps, std::nullopt);
+  Team::during([&] {
+    x = layers(x, cos, sin, positions, net.layers, net.kinds, key_caches, value_caches, eps, activation);
+    x = net.head.multiply(x, net.norm, eps, std::nullopt);
+  });
+  return x;
 }
 
 void verify_step(Tensor ids, Tensor positions, Tensor cos, Tensor sin, std::vector<Tensor> weights,

@@ -196,8 +196,8 @@ void run(const Panels& w, const Call& call, Tensor& out) {
   const bool is_shared = rows > kTile;  // few rows are read by every thread, which saves a wait for the others
   Inputs<X> shared(is_shared ? rows : 0, w);
   if (is_shared)
-    torch::stable::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
-      read_inputs<X>(call.x, call.norm_weight, call.eps, begin, end, shared);
+    parallel_each(rows, 4, [&](const auto& each) {
+      each([&](int64_t row) { read_inputs<X>(call.x, call.norm_weight, call.eps, row, row + 1, shared); });
     });
   // A gated product multiplies gate's and up's panel together, others such as follow each other.
   const int64_t stride = call.activation ? w.count / 2 : 1, most = call.activation ? 2 : together<X, kTile>();

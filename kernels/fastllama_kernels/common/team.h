@@ -1,0 +1,116 @@
+// torch's threads kept at hand: for many small pieces of work one after the other, each of which would have to wake them.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <thread>
+
+namespace fastllama {
+
+// While a body runs, torch's other threads wait for what it shares out: spinning for some microseconds, then yielding.
+// A thread that comes late, or never, is not missed: `share` asks for work that one thread can do alone.
+class Team {
+ public:
+  // Calls body on this thread, in one parallel region of torch's.
+  template <typename F>
+  static void during(const F& body) {
+    const int64_t threads = torch::stable::get_num_threads();
+    if (threads == 1 || current() != nullptr) return body();
+    Team team(threads);
+    std::exception_ptr error;  // an exception keeps its text only if it does not pass through torch's region
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+      if (thread > 0) return team.help(thread);
+      current() = &team;
+      try {
+        body();
+      } catch (...) {
+        error = std::current_exception();
+      }
+      current() = nullptr;
+      team.state_.store(kEnd, std::memory_order_release);
+    });
+    if (error) std::rethrow_exception(error);
+  }
+
+  // The team whose body runs on this thread; none elsewhere.
+  static Team*& current() {
+    thread_local Team* team = nullptr;
+    return team;
+  }
+
+  int64_t threads() const { return threads_; }
+
+  // Calls work(thread) here with 0 and on those others that have time with their numbers; returns when all have ended.
+  template <typename F>
+  void share(const F& work) {
+    work_ = [](const void* f, int64_t thread) { (*static_cast<const F*>(f))(thread); };
+    context_ = &work;
+    left_.store(0, std::memory_order_relaxed);
+    round_ += kRound;
+    state_.store(round_ | kOpen, std::memory_order_release);
+    std::exception_ptr error;
+    try {
+      work(0);
+    } catch (...) {
+      error = std::current_exception();
+    }
+    const uint64_t entered = state_.fetch_and(~kOpen, std::memory_order_acq_rel) & kEntered;
+    wait([&] { return left_.load(std::memory_order_acquire) == entered; });
+    if (!error) error = error_;
+    if (error) std::rethrow_exception(error);
+  }
+
+ private:
+  // state_: a number of the round, whether threads may enter it, how many have; kEnd: no round comes any more.
+  static constexpr uint64_t kEntered = (1 << 16) - 1, kOpen = 1 << 16, kRound = 1 << 17, kEnd = ~uint64_t{0};
+
+  explicit Team(int64_t threads) : threads_(threads) {}
+
+  void help(int64_t thread) {
+    for (uint64_t seen = 0;;) {
+      uint64_t state;
+      wait([&] {
+        state = state_.load(std::memory_order_acquire);
+        return state == kEnd || ((state & kOpen) && state / kRound != seen);
+      });
+      if (state == kEnd) return;
+      if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) continue;
+      seen = state / kRound;
+      try {
+        work_(context_, thread);
+      } catch (...) {
+        if (!has_error_.test_and_set()) error_ = std::current_exception();
+      }
+      left_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  template <typename F>
+  static void wait(const F& is_over) {
+    for (int spins = 0; !is_over(); ++spins) {
+      if (spins < 1000) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("yield");
+#endif
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+  const int64_t threads_;
+  void (*work_)(const void*, int64_t) = nullptr;
+  const void* context_ = nullptr;
+  uint64_t round_ = 0;
+  std::exception_ptr error_;
+  std::atomic_flag has_error_;
+  alignas(64) std::atomic<uint64_t> state_{0};
+  alignas(64) std::atomic<uint64_t> left_{0};
+};
+
+}  // namespace fastllama
