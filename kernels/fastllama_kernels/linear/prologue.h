@@ -48,10 +48,12 @@ void for_each_tile(int64_t rows, const F& f, int64_t first = 0) {
   if constexpr (kRows > 1) for_each_tile<kRows / 2>(rows, f, first);
 }
 
-// parallel_each over groups of matrix rows, a thread for every 128 KiB: less is read before another one wakes.
+// parallel_each over groups of matrix rows, a thread for every 128 KiB: less is read before another one wakes. One that
+// is at hand comes for less.
 template <typename F>
 void parallel_groups(int64_t groups, int64_t bytes_per_group, const F& f) {
-  parallel_each(groups, std::max<int64_t>(1, (128 << 10) / std::max<int64_t>(1, bytes_per_group)), f);
+  const int64_t least = Team::current() != nullptr ? 32 << 10 : 128 << 10;
+  parallel_each(groups, std::max<int64_t>(1, least / std::max<int64_t>(1, bytes_per_group)), f);
 }
 
 inline void check_residual(const std::optional<Tensor>& residual, const Tensor& out) {
