@@ -49,11 +49,19 @@ inline void check(const Tensor& tensor, const char* name, torch::headeronly::Sca
   }
 }
 
-// An uninitialised tensor of x's shape but for its last dimension.
+// An uninitialised contiguous tensor of x's shape but for its last dimension, on a CPU: without torch's dispatcher, for
+// a step makes a few of them in each layer.
 inline Tensor empty_with_last(const Tensor& x, int64_t last) {
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  const int64_t dims = x.dim();
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end()), strides(dims);
   shape.back() = last;
-  return torch::stable::new_empty(x, shape);
+  for (int64_t d = dims - 1, stride = 1; d >= 0; stride *= shape[d--]) strides[d] = stride;
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, shape.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
 }  // namespace fastllama
