@@ -52,7 +52,8 @@ typedef int32_t IntPart __attribute__((vector_size(kPartBytes)));
 typedef uint32_t BitsPart __attribute__((vector_size(kPartBytes)));
 
 // Keeps the compiler from loading it again where it is used, and from reordering what it is the sum of.
-inline void keep(FloatPart& x) {
+template <typename Part>
+inline void keep(Part& x) {
 #if defined(__AVX512F__)
   __asm__("" : "+v"(x));
 #elif defined(__x86_64__)
@@ -100,11 +101,19 @@ inline FloatPart load_part(const Half* p) {
   return (FloatPart)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__) && defined(__F16C__)
   return (FloatPart)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
+#elif defined(__aarch64__)
   typedef _Float16 HalfPart __attribute__((vector_size(kPartBytes / 2)));
   HalfPart x;
   std::memcpy(&x, p, sizeof(x));
   return __builtin_convertvector(x, FloatPart);
+#else
+  // The exponent moved by a multiplication, which makes subnormal numbers normal; not of infinity and of no number.
+  typedef uint16_t Bits __attribute__((vector_size(kPartBytes / 2)));
+  Bits bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  const BitsPart wide = __builtin_convertvector(bits, BitsPart), size = (wide & 0x7fff) << 13;
+  const BitsPart finite = (BitsPart)((FloatPart)size * 0x1p112f), other = size | 0x7f800000;
+  return (FloatPart)((size < 0x0f800000 ? finite : other) | (wide & 0x8000) << 16);
 #endif
 }
 
@@ -132,6 +141,14 @@ inline void store_part(Half* p, FloatPart x) {
 #else
   for (int i = 0; i < kPartLanes; ++i) p[i] = static_cast<Half>(x[i]);
 #endif
+}
+
+// n numbers, as they are stored.
+template <typename T>
+inline void store_row(T* to, const float* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + kPartLanes <= n; i += kPartLanes) store_part(to + i, load_part(x + i));
+  for (; i < n; ++i) to[i] = static_cast<T>(x[i]);
 }
 
 // e to the x, within two units in the last place (Cephes' polynomial), for -87 <= x <= 88; less gives about 1e-38, and

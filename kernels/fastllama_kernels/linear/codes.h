@@ -25,6 +25,8 @@ inline IntPart load_part(const uint8_t* line) {
   return x;
 }
 
+inline FloatPart to_float(IntPart x) { return __builtin_convertvector(x, FloatPart); }
+
 inline int32_t load_quad(const int8_t* x) {
   int32_t quad;
   std::memcpy(&quad, x, sizeof(quad));
@@ -73,23 +75,34 @@ inline float encode(const float* x, int8_t* codes, int32_t& sum) {
 template <int kBits, typename X, bool kTwo>
 struct BlockSum;
 
-#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512F__)
+#if defined(__SSSE3__) && !defined(__AVXVNNI__) && !defined(__AVX512VNNI__)
+
+// Pairs of products of unsigned and signed bytes as 16-bit sums, and sums of pairs of those in 32 bits.
+#if defined(__AVX512BW__)
+inline IntPart multiply_pairs(IntPart a, IntPart b) { return (IntPart)_mm512_maddubs_epi16((__m512i)a, (__m512i)b); }
+inline IntPart sum_pairs(IntPart x) { return (IntPart)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi16(1)); }
+#elif defined(__AVX2__)
+inline IntPart multiply_pairs(IntPart a, IntPart b) { return (IntPart)_mm256_maddubs_epi16((__m256i)a, (__m256i)b); }
+inline IntPart sum_pairs(IntPart x) { return (IntPart)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(1)); }
+#else
+inline IntPart multiply_pairs(IntPart a, IntPart b) { return (IntPart)_mm_maddubs_epi16((__m128i)a, (__m128i)b); }
+inline IntPart sum_pairs(IntPart x) { return (IntPart)_mm_madd_epi16((__m128i)x, _mm_set1_epi16(1)); }
+#endif
 
 template <int kBits>
 struct Codes {  // the low and the high halves of bytes
-  __m256i low, high;
+  IntPart low, high;
 
   Codes() = default;
-  explicit Codes(IntPart part)
-      : low(_mm256_and_si256((__m256i)part, _mm256_set1_epi8(15))),
-        high(_mm256_and_si256(_mm256_srli_epi16((__m256i)part, 4), _mm256_set1_epi8(15))) {}
+  explicit Codes(IntPart part) : low(part & 0x0f0f0f0f), high((part >> 4) & 0x0f0f0f0f) {}
 };
 
 // Sixteen-bit sums: a block adds up eight pairs of products, each at most 2 * 15 * 127.
 template <int kBits, bool kTwo>
 struct BlockSum<kBits, int8_t, kTwo> {
   static constexpr int kSums = kBits == 4 ? 1 : 2;
-  __m256i low = _mm256_setzero_si256(), high = _mm256_setzero_si256();
+  typedef int16_t Shorts __attribute__((vector_size(kPartBytes)));
+  Shorts low = {}, high = {};
 
   void add(const Codes<kBits>& codes, const int8_t* x) {
     add(low, codes.low, x);
@@ -97,16 +110,15 @@ struct BlockSum<kBits, int8_t, kTwo> {
   }
 
   FloatPart value(int32_t less = 0) const {
-    const __m256i one = _mm256_set1_epi16(1);
-    IntPart sum = (IntPart)_mm256_madd_epi16(low, one);
-    if constexpr (kBits == 8) sum += (IntPart)_mm256_slli_epi32(_mm256_madd_epi16(high, one), 4);
-    return (FloatPart)_mm256_cvtepi32_ps((__m256i)(sum - less));
+    IntPart sum = sum_pairs((IntPart)low);
+    if constexpr (kBits == 8) sum += sum_pairs((IntPart)high) << 4;
+    return to_float(sum - less);
   }
 
  private:
-  static void add(__m256i& sum, __m256i codes, const int8_t* x) {
-    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(load_quad(x))));
-    __asm__("" : "+x"(sum));  // else gcc makes a tree of the sums, whose products it has no registers for
+  static void add(Shorts& sum, IntPart codes, const int8_t* x) {
+    sum += (Shorts)multiply_pairs(codes, IntPart{} + load_quad(x));
+    keep(sum);  // else gcc makes a tree of the sums, whose products it has no registers for
   }
 };
 
@@ -153,7 +165,7 @@ struct BlockSum<kBits, int8_t, kTwo> {
   }
 
   FloatPart value(int32_t less = 0) const {
-    return __builtin_convertvector((kTwo ? even + odd : even) - less, FloatPart);
+    return to_float((kTwo ? even + odd : even) - less);
   }
 };
 
@@ -167,7 +179,7 @@ struct FloatCodes {
   explicit FloatCodes(IntPart part) {
     FASTLLAMA_UNROLL for (int i = 0; i < 32 / kBits; ++i) {
       const int shift = kBits == 4 ? 8 * (i % 4) + 4 * (i / 4) : 8 * i;
-      columns[i] = __builtin_convertvector((part >> shift) & ((1 << kBits) - 1), FloatPart);
+      columns[i] = to_float((part >> shift) & ((1 << kBits) - 1));
     }
   }
 };

@@ -41,7 +41,7 @@ std::vector<typename Activations<T>::type> prologue(const T* x, const T* norm_we
       normalised(x + r * n, norm_weight, eps, n, out.data() + r * n);
     } else {
       normalised(x + r * n, norm_weight, eps, n, row.data());
-      for (int64_t i = 0; i < n; ++i) out[r * n + i] = static_cast<X>(row[i]);
+      store_row(out.data() + r * n, row.data(), n);
     }
   }
   return out;

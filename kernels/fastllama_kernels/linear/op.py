@@ -113,7 +113,7 @@ def max_rows_cpu(dtype: torch.dtype) -> int:
     """Rows up to which the C++ kernels are faster than torch's GEMM on this CPU."""
     if dtype == torch.float32 or not multiplies(dtype):
         return MAX_ROWS_CPU[dtype]
-    has_product = dtype == torch.bfloat16 and "avx512_bf16" in levels.features().split()
+    has_product = dtype == torch.bfloat16 and "avx512_bf16" in levels.usable()[0].needs
     return MAX_ROWS_BF16 if has_product and not has_matrix_unit() else MAX_ROWS["cpu"]
 
 

@@ -21,9 +21,7 @@ void for_each_out_row(Tensor& out, int64_t n, const F& f) {
     std::vector<float> row(n);
     for (int64_t r = begin; r < end; ++r) {
       f(r, row.data());
-      int64_t i = 0;
-      for (; i + kPartLanes <= n; i += kPartLanes) store_part(to + r * n + i, load_part(row.data() + i));
-      for (; i < n; ++i) to[r * n + i] = static_cast<T>(row[i]);
+      store_row(to + r * n, row.data(), n);
     }
   });
 }

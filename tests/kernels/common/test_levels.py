@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import json
 import os
 import platform
 import subprocess
@@ -114,3 +117,46 @@ def test_the_kernels_are_right_on_levels_below_the_own_one(level: str) -> None:
     command[1:3] = ["-c", code + "sys.exit(pytest.main(sys.argv[1:]))"]
     done = subprocess.run(command, env=os.environ | {levels.SWITCH: level}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+# Rows of weights a microsecond in the processor's caches, on one thread: of the fastest of many calls, without what a
+# call costs whatever its size.
+SPEEDS = """
+import json, time, torch
+from fastllama_kernels.common import build
+from fastllama_kernels.linear import packed, quantize
+assert build.load() is None
+ops = torch.ops.fastllama
+torch.set_num_threads(1)
+
+def fastest(rows, bits, n):
+    x, weight, times = torch.randn(rows, 2048).bfloat16(), torch.randn(n, 2048).bfloat16(), []
+    codes, scales, _ = ops.quantize(weight, min(bits, 8), 32, False)
+    for _ in range(300):
+        begin = time.perf_counter()
+        if bits == 16:
+            ops.linear(x, weight)
+        else:
+            ops.linear_packed(x, codes, scales, None, None, None, 0.0, None, True)
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+print(json.dumps([1e-6 * 992 / (fastest(rows, bits, 1024) - fastest(rows, bits, 32))
+                  for bits in (16, 8, 4) for rows in (1, 4)]))
+"""
+
+
+@functools.cache
+def speeds(level: str) -> list[float]:
+    environment = os.environ | {levels.SWITCH: level}
+    done = subprocess.run([sys.executable, "-c", SPEEDS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("level", "below"), [*itertools.pairwise(level.name for level in levels.runnable())])
+def test_a_level_is_not_slower_than_the_one_below_it(level: str, below: str) -> None:
+    # What stays in memory in place of registers is three to ten times slower; the rest is what machines vary by.
+    ratios = [speed / other for speed, other in zip(speeds(level), speeds(below), strict=True)]
+    assert min(ratios) > 0.6, ratios
