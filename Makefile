@@ -31,7 +31,8 @@ test-slow: $(BUILT) ## run the slow tests
 	@$(RUN) pytest -m slow $(ARGS)
 
 test-real: $(BUILT) ## run the tests with a real model and with what others write, where the package index answers
-	-@test -d .venvs/writers || $(BIN)/python -m pip install --quiet --no-deps --target .venvs/writers $(WRITERS)
+	-@test -e .venvs/writers/installed || { $(BIN)/python -m pip install --quiet --no-deps --upgrade \
+	  --target .venvs/writers $(WRITERS) && touch .venvs/writers/installed; }
 	@$(RUN) PYTHONPATH=.venvs/writers pytest -m real $(ARGS)
 
 test-compat: $(BUILT) ## run the tests on other versions of transformers (VERSIONS='4.57.6')

@@ -15,11 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastllama_kernels.attention
 from fastllama import LlamaConfig, LlamaForCausalLM, ops
+from fastllama_kernels.common import levels
 from fastllama_kernels.linear import op as linear_op
 from fastllama_kernels.linear import packed as packed_op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TILES = "amx_tile amx_int8 amx_bf16"
+BF16 = " ".join(levels.BF16.needs)
 HEADS, KV_HEADS, SLOTS, VOCABULARY = 4, 2, 64, 40
 
 
@@ -106,6 +108,8 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     caches = (linear_op.max_rows_cpu, packed_op.max_rows_cpu, ops.rules.first_rule)
 
     def of(features: str, multiplies: bool = True) -> None:
+        monkeypatch.delenv(levels.SWITCH, raising=False)
+        monkeypatch.setattr(levels.platform, "machine", lambda: "x86_64")
         monkeypatch.setattr(linear_op.levels, "features", lambda: features)
         for module in (linear_op, packed_op):
             monkeypatch.setattr(module, "multiplies", lambda dtype: multiplies)
@@ -119,7 +123,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 @pytest.mark.parametrize(
     ("features", "multiplies", "rows"),
-    [("avx2", False, 64), ("avx512f", True, 4), ("avx512_bf16", True, 24), (f"avx512_bf16 {TILES}", True, 4)],
+    [("avx2", False, 64), (" ".join(levels.VNNI.needs), True, 4), (BF16, True, 24), (f"{BF16} {TILES}", True, 4)],
 )
 def test_kernels_take_as_many_rows_as_they_are_faster_for(processor, features, multiplies, rows) -> None:
     processor(features, multiplies)
@@ -127,7 +131,7 @@ def test_kernels_take_as_many_rows_as_they_are_faster_for(processor, features, m
         assert implementations("cpu", torch.bfloat16, rows=count)["linear"] == implementation
 
 
-@pytest.mark.parametrize(("features", "most"), [("avx512_bf16", None), (f"avx512_bf16 {TILES}", 128)])
+@pytest.mark.parametrize(("features", "most"), [(BF16, None), (f"{BF16} {TILES}", 128)])
 def test_codes_are_written_out_for_many_rows_where_there_is_a_matrix_unit(processor, features, most) -> None:
     processor(features)
     for dtype, rows in ((torch.bfloat16, most), (torch.float32, None)):
@@ -143,7 +147,7 @@ def test_codes_that_are_written_out_give_the_logits_of_codes(processor, tmp_path
     LlamaForCausalLM(LlamaConfig(**SHAPE | {"max_position_embeddings": 512})).save_pretrained(tmp_path)
     model = LlamaForCausalLM.from_pretrained(tmp_path, quantize="int4", dtype="bfloat16")
     ids_bt, logits = torch.randint(3, 90, (2, 300)), []
-    for features in ("avx512_bf16", f"avx512_bf16 {TILES}"):
+    for features in (BF16, f"{BF16} {TILES}"):
         processor(features)
         with Called() as called, torch.no_grad():
             logits.append(model(ids_bt, use_cache=False).logits)

@@ -50,9 +50,7 @@ struct Rows {
       }
       std::memcpy(row + dim, &scale, sizeof(scale));
     } else {
-      int64_t i = 0;
-      for (; i + kPartLanes <= dim; i += kPartLanes) store_part(row + i, load_part(x + i));
-      for (; i < dim; ++i) row[i] = static_cast<C>(x[i]);
+      store_row(row, x, dim);
     }
   }
 };

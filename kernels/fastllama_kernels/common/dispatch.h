@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <vector>
 
@@ -55,7 +56,7 @@ inline Tensor empty_with_last(const Tensor& x, int64_t last) {
   const int64_t dims = x.dim();
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end()), strides(dims);
   shape.back() = last;
-  for (int64_t d = dims - 1, stride = 1; d >= 0; stride *= shape[d--]) strides[d] = stride;
+  for (int64_t d = dims - 1, stride = 1; d >= 0; stride *= std::max<int64_t>(1, shape[d--])) strides[d] = stride;
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   AtenTensorHandle made;

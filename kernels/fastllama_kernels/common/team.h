@@ -6,12 +6,11 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <thread>
 
 namespace fastllama {
 
-// While a body runs, torch's other threads wait for what it shares out: spinning for some microseconds, then yielding.
-// A thread that comes late, or never, is not missed: `share` asks for work that one thread can do alone.
+// While a body runs, torch's other threads wait for what it shares out. One that comes late, or never, is not missed:
+// `share` asks for work that one thread can do alone.
 class Team {
  public:
   // Calls body on this thread, in one parallel region of torch's.
@@ -30,7 +29,7 @@ class Team {
         error = std::current_exception();
       }
       current() = nullptr;
-      team.state_.store(kEnd, std::memory_order_release);
+      team.set(kEnd);
     });
     if (error) std::rethrow_exception(error);
   }
@@ -49,16 +48,20 @@ class Team {
     work_ = [](const void* f, int64_t thread) { (*static_cast<const F*>(f))(thread); };
     context_ = &work;
     left_.store(0, std::memory_order_relaxed);
+    has_error_.store(false, std::memory_order_relaxed);
+    error_ = nullptr;
     round_ += kRound;
-    state_.store(round_ | kOpen, std::memory_order_release);
+    set(round_ | kOpen);
+    current() = nullptr;  // what the work itself shares out stays on this thread
     std::exception_ptr error;
     try {
       work(0);
     } catch (...) {
       error = std::current_exception();
     }
+    current() = this;
     const uint64_t entered = state_.fetch_and(~kOpen, std::memory_order_acq_rel) & kEntered;
-    wait([&] { return left_.load(std::memory_order_acquire) == entered; });
+    wait(left_, [&](uint64_t left) { return left == entered; });
     if (!error) error = error_;
     if (error) std::rethrow_exception(error);
   }
@@ -67,13 +70,13 @@ class Team {
   // state_: a number of the round, whether threads may enter it, how many have; kEnd: no round comes any more.
   static constexpr uint64_t kEntered = (1 << 16) - 1, kOpen = 1 << 16, kRound = 1 << 17, kEnd = ~uint64_t{0};
 
+  static constexpr int kSpins = 1000;
+
   explicit Team(int64_t threads) : threads_(threads) {}
 
   void help(int64_t thread) {
     for (uint64_t seen = 0;;) {
-      uint64_t state;
-      wait([&] {
-        state = state_.load(std::memory_order_acquire);
+      uint64_t state = wait(state_, [&](uint64_t state) {
         return state == kEnd || ((state & kOpen) && state / kRound != seen);
       });
       if (state == kEnd) return;
@@ -82,24 +85,31 @@ class Team {
       try {
         work_(context_, thread);
       } catch (...) {
-        if (!has_error_.test_and_set()) error_ = std::current_exception();
+        if (!has_error_.exchange(true)) error_ = std::current_exception();
       }
       left_.fetch_add(1, std::memory_order_release);
+      left_.notify_one();
     }
   }
 
+  void set(uint64_t state) {
+    state_.store(state, std::memory_order_release);
+    state_.notify_all();
+  }
+
+  // The value that is waited for: spinning for some tens of microseconds, then asleep, as what changes it may need this
+  // very core.
   template <typename F>
-  static void wait(const F& is_over) {
-    for (int spins = 0; !is_over(); ++spins) {
-      if (spins < 1000) {
+  static uint64_t wait(const std::atomic<uint64_t>& value, const F& is_it) {
+    for (int spins = 0;; ++spins) {
+      const uint64_t found = value.load(std::memory_order_acquire);
+      if (is_it(found)) return found;
+      if (spins >= kSpins) value.wait(found, std::memory_order_acquire);
 #if defined(__x86_64__)
-        __builtin_ia32_pause();
+      __builtin_ia32_pause();
 #elif defined(__aarch64__)
-        __asm__ volatile("yield");
+      __asm__ volatile("yield");
 #endif
-      } else {
-        std::this_thread::yield();
-      }
     }
   }
 
@@ -108,7 +118,7 @@ class Team {
   const void* context_ = nullptr;
   uint64_t round_ = 0;
   std::exception_ptr error_;
-  std::atomic_flag has_error_;
+  std::atomic<bool> has_error_{false};
   alignas(64) std::atomic<uint64_t> state_{0};
   alignas(64) std::atomic<uint64_t> left_{0};
 };
