@@ -4,7 +4,8 @@ The formulas and the rest of the program (:mod:`fastllama_kernels.linear.program
 :mod:`fastllama_kernels.linear.triton`; only a tile of the matrix comes from elsewhere. Codes are loaded 16 bytes at a
 time in the order in which they lie, and become numbers in registers, ``(code - middle) · scale`` or
 ``code · scale + offset``. A program owns one panel of 16 rows, or a panel of gate and the one of up, and streams it
-from its beginning to its end. Activations stay as they are: ``codes_inputs`` is for processors whose integers are
+from its beginning to its end. The warps of a program divide the columns of one row of x: of few panels each has as many
+warps as fill a multiprocessor. Activations stay as they are: ``codes_inputs`` is for processors whose integers are
 faster.
 
 Bytes moved: codes, scales and offsets once. Needs compute capability 8.0, or the interpreter.
@@ -17,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastllama_kernels.common import pdl
+from fastllama_kernels.common import pdl, tiles
 from fastllama_kernels.common.checks import check, check_activation, check_dtype
-from fastllama_kernels.common.launch import Launch, next_power_of_2
+from fastllama_kernels.common.launch import Launch, cdiv, next_power_of_2
 from fastllama_kernels.linear.packed import BLOCK, LINE, PANEL, bits_of
 from fastllama_kernels.linear.program import (
     DOT_ROWS,
@@ -33,7 +34,9 @@ from fastllama_kernels.linear.program import (
 )
 from fastllama_kernels.linear.triton import MAX_ROWS
 
-BLOCK_K, WARPS, STAGES = 512, 4, 3  # columns at a time of one row; fewer where registers are short
+WARPS, MAX_WARPS, STAGES = 4, 16, 3
+COLUMNS = 64  # at a time, for each warp; half as many of gate and up, unless loads would get narrow
+WARPS_TOGETHER = 16  # that a multiprocessor runs at once, registers permitting
 PREFETCHED = 4096  # bytes of a panel that go to the L2 cache before the wait
 CACHE_LINE = 128
 PANEL_ROWS, LINE_BYTES, SCALED = tl.constexpr(PANEL), tl.constexpr(LINE), tl.constexpr(BLOCK)
@@ -173,6 +176,7 @@ def plan_launch(
     n_out = codes.shape[0] * PANEL // (1 + gated)
     y = x.new_empty((*x.shape[:-1], n_out))
     with_pdl = pdl.used(x.device, chip)
+    warps = WARPS if many else _warps(n_out // PANEL, tiles.multiprocessors(x.device, chip or tiles.capability(x.device)))
     arguments = {
         "x_ptr": x, "codes_ptr": codes, "scales_ptr": scales, "offsets_ptr": offsets, "bias_ptr": bias,
         "norm_ptr": norm_weight, "residual_ptr": residual, "y_ptr": y, "n_out": n_out, "k_in": k_in,
@@ -182,7 +186,7 @@ def plan_launch(
         "ROWS": rows, "ROWS_PADDED": DOT_ROWS if many else 1, "BITS": bits,
         "GATED": gated, "ACTIVATION": activation or 0,
         "SCALE_FIRST": many and norm_weight is not None and x.dtype == torch.float16, "DOT": many,
-        "BLOCK_K": min(BLOCK_K >> (gated + many), next_power_of_2(k_in)), "STAGES": STAGES, "PREFETCHED": PREFETCHED,
+        "BLOCK_K": min(COLUMNS * warps >> (gated and (many or bits == 8)), next_power_of_2(k_in)), "STAGES": STAGES, "PREFETCHED": PREFETCHED,
         "AT_ONCE": CACHE_LINE, "PDL": with_pdl,
     }  # fmt: skip
     read = (x, codes, scales, offsets, bias, norm_weight, residual)
@@ -194,11 +198,17 @@ def plan_launch(
         constants,
         reads=sum(tensor.nbytes for tensor in read if tensor is not None),
         writes=y.nbytes,
-        warps=WARPS,
+        warps=warps,
         stages=STAGES,
         pdl=with_pdl,
     )
     return launch, y
+
+
+def _warps(programs: int, multiprocessors: int) -> int:
+    """Of a program: all programs are to run at once where they are few, for the last of several waves is half empty."""
+    fitting = WARPS_TOGETHER * multiprocessors // programs
+    return min(max(WARPS, 1 << fitting.bit_length() >> 1), MAX_WARPS)
 
 
 def check_arguments(
