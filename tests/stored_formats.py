@@ -106,15 +106,15 @@ def packed(n: int, k: int, seed: int, bits: int = 4, symmetric: bool = True, shu
     return Written(parts, meant(code, parts["weight_scale"], middle if symmetric else zero, group_k))
 
 
-def int8(n: int, k: int, seed: int, shuffled: bool = False) -> Written:
-    group = GROUP if shuffled else k
-    code, scale, _ = made(n, k, 8, group, seed)
-    parts = {"weight": (code - 128).to(torch.int8), "weight_scale": scale}
+def int8(n: int, k: int, seed: int, shuffled: bool = False, bits: int = 8) -> Written:
+    group, middle = GROUP if shuffled or bits < 8 else k, 2 ** (bits - 1)
+    code, scale, _ = made(n, k, bits, group, seed)
+    parts = {"weight": (code - middle).to(torch.int8), "weight_scale": scale}
     group_k = torch.arange(k) // group
     if shuffled:
         group_k = group_k[torch.randperm(k, generator=torch.Generator().manual_seed(7))]
         parts["weight_g_idx"] = group_k.int()
-    return Written(parts, meant(code, scale, 128, group_k))
+    return Written(parts, meant(code, scale, middle, group_k))
 
 
 def float8(n: int, k: int, seed: int, name: str = "weight_scale_inv", block: int | None = 32) -> Written:
@@ -236,6 +236,9 @@ FORMATS: dict[str, Format] = {
         lambda *at: packed(*at, shuffled=True), CT | {"config_groups": groups(4, actorder="group")}, None
     ),
     "int-quantized": Format(int8, CT | {"config_groups": groups(8)}, 8),
+    "naive-quantized, 4 bits": Format(
+        lambda *at: int8(*at, bits=4), CT | {"format": "naive-quantized", "config_groups": groups(4, group_size=32)}, 4
+    ),
     "int-quantized, act-order": Format(
         lambda *at: int8(*at, shuffled=True), CT | {"config_groups": groups(8, actorder="group")}, None
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ READ_METHODS = (
     "gptq", "awq", "auto-round", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "bitsandbytes", "torchao",
     "mlx",
 )  # fmt: skip
+#: Lists of modules that are not quantized, of every method but compressed-tensors, whose own is ``ignore``.
+LEFT_OUT = ("modules_to_not_convert", "ignored_layers", "llm_int8_skip_modules", "exclude_modules")
 #: By method: which of its values names a kind of codes, and what begins the kinds that are read.
 READ_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "compressed-tensors": (
@@ -63,6 +66,20 @@ class Declared(NamedTuple):
             if re.match(pattern.removeprefix("+:").removeprefix("-:"), module):
                 return None if pattern.startswith("-:") else values
         return {}
+
+    def left_out(self, module: str) -> str | None:
+        """Where a config says that a module, or everything in it, is not quantized, and how; None: nowhere."""
+        names = [(place, name) for place in LEFT_OUT for name in self.get(place) or () if isinstance(name, str)]
+        return next((f"{place} has {name!r}" for place, name in names if _is_in(module, name)), None)
+
+
+def _is_in(module: str, name: str) -> bool:
+    """Whether a module is one of this name, which may be its end, or in one; ``*`` stands for anything."""
+    names = module.split(".")
+    within = [".".join(names[: at + 1]) for at in range(len(names))] + [
+        ".".join(names[at:]) for at in range(len(names))
+    ]
+    return any(fnmatchcase(each, name) for each in within)
 
 
 def _matches(pattern: str, module: str) -> bool:

@@ -24,6 +24,7 @@ from stored_formats import (
 )
 
 from fastllama import CheckpointError, LlamaConfig, LlamaForCausalLM
+from fastllama.quantization.linear import packed_modules
 
 
 def torchao(name: str, **values: Any) -> dict[str, Any]:
@@ -56,9 +57,30 @@ BAD: list[tuple[str, dict[str, Any], Edit, str]] = [
     ("gptq", {}, lambda t: fill(t, "scales", float("nan")), "holds NaN or infinity"),
     ("gptq", {"bits": 8}, lambda t: None, "6 more: its codes have 4 bits, but the config's bits is 8; correct"),
     ("awq", {"version": "gemv_fast"}, lambda t: None, "in an order for GPUs"),
+    (
+        "awq",
+        {"modules_to_not_convert": ["down_proj"]},
+        lambda t: None,
+        "quantized, but .*modules_to_not_convert has 'down",
+    ),
+    (
+        "fp8",
+        {"ignored_layers": ["model.layers.0"]},
+        lambda t: None,
+        "6 more: its weights are quantized, but .*ignored_l",
+    ),
+    ("fp8", {"exclude_modules": ["model.layers.0.mlp*"]}, lambda t: None, "2 more: .*exclude_modules has"),
+    ("bitsandbytes int8", {"llm_int8_skip_modules": ["q_proj"]}, lambda t: None, "q_proj: .*llm_int8_skip_modules has"),
     ("awq", {"bits": 8}, lambda t: None, "its codes have 4 bits, but the config's bits is 8; correct the config"),
     ("pack-quantized", {"transform_config": {"a": 1}}, lambda t: None, "weights are rotated"),
     ("pack-quantized", {"config_groups": groups(8)}, lambda t: None, "have 4 bits, but config_groups.group_0 says 8"),
+    (
+        "int-quantized",
+        {"config_groups": groups(4)},
+        lambda t: None,
+        "codes go from -1.. to 1.., which are more than the c",
+    ),
+    ("int-quantized", {"config_groups": groups(16)}, lambda t: None, "have 8 bits, but config_groups.group_0 says 16"),
     ("int-quantized", {"sparsity_config": {"format": "sparse-24"}}, lambda t: None, "stored sparsely"),
     (
         "fp8",
@@ -265,6 +287,12 @@ def test_matrices_are_compared_with_their_own_group_of_the_config(config, messag
     else:
         with pytest.raises(CheckpointError, match=message):
             LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_list_of_others_that_are_not_quantized_contradicts_nothing(tmp_path) -> None:
+    write("awq", tmp_path)
+    configure(tmp_path, FORMATS["awq"].config | {"modules_to_not_convert": ["lm_head", "gate", "mlp.down", None]})
+    assert len(packed_modules(LlamaForCausalLM.from_pretrained(tmp_path))) == 7
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stored_formats import (
+    CT,
     FORMATS,
     GPTQ,
     GROUP,
@@ -21,6 +22,7 @@ from stored_formats import (
     edit,
     fill,
     gptq,
+    groups,
     one_group,
     write,
 )
@@ -132,6 +134,11 @@ MATRICES: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], list[list[flo
         SCALE | {"weight_packed": of_words([0x76543210], 1), "weight_zero_point": of_words([0x00000003], 1)},
         {},
         [[float(value) for value in range(-3, 5)]],
+    ),
+    "int-quantized, 3 bits": (
+        {"weight": torch.arange(-4, 4, dtype=torch.int8).view(1, 8), "weight_scale": 2 * ONES[:, :1]},
+        CT | {"config_groups": groups(3)},
+        [[float(value) for value in range(-8, 8, 2)]],
     ),
     "mlx": (
         {

@@ -66,6 +66,8 @@ def decoded(stored: Mapping[str, SafeTensor], declared: Declared, config: LlamaC
         read = None if is_plain else next((read for name, read in FORMATS if name in parts), None)
         try:
             if read is not None:
+                if place := declared.left_out(module):
+                    raise CheckpointError("", [f"{module}: its weights are quantized, but the config's {place}"])
                 found[module + WEIGHT] = read(Parts(module, parts, declared, said))
                 bias, has_bias = f"{module}.bias", config.mlp_bias if ".mlp." in module else config.attention_bias
                 if bias in stored and not has_bias and not stored[bias].whole().any():

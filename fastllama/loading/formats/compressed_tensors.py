@@ -4,8 +4,8 @@ Layouts: ``compressors/pack_quantized`` and ``compressors/naive_quantized`` of i
 
     pack-quantized    weight_packed [n, k · bits / 32], along k   weight_scale [n, g]   weight_shape [2]
                       weight_zero_point [n · bits / 32, g], along n, or none            weight_g_idx [k] or none
-    int-quantized     weight int8 [n, k]   weight_scale [n, g] or [1]   weight_zero_point int8 likewise or none
-                      weight_g_idx [k] or none
+    int-quantized     weight int8 [n, k], of as many bits as the config says   weight_scale [n, g] or [1]
+                      weight_zero_point int8 likewise or none            weight_g_idx [k] or none
     float-quantized   weight float8 [n, k]; see :mod:`fastllama.loading.formats.fp8`
 
 All stand for scale · (code - zero); packed codes and zero points are stored plus 2^(bits - 1).
@@ -79,21 +79,34 @@ def plain(parts: Parts) -> Stored:
     if k % groups:
         raise parts.error(f"scales of {groups} groups do not fit {k} columns")
     has_zeros = "weight_zero_point" in parts
-    _check_config(parts, 8, k, groups, has_zeros)
+    bits = _bits_in_bytes(parts)
+    _check_config(parts, bits, k, groups, has_zeros)
     group_k = _columns_out_of_order(parts, k, groups)
     if has_zeros and parts.shape("weight_zero_point") != parts.shape("weight_scale"):
         raise parts.error(f"weight_zero_point has the shape {list(parts.shape('weight_zero_point'))}")
 
-    def read() -> Codes:
-        code_nk = parts.whole("weight").view(torch.uint8) ^ 128
-        scale_ng = parts.whole("weight_scale").float().reshape(-1, groups).expand(n, groups)
-        zero_ng: torch.Tensor | float = 128.0
-        if has_zeros:
-            zero_ng = 128 + parts.whole("weight_zero_point").float().reshape(-1, groups).expand(n, groups)
-        return Codes.around(code_nk, scale_ng, zero_ng, group_k)
+    kept = 4 if bits <= 4 else 8
+    middle = 2 ** (kept - 1)
 
-    scheme = Scheme(8, k // groups, has_zeros) if group_k is None else None
-    return CodedTensor((n, k), "int-quantized", parts.natural_dtype("weight_scale"), scheme, read)
+    def read() -> Codes:
+        weight = parts.whole("weight")
+        lowest, highest = int(weight.min()), int(weight.max())
+        if lowest < -(2 ** (bits - 1)) or highest >= 2 ** (bits - 1):
+            raise parts.error(f"its codes go from {lowest} to {highest}, which are more than the config's {bits} bits")
+        scale_ng = parts.whole("weight_scale").float().reshape(-1, groups).expand(n, groups)
+        zero_ng: torch.Tensor | float = float(middle)
+        if has_zeros:
+            zero_ng = middle + parts.whole("weight_zero_point").float().reshape(-1, groups).expand(n, groups)
+        return Codes.around(weight.view(torch.uint8) + middle, scale_ng, zero_ng, group_k)
+
+    scheme = Scheme(kept, k // groups, has_zeros) if group_k is None else None
+    return CodedTensor((n, k), f"int-quantized with {bits} bits", parts.natural_dtype("weight_scale"), scheme, read)
+
+
+def _bits_in_bytes(parts: Parts) -> int:
+    """How many bits of a byte are used; 8 where the config does not say it, or says what a byte does not hold."""
+    bits = group_of(parts).weights.get("num_bits")
+    return bits if isinstance(bits, int) and 2 <= bits < 8 else 8
 
 
 def _columns_out_of_order(parts: Parts, k: int, groups: int) -> torch.Tensor | None:

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from fastllama_kernels.common import pdl, tiles
 from fastllama_kernels.common.checks import check, check_activation, check_dtype
-from fastllama_kernels.common.launch import Launch, cdiv, next_power_of_2
+from fastllama_kernels.common.launch import Launch, next_power_of_2
 from fastllama_kernels.linear.packed import BLOCK, LINE, PANEL, bits_of
 from fastllama_kernels.linear.program import (
     DOT_ROWS,
@@ -176,7 +176,9 @@ def plan_launch(
     n_out = codes.shape[0] * PANEL // (1 + gated)
     y = x.new_empty((*x.shape[:-1], n_out))
     with_pdl = pdl.used(x.device, chip)
-    warps = WARPS if many else _warps(n_out // PANEL, tiles.multiprocessors(x.device, chip or tiles.capability(x.device)))
+    multiprocessors = tiles.multiprocessors(x.device, chip or tiles.capability(x.device))
+    warps = WARPS if many else _warps(n_out // PANEL, multiprocessors)
+    columns = COLUMNS * warps >> (gated and (many or bits == 8))
     arguments = {
         "x_ptr": x, "codes_ptr": codes, "scales_ptr": scales, "offsets_ptr": offsets, "bias_ptr": bias,
         "norm_ptr": norm_weight, "residual_ptr": residual, "y_ptr": y, "n_out": n_out, "k_in": k_in,
@@ -186,7 +188,7 @@ def plan_launch(
         "ROWS": rows, "ROWS_PADDED": DOT_ROWS if many else 1, "BITS": bits,
         "GATED": gated, "ACTIVATION": activation or 0,
         "SCALE_FIRST": many and norm_weight is not None and x.dtype == torch.float16, "DOT": many,
-        "BLOCK_K": min(COLUMNS * warps >> (gated and (many or bits == 8)), next_power_of_2(k_in)), "STAGES": STAGES, "PREFETCHED": PREFETCHED,
+        "BLOCK_K": min(columns, next_power_of_2(k_in)), "STAGES": STAGES, "PREFETCHED": PREFETCHED,
         "AT_ONCE": CACHE_LINE, "PDL": with_pdl,
     }  # fmt: skip
     read = (x, codes, scales, offsets, bias, norm_weight, residual)
@@ -206,7 +208,7 @@ def plan_launch(
 
 
 def _warps(programs: int, multiprocessors: int) -> int:
-    """Of a program: all programs are to run at once where they are few, for the last of several waves is half empty."""
+    """The warps of a program; few programs all run at once, as the last of several waves would be half empty."""
     fitting = WARPS_TOGETHER * multiprocessors // programs
     return min(max(WARPS, 1 << fitting.bit_length() >> 1), MAX_WARPS)
 
