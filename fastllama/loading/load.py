@@ -23,10 +23,10 @@ from fastllama.loading.coded import Coded, CodedTensor, DecodedTensor, is_quanti
 from fastllama.loading.formats import ours
 from fastllama.loading.mapped import MappedFiles
 from fastllama.loading.match import EMBEDDING, HEAD, layers_in, listed, matched, missing_hint
-from fastllama.loading.memory import empty
 from fastllama.loading.names import Source, resolve
 from fastllama.loading.random import random_tensors
 from fastllama.loading.stored import CheckpointError, Stored, said_once
+from fastllama.model.memory import empty
 from fastllama.quantization.linear import Packed, left_dense, multiplied_together, quantize_modules, together
 
 logger = logging.getLogger(__name__)

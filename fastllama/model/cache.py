@@ -14,6 +14,7 @@ import torch
 
 from fastllama import ops
 from fastllama.config import LlamaConfig
+from fastllama.model.memory import zeros
 
 
 class CacheOverflowError(ValueError):
@@ -65,8 +66,8 @@ class StaticCache:
         layers = range(config.num_hidden_layers)
         self._check_room(2 * len(layers) * math.prod(shape) * self.dtype.itemsize)
         # Zeros, not empty: an unwritten slot may be multiplied by a probability of zero, and 0 * NaN is NaN.
-        self.key_cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in layers]
-        self.value_cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in layers]
+        self.key_cache = [zeros(shape, self.dtype, self.device) for _ in layers]
+        self.value_cache = [zeros(shape, self.dtype, self.device) for _ in layers]
         self.length_b = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         self._length = 0  # longest row, known to the host without a device sync
 
@@ -86,7 +87,7 @@ class StaticCache:
         self._check_room(2 * len(self.key_cache) * layer_bytes - self.nbytes + layer_bytes)
         for caches in (self.key_cache, self.value_cache):
             for layer, old in enumerate(caches):
-                caches[layer] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+                caches[layer] = zeros(shape, self.dtype, self.device)
                 if keep:
                     caches[layer][:b, :, :s] = old
                 del old

@@ -1,12 +1,14 @@
-"""Memory for weights: in huge pages, where the system has them.
+"""Memory on a CPU: of weights in huge pages, of caches as it is needed; both where the system has it.
 
 A decode step reads every weight once, in order. With pages of 4 KiB a core loses time at their ends: its prefetching
-stops there and addresses are looked up again.
+stops there and addresses are looked up again. A cache is made for more tokens than most calls have: the system keeps
+what nobody has written to as one page of zeros.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 from collections.abc import Sequence
 
@@ -28,3 +30,19 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
         whole = (tensor.data_ptr() + tensor.nbytes - first) // HUGE_PAGE * HUGE_PAGE
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole), advice)
     return tensor
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of zeros; on a CPU a large one takes memory page by page, as it is first written to.
+
+    Raises:
+        MemoryError: the system gives none.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < LEAST_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"there is no room for {nbytes / 1e9:.3g} GB: {error}") from error
+    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
