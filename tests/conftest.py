@@ -18,6 +18,7 @@ CACHES = {
     "TRITON_CACHE_DIR": "triton",
     "TORCH_EXTENSIONS_DIR": "extensions",
     "HF_HOME": "huggingface",
+    "FASTLLAMA_CACHE_DIR": "fastllama",
 }
 EMPTY_FACTORIES = ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"))
 

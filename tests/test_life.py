@@ -379,7 +379,9 @@ build.BUILT = pathlib.Path(sys.argv[2] or build.BUILT)
 model = LlamaForCausalLM.from_pretrained(sys.argv[1], progress=False)
 print(model.generate(torch.tensor([[5, 9, 41, 7, 30, 77]]), max_new_tokens=12)[0, 6:].tolist())
 """
-CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
+CACHES = (
+    "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "FASTLLAMA_CACHE_DIR",
+)  # fmt: skip
 
 
 def decode_elsewhere(

@@ -263,6 +263,36 @@ class Buffers:
             for buffer, value in zip((self._slots.ids_b1, self._slots.finished_b), kept, strict=True):
                 buffer.copy_(value)
 
+    @contextmanager
+    def trial(self, b: int) -> Iterator[Rows]:
+        """Steps run inside take the first b rows one token further, greedily; afterwards they are as they were.
+
+        What such a step writes to the cache is what the row's next step writes there.
+        """
+        rows = self.rows(b)
+        kept = [x.clone() for x in rows.tensors]
+        try:
+            neutral = new_processing(self._new, b, self.cache.max_cache_len, self.config.vocab_size)
+            for buffer, value in zip(rows.processing, neutral, strict=True):
+                buffer.copy_(value)
+            for buffer, number in ((rows.finished_b, 0), (rows.step_b, 0), (rows.limit_b, 2), (rows.eos_be, -1)):
+                buffer.fill_(number)
+            rows.params.temperature.zero_()
+            yield rows
+        finally:
+            for buffer, value in zip(rows.tensors, kept, strict=True):
+                buffer.copy_(value)
+
+    def written_at(self, places: Sequence[int]) -> torch.Tensor:
+        """What all layers hold at a place of each row, from the first one on, ``[layers, b, k, d]``: a copy."""
+        caches = (*self.memory.k_caches, *self.memory.v_caches)
+        return torch.stack([cache_bksd[range(len(places)), :, places].float() for cache_bksd in caches])
+
+    def write_at(self, places: Sequence[int], values: torch.Tensor) -> None:
+        """Write there what :meth:`written_at` has given, or anything that is as long."""
+        for cache_bksd, value in zip((*self.memory.k_caches, *self.memory.v_caches), values, strict=True):
+            cache_bksd[range(len(places)), :, places] = value.to(cache_bksd.dtype)
+
     @torch.no_grad()
     def set_rope(self, seq_len: int) -> None:
         """Fill the rotary tables as they are for a sequence of ``seq_len`` tokens; most rope types have but one."""

@@ -93,11 +93,11 @@ class Steps:
             return functools.partial(self._on_worker, compiled.run, args)
         return functools.partial(call_plainly, self._device.type, compiled.run, args)
 
-    def clear(self) -> None:
-        """Forget all steps and give their graphs back."""
-        for step in self._steps.values():
-            torch._dynamo.eval_frame.remove_from_cache(step.function)  # it would keep all that was compiled for it
-        self._steps.clear()
+    def clear(self, *keys: StepKey) -> None:
+        """Forget these steps, all of them where none is named, and give their graphs back."""
+        for key in keys or self.keys:
+            # It would keep all that was compiled for it.
+            torch._dynamo.eval_frame.remove_from_cache(self._steps.pop(key).function)
 
     def _compile(self, step: Step) -> CompiledStep:
         compiled = _compile(step, graphs=self._kind != EXPLICIT)

@@ -15,6 +15,7 @@ import torch
 from fastllama.engine import steps
 from fastllama.engine.buffers import Buffers
 from fastllama.engine.callers import Callers
+from fastllama.engine.compiled_code import CompiledCode, agrees
 from fastllama.engine.decoder import FusedDecoder
 from fastllama.engine.graphs import StepKey, Steps, plain_mode
 from fastllama.engine.prefill import PREFILL_CHUNKS, prefill_chunks
@@ -52,6 +53,7 @@ class Machine:
             self._net = FusedDecoder(model)
         self._weights = weights_fingerprint(model)
         self._steps = Steps(self.device)
+        self._code = CompiledCode(model.config.to_dict(), self.dtype, cache_dtype, kind_of(self.device))
         self._buffers: Buffers | None = None
         self._callers = Callers(self.device)
 
@@ -120,6 +122,7 @@ class Machine:
                 yield session
             finally:
                 self._end()
+            self._code.save()
 
     def hold(self, session: object) -> None:
         """Hold the engine in this thread from now on, see :meth:`Callers.hold`."""
@@ -222,14 +225,22 @@ class Machine:
         if is_new:
             logger.info("compiling %s step: batch %d, tokens %d", *key)
             buffers.mark_dynamic(b)
-            with buffers.frozen():
-                if kind not in DECODE:
-                    buffers.repeat_newest(buffers.chunk(b, t))
-                for _ in range(self._steps.runs_to_warm_up):
-                    call()
+            self._code.compiled(lambda: self._warm_up(key, call))
+            if self._code.is_loaded and self._code.is_trusted and not agrees(net, buffers, key, call):
+                self._code.distrust()
+                self._steps.clear(key)
+                return self._compiled(kind, b, t)
         if at_once:
             buffers.bound[key] = call
         return call
+
+    def _warm_up(self, key: StepKey, call: Callable[[], None]) -> None:
+        """Run a step until it only replays; the first run compiles it."""
+        with self._ready.frozen():
+            if key.kind not in DECODE:
+                self._ready.repeat_newest(self._ready.chunk(key.batch, key.tokens))
+            for _ in range(self._steps.runs_to_warm_up):
+                call()
 
     @property
     def _ready(self) -> Buffers:
@@ -245,3 +256,10 @@ class Machine:
 def weights_fingerprint(model: Llama) -> tuple[Any, ...]:
     """Changes when a model's parameters are replaced or moved (in-place updates reach the engine anyway)."""
     return tuple((p.data_ptr(), p.dtype, p.shape) for p in [*model.parameters(), *model.buffers()])
+
+
+def kind_of(device: torch.device) -> str:
+    """What of a device decides the code that is compiled for it."""
+    if device.type != "cuda":
+        return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
