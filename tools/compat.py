@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = ("-m", "pytest", "-n", "auto", "--dist", "loadfile", "-m", "not slow and not real")
-AGAINST_TRANSFORMERS = ("tests/integrations", "tests/generation", "tests/model")
+AGAINST_TRANSFORMERS = ("tests/integrations", "tests/generation", "tests/model", "tests/kernels/sampling")
 CORE = (
     "tests/config", "tests/engine", "tests/generation", "tests/kernels", "tests/loading", "tests/model",
     "tests/quantization", "tests/tokenizer", "tests/test_ops.py", "tests/test_life.py", "tests/test_imports.py",

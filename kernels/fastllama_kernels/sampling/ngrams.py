@@ -31,7 +31,8 @@ def _ban_kernel(
     pdl.wait_for_previous(PDL)
 
     size, position = tl.load(size_ptr + row), tl.load(position_ptr + row)
-    repeats_n = (at_n >= size - 1) & (at_n <= position) & (size > 0)
+    last = tl.where(size > 0, position, -1)
+    repeats_n = (at_n >= size - 1) & (at_n <= last)
     back = tl.full((), 0, tl.int64)
     while (back < size - 1) & (tl.max(repeats_n.to(tl.int32), axis=0) > 0):
         newest = tl.load(tokens_ptr + position - back, mask=back <= position, other=-1)

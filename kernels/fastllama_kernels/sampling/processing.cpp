@@ -87,7 +87,7 @@ struct Row {
       int64_t at = position;
       for (int64_t j = before - 1; j >= 0 && matches && sequence[j] >= 0; --j, --at)
         matches = at >= 0 && tokens[at] == sequence[j];
-      if (matches && at >= 0) logits[sequence[before]] += bias_values[e];
+      if (matches) logits[sequence[before]] += bias_values[e];
     }
   }
 

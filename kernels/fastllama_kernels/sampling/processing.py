@@ -2,8 +2,7 @@
 
 In this order, as Hugging Face's logits processors:
 
-    bias                   logit + value, of the last token of a sequence whose other tokens the row ends with, if the
-                           row has as many tokens as the sequence
+    bias                   logit + value, of the last token of a sequence whose other tokens the row ends with
     repetition penalty p   logit / p where it is positive, logit · p elsewhere, of tokens that the row has
     frequency, presence    logit - frequency · n - presence · (n > 0), where n of the row's new tokens are this one
     no repeated n-grams    minus infinity for tokens that would end an n-gram which the row has
@@ -142,8 +141,7 @@ def _biased(x_bv: torch.Tensor, processing: Processing, position_b: torch.Tensor
     at_bl = position_b[:, None] + torch.arange(1 - first_bel.shape[2], 1, device=x_bv.device)
     end_bl = torch.where(at_bl < 0, -2, processing.tokens.gather(1, at_bl.clamp(min=0)))
     matches_be = ((first_bel < 0) | (first_bel == end_bl[:, None])).all(dim=2)
-    is_long_be = position_b[:, None] + 1 >= (processing.bias_tokens >= 0).sum(dim=2)
-    counts_be = matches_be & is_long_be & (last_be >= 0) & (step_b[:, None] < processing.bias_until)
+    counts_be = matches_be & (last_be >= 0) & (step_b[:, None] < processing.bias_until)
     return x_bv.scatter_add(1, last_be.clamp(min=0), torch.where(counts_be, processing.bias_values, 0.0))
 
 
