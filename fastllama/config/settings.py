@@ -37,6 +37,9 @@ DETAILS: dict[str, Any] = {
 # Arguments of generate() alone that the step does.
 FUNCTIONS: dict[str, Any] = {"prefix_allowed_tokens_fn": None, "token_mask": None}
 
+# How tokens are drafted, which changes nothing of what comes out.
+DRAFTS: dict[str, Any] = {"speculate": "off", "prompt_lookup_num_tokens": None, "max_matching_ngram_size": None}
+
 # Generation settings that do not change which tokens come out: how caches and compilation are organised, and details of
 # assisted decoding, which is off without a second model.
 INERT_GENERATION = frozenset({
@@ -45,8 +48,7 @@ INERT_GENERATION = frozenset({
     "compile_config", "disable_compile", "continuous_batching_config", "decoder_start_token_id", "is_assistant",
     "num_assistant_tokens",
     "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_early_exit",
-    "assistant_lookbehind", "assistant_ensemble_weight", "target_lookbehind", "prompt_lookup_num_tokens",
-    "max_matching_ngram_size", "speculation_type", "use_mtp",
+    "assistant_lookbehind", "assistant_ensemble_weight", "target_lookbehind", "speculation_type", "use_mtp",
 })
 # fmt: on
 
@@ -77,7 +79,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "pad_token_id": _AT_LEAST_0, "bos_token_id": _AT_LEAST_0, "seed": _AT_LEAST_0,
 }  # fmt: skip
 LISTS = ("sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
-NEUTRAL = OUTSIDE_THE_STEP | DETAILS | FUNCTIONS
+NEUTRAL = OUTSIDE_THE_STEP | DETAILS | FUNCTIONS | DRAFTS
 KNOWN = NEUTRAL.keys() | INERT_GENERATION
 
 

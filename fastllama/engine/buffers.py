@@ -86,6 +86,7 @@ class Buffers:
         self._whole_chunks = {t: Chunk(self._new(b, t), self._new(b, t)) for t in self._chunk_sizes}
         self._chunks: dict[tuple[int, int], Chunk] = {}
         self._logits: dict[tuple[int, int], torch.Tensor] = {}
+        self._drafts: dict[tuple[int, int], torch.Tensor] = {}
         self.bound: dict[Any, Callable[[], None]] = {}  # steps on these tensors that are one operation
 
     @torch.no_grad()
@@ -139,6 +140,12 @@ class Buffers:
         if (b, t) not in self._chunks:
             self._chunks[b, t] = Chunk(*(static(x[:b]) for x in self._whole_chunks[t]))
         return self._chunks[b, t]
+
+    def draft(self, b: int, t: int) -> torch.Tensor:
+        """The drafts ``[b, t]`` of a draft step."""
+        if (b, t) not in self._drafts:
+            self._drafts[b, t] = self._new(b, t)
+        return self._drafts[b, t]
 
     def logits(self, b: int, t: int) -> torch.Tensor:
         """Logits ``[b, t, v]`` of a verify step, allocated when they are first asked for."""

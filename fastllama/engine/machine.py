@@ -217,6 +217,9 @@ class Machine:
         if kind in DECODE:
             rows = (net, buffers.rows(b), buffers.memory)
             call = steps.decode_at_once(*rows) if at_once else self._steps.bound(key, DECODE[kind], *rows)
+        elif kind == "draft":
+            drafting = (net, buffers.rows(b), buffers.draft(b, t - 1), buffers.memory)
+            call = steps.draft_at_once(*drafting) if at_once else self._steps.bound(key, steps.draft, *drafting)
         elif kind == "prefill":
             call = self._steps.bound(key, steps.prefill, net, buffers.chunk(b, t), buffers.memory)
         else:
@@ -237,7 +240,7 @@ class Machine:
     def _warm_up(self, key: StepKey, call: Callable[[], None]) -> None:
         """Run a step until it only replays; the first run compiles it."""
         with self._ready.frozen():
-            if key.kind not in DECODE:
+            if key.kind not in (*DECODE, "draft"):
                 self._ready.repeat_newest(self._ready.chunk(key.batch, key.tokens))
             for _ in range(self._steps.runs_to_warm_up):
                 call()

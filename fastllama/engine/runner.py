@@ -41,6 +41,7 @@ class Runner(Machine):
 
     Attributes:
         reuses_prefixes: whether that is done. Never where rotary frequencies depend on a sequence's length.
+        costs: of steps, by batch, for whoever measures them.
 
     Raises:
         NotImplementedError: a cache in 8 bits on a GPU.
@@ -54,6 +55,7 @@ class Runner(Machine):
         self._prompts: dict[int, torch.Tensor] = {}  # of the slots that have been prefilled
         self._processed: set[int] = set()  # loaded slots whose logits are changed
         self.reuses_prefixes = True
+        self.costs: dict[int, Any] = {}
         self._batch = 1  # the bucket that holds every loaded slot
         self._decode: Callable[[], None] = _nothing_is_loaded
 
@@ -167,6 +169,38 @@ class Runner(Machine):
                 self._set_rope()
                 self._lengths = {slot: length + 1 for slot, length in self._lengths.items()}
             self._decode()
+
+    def draft_sizes(self, rows: int) -> tuple[int, ...]:
+        """How many tokens a row :meth:`step_with` takes at once, drafts and the one after them, besides one.
+
+        On a CPU those that its kernels compute as if each were alone, so that tokens are those that :meth:`step` would
+        give; on CUDA they are but for near ties. None where rotary frequencies depend on the length.
+        """
+        batch, fits = batch_bucket(rows), self._steps.is_one_operation
+        may = not self._rope_follows_length
+        return tuple(t for t in VERIFY_TOKENS[1:] if may and (self.runs_ahead or fits(self.dtype, batch, t)))
+
+    def step_with(self, draft_bt: torch.Tensor) -> list[list[int]]:
+        """Every loaded row that has not ended goes on while its tokens are the drafted ones, and one token further.
+
+        Args:
+            draft_bt: int64 ``[b, t]`` on the CPU, of the slots from 0 on, for each the ids that may come next; t + 1 is
+                one of :meth:`draft_sizes`, and the cache has room for them.
+
+        Returns:
+            The new tokens of each of these rows.
+        """
+        (count, t), b, buffers = draft_bt.shape, self._batch, self._ready
+        rows = buffers.rows(b)
+        with self._callers.launching():
+            call = self._compiled("draft", b, t + 1)
+            buffers.draft(b, t)[:count] = draft_bt.to(self.device)
+            before = rows.step_b[:count].tolist()
+            call()
+            after = rows.step_b[:count].tolist()
+            output_bn = rows.output_bn[:count, min(before) : max(after)].tolist()
+        start = min(before)
+        return [new[first - start : last - start] for new, first, last in zip(output_bn, before, after, strict=True)]
 
     def allow(self, masks: Mapping[int, torch.Tensor]) -> None:
         """Set what the next tokens of some rows may be, which were loaded with a token mask.

@@ -1,6 +1,6 @@
 """The steps: pure functions of the network, its rows and its memory, which they update in place.
 
-They are compiled, but where a step is one operation of the kernels (:func:`decode_at_once`, :func:`verify_at_once`).
+They are compiled, but where a step is one operation of the kernels (:func:`decode_at_once` and its like).
 
 Shape suffixes: ``b`` batch, ``t`` query tokens, ``m`` model dim, ``v`` vocabulary.
 """
@@ -39,6 +39,27 @@ def decode_processed(net: FusedDecoder, rows: Rows, memory: Memory) -> None:
     _advance_processed(rows, net.logits(net(rows.ids_b1, rows.position_b1, *memory)[:, -1]))
 
 
+def draft(net: FusedDecoder, rows: Rows, draft_bt: torch.Tensor, memory: Memory) -> None:
+    """Like :func:`decode_processed`, and on while tokens are those that were drafted: 1 to t + 1 tokens a row.
+
+    Args:
+        draft_bt: ids that may come after the newest one.
+    """
+    tokens, ended_b = draft_bt.shape[1] + 1, rows.finished_b.clone()
+    ids_bt = torch.cat([rows.ids_b1, torch.where(ended_b[:, None], rows.ids_b1, draft_bt)], dim=1)
+    ahead_bt = torch.arange(tokens, device=ids_bt.device) * ~ended_b[:, None]
+    logits_btv = net.logits(net(ids_bt, rows.position_b1 + ahead_bt, *memory))
+    stays_b = torch.zeros_like(ended_b)
+    for t in range(tokens):
+        ids_b1, finished_b = rows.ids_b1.clone(), rows.finished_b.clone()
+        rows.finished_b.logical_or_(stays_b)
+        _advance_processed(rows, logits_btv[:, t].contiguous())
+        rows.ids_b1.copy_(torch.where(stays_b[:, None], ids_b1, rows.ids_b1))
+        rows.finished_b.copy_(torch.where(stays_b, finished_b, rows.finished_b))
+        if t < tokens - 1:
+            stays_b = stays_b | rows.finished_b | (rows.ids_b1[:, 0] != draft_bt[:, t])
+
+
 def verify(net: FusedDecoder, chunk: Chunk, memory: Memory, logits_btv: torch.Tensor) -> None:
     """Write tokens to the cache, and the logits of what follows each of them to ``logits_btv``."""
     logits_btv.copy_(net.logits(net(*chunk, *memory)))
@@ -50,6 +71,14 @@ def decode_at_once(net: FusedDecoder, rows: Rows, memory: Memory) -> Callable[[]
     cos_sd, sin_sd, k_caches, v_caches, _ = memory
     args = (rows.tensors, cos_sd, sin_sd, weights, kinds, k_caches, v_caches, eps, activation, net.vocab_size)
     return functools.partial(ops.decode_step, *args)
+
+
+def draft_at_once(net: FusedDecoder, rows: Rows, draft_bt: torch.Tensor, memory: Memory) -> Callable[[], None]:
+    """What :func:`draft` does on these arguments, as one operation."""
+    weights, kinds, eps, activation = net.network()
+    cos_sd, sin_sd, k_caches, v_caches, _ = memory
+    args = (draft_bt, cos_sd, sin_sd, weights, kinds, k_caches, v_caches, eps, activation, net.vocab_size)
+    return functools.partial(ops.draft_step, rows.tensors, *args)
 
 
 def verify_at_once(net: FusedDecoder, chunk: Chunk, memory: Memory, logits_btv: torch.Tensor) -> Callable[[], None]:

@@ -17,6 +17,7 @@ from fastllama.config import GenerationConfig, LlamaConfig
 from fastllama.engine.runner import Runner
 from fastllama.generation.loop import decode
 from fastllama.generation.request import Request, inferred_mask, requests_of
+from fastllama.generation.speculation import drafts_of
 from fastllama.model.cache import CacheOverflowError, StaticCache
 from fastllama.model.rope import static_length
 
@@ -97,7 +98,7 @@ def _start(
             f"prompt and new tokens come to {total}, of which the cache holds all but the last, and the StaticCache "
             f"that is given has {cache.max_cache_len} slots; allocate it with a larger max_cache_len"
         )
-    return _columns(runner, requests, poll_every, cache)
+    return _columns(runner, requests, poll_every, cache, drafts_of(config, settings))
 
 
 def cache_in_step(
@@ -135,8 +136,12 @@ def even_out(cache: Any, rows: int) -> None:
 
 
 def _columns(
-    runner: Runner, requests: Sequence[Request], poll_every: int, cache: StaticCache | None
+    runner: Runner,
+    requests: Sequence[Request],
+    poll_every: int,
+    cache: StaticCache | None,
+    drafts: tuple[int, int] | None,
 ) -> Generator[torch.Tensor, None, None]:
-    with closing(decode(runner, requests, poll_every, cache)) as bursts:
+    with closing(decode(runner, requests, poll_every, cache, drafts)) as bursts:
         for tokens_bn in bursts:
             yield from tokens_bn.unbind(1)

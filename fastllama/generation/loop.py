@@ -5,6 +5,7 @@ Shape suffixes: ``b`` rows, ``n`` tokens.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterator, Sequence
 
 import torch
@@ -12,15 +13,22 @@ import torch
 from fastllama.engine.buffers import Snapshot
 from fastllama.engine.runner import Runner
 from fastllama.generation.request import Request
+from fastllama.generation.speculation import drafted, drafter_of
 from fastllama.generation.stopping import Stopping
 from fastllama.generation.token_masks import TokenMasks
 from fastllama.model.cache import StaticCache
+
+logger = logging.getLogger(__name__)
 
 AHEAD = 256  # tokens a row has room for at the beginning; memory follows what is written, not what might be
 
 
 def decode(
-    runner: Runner, requests: Sequence[Request], poll_every: int = 1, cache: StaticCache | None = None
+    runner: Runner,
+    requests: Sequence[Request],
+    poll_every: int = 1,
+    cache: StaticCache | None = None,
+    drafts: tuple[int, int] | None = None,
 ) -> Generator[torch.Tensor, None, None]:
     """Decode rows together until the last one ends; yields their new tokens, int64 ``[b, n]`` on the CPU, n ≥ 1.
 
@@ -34,6 +42,8 @@ def decode(
             is looked at.
         cache: of the caller's, which the runner takes: holds each prompt's first tokens, and in the end all that has
             been computed.
+        drafts: see :func:`fastllama.generation.speculation.drafts_of`; not next to a cache or a token mask, which
+            depends on the tokens before.
 
     Raises:
         RuntimeError: this thread already holds the engine in an unfinished iteration.
@@ -46,8 +56,15 @@ def decode(
             runner.take(cache, [request.prompt for request in requests])
         masks = TokenMasks(requests, runner.config.vocab_size)
         burst = poll_every if runner.runs_ahead and not masks else 1
+        drafter = None if masks or cache is not None else drafter_of(runner, requests, drafts)
+        if drafts and drafter is None:
+            logger.info("no tokens are drafted: a cache or a token mask is given, or no step takes several a row")
+        if drafter is None:
+            bursts = _bursts(runner, masks.first(requests), burst, least, runner.runs_ahead and not masks)
+        else:
+            bursts = drafted(runner, requests, drafter, least)
         try:
-            for tokens_bn in _bursts(runner, masks.first(requests), burst, least, runner.runs_ahead and not masks):
+            for tokens_bn in bursts:
                 tokens_bn = stopping.take(tokens_bn)
                 if masks and not stopping.all_ended:
                     runner.allow(masks.after(tokens_bn, stopping.ended))

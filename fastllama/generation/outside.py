@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastllama.config import GenerationConfig
-from fastllama.config.settings import FUNCTIONS, NOT_IN_TRANSFORMERS, said
+from fastllama.config.settings import DRAFTS, FUNCTIONS, NOT_IN_TRANSFORMERS, said
 from fastllama.config.tokens import bias_items
 from fastllama.engine.runner import Runner
 from fastllama.generation.generate import Streamer
@@ -124,6 +124,9 @@ def _prepared(
         given[_cache_name()] = cache
     if isinstance(given.get("tokenizer"), Tokenizer):
         _use_our_tokenizer(values, given)
+    for name in DRAFTS:  # nothing comes out otherwise without
+        values.pop(name, None)
+        given.pop(name, None)
     for name in (*NOT_IN_TRANSFORMERS, *FUNCTIONS):  # which transformers' object does not have
         if name in values:
             given.setdefault(name, values.pop(name))

@@ -21,7 +21,7 @@ from fastllama.generation.request import unpad
 
 NEEDS_ALL_OF_THE_FORWARD = (
     "inputs_embeds", "past_key_values", "cache", "position_ids", "output_attentions", "output_hidden_states",
-    "assistant_model", "prompt_lookup_num_tokens", "custom_generate", "penalty_alpha", "dola_layers",
+    "assistant_model", "custom_generate", "penalty_alpha", "dola_layers",
 )  # fmt: skip
 
 

@@ -208,6 +208,11 @@ def decode_step(rows: Sequence[torch.Tensor], *network: Any) -> None:
     torch.ops.fastllama.decode_step(rows, *network)
 
 
+def draft_step(rows: Sequence[torch.Tensor], draft_bt: torch.Tensor, *network: Any) -> None:
+    """A decode step that goes on while drafts come true, where :func:`runs_at_once`."""
+    torch.ops.fastllama.draft_step(rows, draft_bt, *network)
+
+
 def verify_step(ids_bt: torch.Tensor, position_bt: torch.Tensor, *network: Any) -> None:
     """A verify step, where :func:`runs_at_once`; see :mod:`fastllama_kernels.layers.step`."""
     torch.ops.fastllama.verify_step(ids_bt, position_bt, *network)

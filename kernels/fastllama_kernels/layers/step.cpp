@@ -129,11 +129,12 @@ struct RowBuffers {
     }
   }
 
-  // Every row that has not ended takes its token and is one further.
-  void advance(const std::vector<int64_t>& sampled) {
+  // Every row that has not ended, and may move, takes its token and is one further.
+  void advance(const std::vector<int64_t>& sampled, const std::vector<char>& may_move) {
     const int64_t count = eos.size(1), n = output.size(1);
     int64_t* step = of<int64_t>(steps);
     for (size_t b = 0; b < sampled.size(); ++b) {
+      if (!may_move[b]) continue;
       bool& ended = of<bool>(finished)[b];
       const int64_t token = ended ? data<int64_t>(pad)[b] : sampled[b];
       STD_TORCH_CHECK(step[b] < n, "fastllama: row ", b, " has ", step[b], " new tokens and room for ", n);
@@ -156,25 +157,76 @@ struct RowBuffers {
   }
 };
 
+// Rows that may move go from logits [b, 1, v] of their newest tokens to their next ones.
+void advance(RowBuffers& rows, const Tensor& logits, int64_t vocab, const std::vector<char>& may_move) {
+  const int64_t batch = rows.ids.size(0);
+  std::vector<int64_t> positions(batch), tokens(batch);
+  for (int64_t b = 0; b < batch; ++b) positions[b] = data<int64_t>(rows.positions)[b] + 1;
+  rows.keep_newest();
+  const Tensor changed = processed(logits, rows.processing, rows.positions, rows.steps, rows.limit);
+  sample_rows(changed, vocab, rows.sampling, positions.data(), tokens.data());
+  rows.advance(tokens, may_move);
+}
+
 void decode_step(std::vector<Tensor> buffers, Tensor cos, Tensor sin, std::vector<Tensor> weights,
                  std::vector<int64_t> kinds, std::vector<Tensor> key_caches, std::vector<Tensor> value_caches,
                  double eps, int64_t activation, int64_t vocab) {
   RowBuffers rows(buffers);
   const Tensor all = logits(rows.ids, rows.positions, cos, sin, weights, kinds, key_caches, value_caches, eps,
                             activation);
-  const int64_t batch = rows.ids.size(0);
-  std::vector<int64_t> positions(batch), tokens(batch);
-  for (int64_t b = 0; b < batch; ++b) positions[b] = data<int64_t>(rows.positions)[b] + 1;
-  rows.keep_newest();
-  const Tensor changed = processed(all, rows.processing, rows.positions, rows.steps, rows.limit);
-  sample_rows(changed, vocab, rows.sampling, positions.data(), tokens.data());
-  rows.advance(tokens);
+  advance(rows, all, vocab, std::vector<char>(rows.ids.size(0), true));
+}
+
+// The logits [b, 1, v] of one of the tokens of each row.
+Tensor of_token(const Tensor& all, int64_t token) {
+  const int64_t batch = all.size(0), tokens = all.size(1), columns = all.size(2);
+  Tensor out = torch::stable::new_empty(all, {batch, 1, columns});
+  dispatch(all, [&](auto zero) {
+    using T = decltype(zero);
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    for (int64_t b = 0; b < batch; ++b)
+      std::memcpy(to + b * columns, data<T>(all) + (b * tokens + token) * columns, columns * sizeof(T));
+  });
+  return out;
+}
+
+void draft_step(std::vector<Tensor> buffers, Tensor drafts, Tensor cos, Tensor sin, std::vector<Tensor> weights,
+                std::vector<int64_t> kinds, std::vector<Tensor> key_caches, std::vector<Tensor> value_caches,
+                double eps, int64_t activation, int64_t vocab) {
+  RowBuffers rows(buffers);
+  const int64_t batch = rows.ids.size(0), ahead = drafts.size(1), tokens = ahead + 1;
+  check(drafts, "drafts", ScalarType::Long, {batch, ahead});
+  Tensor ids = torch::stable::new_empty(drafts, {batch, tokens});
+  Tensor positions = torch::stable::new_empty(drafts, {batch, tokens});
+  std::vector<char> may_move(batch, true);
+  for (int64_t b = 0; b < batch; ++b) {
+    const bool ended = data<bool>(rows.finished)[b];  // it writes what its cache slot holds, over and over
+    for (int64_t t = 0; t < tokens; ++t) {
+      const bool is_draft = t > 0 && !ended;
+      static_cast<int64_t*>(ids.mutable_data_ptr())[b * tokens + t] =
+          is_draft ? data<int64_t>(drafts)[b * ahead + t - 1] : data<int64_t>(rows.ids)[b];
+      static_cast<int64_t*>(positions.mutable_data_ptr())[b * tokens + t] =
+          data<int64_t>(rows.positions)[b] + (is_draft ? t : 0);
+    }
+  }
+  const Tensor all = logits(ids, positions, cos, sin, weights, kinds, key_caches, value_caches, eps, activation);
+  for (int64_t t = 0; t < tokens; ++t) {
+    advance(rows, of_token(all, t), vocab, may_move);
+    bool any = false;
+    for (int64_t b = 0; b < batch && t < ahead; ++b) {
+      may_move[b] = may_move[b] && !data<bool>(rows.finished)[b] &&
+                    data<int64_t>(rows.ids)[b] == data<int64_t>(drafts)[b * ahead + t];
+      any = any || may_move[b];
+    }
+    if (!any) return;
+  }
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastllama, CPU, m) {
   m.impl("decode_step", TORCH_BOX(&decode_step));
+  m.impl("draft_step", TORCH_BOX(&draft_step));
   m.impl("verify_step", TORCH_BOX(&verify_step));
 }
 
