@@ -23,8 +23,10 @@ READ_METHODS = (
     "gptq", "awq", "auto-round", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "bitsandbytes", "torchao",
     "mlx",
 )  # fmt: skip
-#: Lists of modules that are not quantized, of every method but compressed-tensors, whose own is ``ignore``.
-LEFT_OUT = ("modules_to_not_convert", "ignored_layers", "llm_int8_skip_modules", "exclude_modules")
+#: Lists of modules that are not quantized: those that transformers reads, and others. ``ignore`` of compressed-tensors
+#: is compared with its groups (:mod:`fastllama.loading.formats.targets`).
+LEFT_OUT = ("modules_to_not_convert", "llm_int8_skip_modules")
+LEFT_OUT_BY_OTHERS = ("ignored_layers", "exclude_modules", "ignore")
 #: By method: which of its values names a kind of codes, and what begins the kinds that are read.
 READ_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "compressed-tensors": (
@@ -69,17 +71,37 @@ class Declared(NamedTuple):
 
     def left_out(self, module: str) -> str | None:
         """Where a config says that a module, or everything in it, is not quantized, and how; None: nowhere."""
-        names = [(place, name) for place in LEFT_OUT for name in self.get(place) or () if isinstance(name, str)]
-        return next((f"{place} has {name!r}" for place, name in names if _is_in(module, name)), None)
+        if self.get("include_input_output_embeddings") and module.endswith(("embed_tokens", "lm_head")):
+            return None  # torchao's, which counts before the list
+        for places, fits in ((LEFT_OUT, _fits), (LEFT_OUT_BY_OTHERS, _is_in)):
+            for place in places if self.method != "compressed-tensors" else ():
+                names = self.get(place, default=())
+                for name in [names] if isinstance(names, str) else names:
+                    if isinstance(name, str) and fits(module, name):
+                        return f"{place} has {name!r}"
+        return None
+
+
+def _fits(module: str, name: str) -> bool:
+    """Whether a name leaves a module out in transformers (``quantizers/quantizers_utils.py``), where it has no doubt.
+
+    There ``model.layers.1`` leaves layer 10 out too; who wrote a folder may have thought otherwise.
+    """
+    try:
+        return module.endswith(name) or _is_in(module, name) or re.fullmatch(name, module) is not None
+    except re.error:
+        return False
 
 
 def _is_in(module: str, name: str) -> bool:
     """Whether a module is one of this name, which may be its end, or in one; ``*`` stands for anything."""
+    if name.startswith("re:"):
+        return re.match(name[len("re:") :], module) is not None
     names = module.split(".")
     within = [".".join(names[: at + 1]) for at in range(len(names))] + [
         ".".join(names[at:]) for at in range(len(names))
     ]
-    return any(fnmatchcase(each, name) for each in within)
+    return any(fnmatchcase(each, name.removesuffix(".")) for each in within)
 
 
 def _matches(pattern: str, module: str) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from fastllama import ops
 from fastllama.config import LlamaConfig
-from fastllama.model.memory import zeros
+from fastllama.model.memory import promised, zeros
 
 
 class CacheOverflowError(ValueError):
@@ -66,13 +66,12 @@ class StaticCache:
         layers = range(config.num_hidden_layers)
         self._check_room(2 * len(layers) * math.prod(shape) * self.dtype.itemsize)
         # Zeros, not empty: an unwritten slot may be multiplied by a probability of zero, and 0 * NaN is NaN.
-        self.key_cache = [zeros(shape, self.dtype, self.device) for _ in layers]
-        self.value_cache = [zeros(shape, self.dtype, self.device) for _ in layers]
+        self.key_cache, self.value_cache = ([self._zeros(shape) for _ in layers] for _ in range(2))
         self.length_b = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         self._length = 0  # longest row, known to the host without a device sync
 
     def resize(self, batch_size: int, max_cache_len: int, keep: bool = True) -> None:
-        """Move to other memory, layer by layer, so that no more than one layer is there twice.
+        """Move to other memory, layer by layer, so that no more than one layer has it twice.
 
         Args:
             batch_size, max_cache_len: at least as many as there are.
@@ -85,9 +84,11 @@ class StaticCache:
         shape = (batch_size, self.key_cache[0].shape[1], max_cache_len, self.key_cache[0].shape[3])
         layer_bytes = math.prod(shape) * self.dtype.itemsize
         self._check_room(2 * len(self.key_cache) * layer_bytes - self.nbytes + layer_bytes)
+        is_lazy = self.device.type == "cpu"  # it can all be asked for before anything is changed
+        new = iter([self._zeros(shape) for _ in (*self.key_cache, *self.value_cache)] if is_lazy else ())
         for caches in (self.key_cache, self.value_cache):
             for layer, old in enumerate(caches):
-                caches[layer] = zeros(shape, self.dtype, self.device)
+                caches[layer] = next(new) if is_lazy else self._zeros(shape)
                 if keep:
                     caches[layer][:b, :, :s] = old
                 del old
@@ -95,6 +96,12 @@ class StaticCache:
         length_b[:b] = self.length_b if keep else 0
         self.batch_size, self.max_cache_len, self.length_b = batch_size, max_cache_len, length_b
         self._length = self._length if keep else 0
+
+    def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
+        try:
+            return zeros(shape, self.dtype, self.device)
+        except MemoryError as error:
+            raise CacheMemoryError(f"the KV cache: {error}; decode fewer rows or fewer tokens at once") from error
 
     def _check_room(self, nbytes: int) -> None:
         free = free_memory(self.device)
@@ -250,7 +257,7 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes still to be had on a device; half of all memory where the system does not say."""
+    """Bytes still to be had on a device, without what caches will take; half of all memory where nobody says."""
     if torch.device(device).type == "cuda":
         return (
             torch.cuda.mem_get_info(device)[0]
@@ -260,7 +267,7 @@ def free_memory(device: torch.device | str = "cpu") -> int:
     try:
         with open("/proc/meminfo") as lines:
             available = next(line for line in lines if line.startswith("MemAvailable"))
-        return int(available.split()[1]) * 1024
+        return max(0, int(available.split()[1]) * 1024 - promised())
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import weakref
 from collections.abc import Sequence
 
 import torch
 
 HUGE_PAGE = 2 << 20
 LEAST_BYTES = 2 * HUGE_PAGE  # less may have no whole page in it
+
+_maps: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()  # of zeros, by their addresses
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -45,4 +48,19 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise MemoryError(f"there is no room for {nbytes / 1e9:.3g} GB: {error}") from error
-    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
+    tensor = torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
+    _maps[tensor.data_ptr()] = memory
+    return tensor
+
+
+def promised() -> int:
+    """Bytes of all :func:`zeros` that nobody has written to, and the system has not given yet."""
+    return sum(_missing(address, len(memory)) for address, memory in [*_maps.items()])
+
+
+def _missing(address: int, nbytes: int) -> int:
+    pages = bytearray(-(-nbytes // mmap.PAGESIZE))
+    state = (ctypes.c_ubyte * len(pages)).from_buffer(pages)
+    if ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), state):
+        return 0  # the system does not say
+    return max(0, nbytes - mmap.PAGESIZE * pages.count(1))

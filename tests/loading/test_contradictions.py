@@ -24,6 +24,7 @@ from stored_formats import (
 )
 
 from fastllama import CheckpointError, LlamaConfig, LlamaForCausalLM
+from fastllama.config.stored_quantization import Declared
 from fastllama.quantization.linear import packed_modules
 
 
@@ -70,6 +71,9 @@ BAD: list[tuple[str, dict[str, Any], Edit, str]] = [
         "6 more: its weights are quantized, but .*ignored_l",
     ),
     ("fp8", {"exclude_modules": ["model.layers.0.mlp*"]}, lambda t: None, "2 more: .*exclude_modules has"),
+    ("fp8", {"ignore": ["model.layers.0.mlp*"]}, lambda t: None, "2 more: .*ignore has"),
+    ("fp8", {"ignored_layers": "re:.*mlp.*"}, lambda t: None, "2 more: .*ignored_layers has 're:"),
+    ("awq", {"modules_to_not_convert": [r"model\.layers\.0\..*"]}, lambda t: None, "6 more: .*not_convert has"),
     ("bitsandbytes int8", {"llm_int8_skip_modules": ["q_proj"]}, lambda t: None, "q_proj: .*llm_int8_skip_modules has"),
     ("awq", {"bits": 8}, lambda t: None, "its codes have 4 bits, but the config's bits is 8; correct the config"),
     ("pack-quantized", {"transform_config": {"a": 1}}, lambda t: None, "weights are rotated"),
@@ -293,6 +297,25 @@ def test_a_list_of_others_that_are_not_quantized_contradicts_nothing(tmp_path) -
     write("awq", tmp_path)
     configure(tmp_path, FORMATS["awq"].config | {"modules_to_not_convert": ["lm_head", "gate", "mlp.down", None]})
     assert len(packed_modules(LlamaForCausalLM.from_pretrained(tmp_path))) == 7
+
+
+@pytest.mark.parametrize(
+    ("values", "module", "is_out"),
+    [
+        ({"modules_to_not_convert": ["lm_head"], "include_input_output_embeddings": True}, "lm_head", False),
+        ({"modules_to_not_convert": ["lm_head"]}, "lm_head", True),
+        ({"modules_to_not_convert": ["model.layers.1"]}, "model.layers.10.mlp.up_proj", False),
+        ({"modules_to_not_convert": ["model.layers.1."]}, "model.layers.10.mlp.up_proj", False),
+        ({"modules_to_not_convert": ["gate", "visual", "(", None]}, "model.layers.1.mlp.gate_proj", False),
+        ({"modules_to_not_convert": "lm_head"}, "model.layers.1.mlp.gate_proj", False),
+        ({"modules_to_not_convert": "lm_head"}, "lm_head", True),
+        ({"ignored_layers": ["model.layers.1"]}, "model.layers.10.mlp.up_proj", False),
+        ({"ignored_layers": ["model.layers.1."]}, "model.layers.1.mlp.up_proj", True),
+    ],
+)
+def test_a_name_leaves_modules_out_as_in_the_projects_that_write_it(values, module, is_out) -> None:
+    assert (Declared("fp8", values).left_out(module) is not None) == is_out
+    assert Declared("compressed-tensors", values).left_out(module) is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch
 from shapes import SHAPE
 
 from fastllama import LlamaConfig, LlamaForCausalLM, StaticCache
-from fastllama.model.memory import HUGE_PAGE, LEAST_BYTES, empty, zeros
+from fastllama.model.cache import CacheMemoryError, free_memory
+from fastllama.model.memory import HUGE_PAGE, LEAST_BYTES, empty, promised, zeros
 
 CPU = torch.device("cpu")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -72,6 +73,45 @@ def test_zeros_are_torchs(shape, dtype) -> None:
     assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
     assert not tensor.any()
     assert tensor.fill_(1).bool().all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the free memory from /proc")
+def test_what_caches_will_take_is_not_free() -> None:
+    config, slots = LlamaConfig(**SHAPE | {"max_position_embeddings": 1 << 20}), 1 << 16
+    before = free_memory()
+    cache = StaticCache(config, 4, slots)
+    assert promised() == cache.nbytes
+    assert free_memory() < before - 0.8 * cache.nbytes
+    cache.key_cache[0].fill_(1)
+    assert promised() == cache.nbytes - cache.key_cache[0].nbytes
+    rows = 4 * before // cache.nbytes
+    largest = StaticCache(config, int(0.6 * rows), slots)  # of what is free
+    with pytest.raises(CacheMemoryError, match="are free"):
+        StaticCache(config, int(0.6 * rows), slots)
+    with pytest.raises(CacheMemoryError, match="are free"):
+        cache.resize(int(0.6 * rows), slots)
+    del largest
+    assert cache.key_cache[0].shape[0] == 4
+    cache.resize(5, slots)
+    assert promised() == cache.nbytes // 5  # the fifth row
+    del cache
+    assert promised() == 0
+
+
+def test_a_cache_that_does_not_get_memory_stays_as_it_was(monkeypatch) -> None:
+    cache, calls = StaticCache(LlamaConfig(**SHAPE), 1, 64), iter(range(3))
+
+    def scarce(*args):
+        if next(calls, None) is None:
+            raise MemoryError("there is no room for 3 GB")
+        return zeros(*args)
+
+    monkeypatch.setattr("fastllama.model.cache.zeros", scarce)
+    before = [*cache.key_cache, *cache.value_cache]
+    with pytest.raises(CacheMemoryError, match="no room for 3 GB; decode fewer"):
+        cache.resize(2, 128)
+    assert all(x is y for x, y in zip((*cache.key_cache, *cache.value_cache), before, strict=True))
+    assert (cache.batch_size, cache.max_cache_len) == (1, 64)
 
 
 @pytest.mark.parametrize("bytes_wanted", [1 << 60, 1 << 63])

@@ -4,13 +4,15 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <exception>
 
 namespace fastllama {
 
 // While a body runs, torch's other threads wait for what it shares out. One that comes late, or never, is not missed:
-// `share` asks for work that one thread can do alone.
+// `share` asks for work that one thread can do alone. One that has begun and then has to leave its core to something
+// else is waited for; after that everything is done on the calling thread for some time.
 class Team {
  public:
   // Calls body on this thread, in one parallel region of torch's.
@@ -19,6 +21,13 @@ class Team {
     const int64_t threads = torch::stable::get_num_threads();
     if (threads == 1 || current() != nullptr) return body();
     Team team(threads);
+    if (now() < alone_until().load(std::memory_order_relaxed)) {
+      team.is_alone_ = true;
+      current() = &team;
+      const Leave leave;
+      return body();
+    }
+    int64_t ended = 0;
     std::exception_ptr error;  // an exception keeps its text only if it does not pass through torch's region
     torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
       if (thread > 0) return team.help(thread);
@@ -30,7 +39,9 @@ class Team {
       }
       current() = nullptr;
       team.set(kEnd);
+      ended = now();
     });
+    team.stayed_away(now() - ended);
     if (error) std::rethrow_exception(error);
   }
 
@@ -40,7 +51,8 @@ class Team {
     return team;
   }
 
-  int64_t threads() const { return threads_; }
+  // That may share work.
+  int64_t threads() const { return is_alone_ ? 1 : threads_; }
 
   // Calls work(thread) here with 0 and on those others that have time with their numbers; returns when all have ended.
   template <typename F>
@@ -61,7 +73,11 @@ class Team {
     }
     current() = this;
     const uint64_t entered = state_.fetch_and(~kOpen, std::memory_order_acq_rel) & kEntered;
-    wait(left_, [&](uint64_t left) { return left == entered; });
+    if (left_.load(std::memory_order_acquire) != entered) {
+      const int64_t began = now();
+      wait(left_, [&](uint64_t left) { return left == entered; });
+      stayed_away(now() - began);
+    }
     if (!error) error = error_;
     if (error) std::rethrow_exception(error);
   }
@@ -71,6 +87,29 @@ class Team {
   static constexpr uint64_t kEntered = (1 << 16) - 1, kOpen = 1 << 16, kRound = 1 << 17, kEnd = ~uint64_t{0};
 
   static constexpr int kSpins = 1000;
+  static constexpr int64_t kLate = 300'000, kTimesAlone = 16;  // nanoseconds; how many times as long as was waited
+
+  struct Leave {
+    ~Leave() { current() = nullptr; }
+  };
+
+  static int64_t now() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+  }
+
+  // Until when nothing is shared out.
+  static std::atomic<int64_t>& alone_until() {
+    static std::atomic<int64_t> time{0};
+    return time;
+  }
+
+  // Threads were waited for so long: if they were not running, they are left alone for some time.
+  void stayed_away(int64_t waited) {
+    if (waited < kLate) return;
+    is_alone_ = true;
+    alone_until().store(now() + kTimesAlone * waited, std::memory_order_relaxed);
+  }
 
   explicit Team(int64_t threads) : threads_(threads) {}
 
@@ -114,6 +153,7 @@ class Team {
   }
 
   const int64_t threads_;
+  bool is_alone_ = false;
   void (*work_)(const void*, int64_t) = nullptr;
   const void* context_ = nullptr;
   uint64_t round_ = 0;
