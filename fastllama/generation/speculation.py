@@ -15,7 +15,9 @@ Shape suffixes: ``b`` rows, ``t`` drafted tokens.
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,8 +35,9 @@ KEY = 2  # tokens by which a text's places are indexed
 PLACES = 16  # of an end that are compared, the latest ones
 LONGEST = 32  # tokens of a match, beyond which its length does not matter
 CLASSES = (3, 5, 9)  # bounds between match lengths of one hit rate
-MARGIN = 1.02  # tokens a second that a step with drafts has to promise, over one without
-HIT_WEIGHT, COST_WEIGHT = 0.1, 0.1  # of the newest observation
+MARGIN = 1.05  # tokens a second that a step with drafts has to promise, over one without
+HIT_WEIGHT = 0.1  # of the newest observation
+LEAST_SEEN, LAST_SEEN = 3, 9  # steps that their cost is taken from
 
 
 def drafts_of(config: GenerationConfig, settings: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -113,24 +116,24 @@ class Odds:
 
 
 class Costs:
-    """What steps of t tokens a row take, in seconds."""
+    """What steps of t tokens a row take, in seconds: the median of the last ones."""
 
     def __init__(self) -> None:
+        self._last: dict[int, deque[float]] = {}
         self._seconds: dict[int, float] = {}
-        self._is_known: set[int] = set()
 
     def of(self, tokens: int) -> float:
-        """Seconds of such a step; of one that has not been seen a guess from those that have."""
+        """Seconds of such a step; of one that has hardly been seen a guess."""
         if tokens in self._seconds:
             return self._seconds[tokens]
-        return self._seconds.get(1, 1.0) * (1 + 0.03 * (tokens - 1))
+        return 1.0 if tokens == 1 else self.of(1) * (1 + 0.03 * (tokens - 1))
 
     def note(self, tokens: int, seconds: float) -> None:
-        """A step took that long; the first one of its kind, which makes things it needs, does not count."""
-        if tokens in self._is_known:
-            before = self._seconds.setdefault(tokens, seconds)
-            self._seconds[tokens] = before + COST_WEIGHT * (seconds - before)
-        self._is_known.add(tokens)
+        """A step took that long."""
+        last = self._last.setdefault(tokens, deque(maxlen=LAST_SEEN))
+        last.append(seconds)
+        if len(last) >= LEAST_SEEN:
+            self._seconds[tokens] = statistics.median_low(last)
 
 
 class Drafter:
@@ -160,6 +163,8 @@ class Drafter:
         self._found = [([], 0)] * len(self.rows)
         for row in going:
             self._found[row] = self.rows[row].draft(self._sizes[-1] - 1)
+        if not any(found for found, _ in self._found):
+            return [[]] * len(self.rows)
         best, promise = 1, MARGIN * len(going) / self._costs.of(1)
         for size in self._sizes:
             expected = sum(self._expected(row, size) for row in going) / self._costs.of(size)
@@ -200,22 +205,24 @@ def drafted(runner: Runner, requests: Sequence[Request], drafter: Drafter, least
     eos = [frozenset(request.eos_token_ids[:MAX_EOS_IDS]) for request in requests]
     waiting: list[list[int]] = [[] for _ in requests]
     given, going = [0] * count, list(range(count))
-    came = runner.newest().read()[:count].tolist() if runner.prefill(dict(enumerate(requests)), least) else None
-    tokens, started = 1, time.perf_counter()
+    newest = runner.newest().read()[:count] if runner.prefill(dict(enumerate(requests)), least) else None
+    came, tokens, started = [] if newest is None else newest.tolist(), 0, 0.0
     while True:
-        if came is not None:
+        if came:
+            new = [came[row] if row in going else [] for row in range(count)]
+            drafter.note(tokens, time.perf_counter() - started, new)
             for row in going:
-                waiting[row] += came[row]
                 given[row] += len(came[row])
-            drafter.note(
-                tokens, time.perf_counter() - started, [came[row] if row in going else [] for row in range(count)]
-            )
             going = [row for row in going if given[row] < requests[row].max_new_tokens and not eos[row] & {*came[row]}]
-            ready = min((len(waiting[row]) for row in going), default=max(map(len, waiting)))
-            if ready:
-                columns = [(new[:ready] + [0] * ready)[:ready] for new in waiting]  # whoever reads it knows the ends
-                waiting = [new[ready:] for new in waiting]
-                yield torch.tensor(columns, dtype=torch.long, device="cpu")
+            if newest is not None and not any(waiting):
+                yield newest
+            else:
+                waiting = [before + after for before, after in zip(waiting, new, strict=True)]
+                ready = min((len(waiting[row]) for row in going), default=max(map(len, waiting)))
+                columns = [(row[:ready] + [0] * ready)[:ready] for row in waiting]  # whoever reads it knows the ends
+                waiting = [row[ready:] for row in waiting]
+                if ready:
+                    yield torch.tensor(columns, dtype=torch.long, device="cpu")
             if not going:
                 return
         drafts = drafter.draft(going)
@@ -224,7 +231,8 @@ def drafted(runner: Runner, requests: Sequence[Request], drafter: Drafter, least
         started = time.perf_counter()
         if tokens == 1:
             runner.step()
-            came = runner.newest().read()[:count].tolist()
+            newest = runner.newest().read()[:count]
+            came = newest.tolist()
         else:
             whole = [(draft + [0] * tokens)[: tokens - 1] for draft in drafts]
-            came = runner.step_with(torch.tensor(whole, dtype=torch.long, device="cpu"))
+            newest, came = None, runner.step_with(torch.tensor(whole, dtype=torch.long, device="cpu"))

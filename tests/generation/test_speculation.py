@@ -211,8 +211,9 @@ def test_a_draft_is_what_followed_the_longest_match(text, count, longest) -> Non
 def test_a_row_drafts_while_it_pays() -> None:
     costs = Costs()
     for tokens, seconds in ((1, 1.0), (4, 1.3)):
-        costs.note(tokens, 9.0)  # the first one makes what it needs
-        costs.note(tokens, seconds)
+        assert costs.of(tokens) == pytest.approx(1 + 0.03 * (tokens - 1))  # a guess
+        for each in (9.0, seconds, seconds):  # the first one makes what it needs
+            costs.note(tokens, each)
     assert (costs.of(1), costs.of(4)) == (1.0, 1.3)
     drafter = Drafter([torch.tensor([1, 2, 3, 4, 5, 1, 2])], 32, [4], costs)
     assert drafter.draft([0]) == [[3, 4, 5]]
