@@ -98,10 +98,9 @@ def _is_in(module: str, name: str) -> bool:
     if name.startswith("re:"):
         return re.match(name[len("re:") :], module) is not None
     names = module.split(".")
-    within = [".".join(names[: at + 1]) for at in range(len(names))] + [
-        ".".join(names[at:]) for at in range(len(names))
-    ]
-    return any(fnmatchcase(each, name.removesuffix(".")) for each in within)
+    ends = [".".join(names[at:]) for at in range(len(names))]
+    owners = [".".join(names[: at + 1]) for at in range(len(names))]
+    return any(fnmatchcase(each, name.removesuffix(".")) for each in ends + owners)
 
 
 def _matches(pattern: str, module: str) -> bool:

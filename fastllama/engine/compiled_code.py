@@ -11,9 +11,11 @@ Shape suffixes: ``b`` batch, ``t`` query tokens, ``v`` vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +25,6 @@ import torch
 from fastllama.engine.buffers import Buffers
 from fastllama.engine.decoder import FusedDecoder
 from fastllama.engine.graphs import StepKey
-from fastllama.engine.state import Chunk
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ CACHE_VARIABLE = "FASTLLAMA_CACHE_DIR"
 MOST_BYTES = 1 << 30  # of all bundles together; the oldest go first
 DIGEST = hashlib.sha256().digest_size
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the largest logit
+ONE = torch.ones(())
 
 
 class CompiledCode:
@@ -70,7 +72,8 @@ class CompiledCode:
             self._file,
         )
         self.is_trusted = self._has_new = False
-        self._file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of somebody else's: it is not asked again in this process
+            self._file.unlink(missing_ok=True)
 
     def save(self) -> None:
         """Write what was compiled since, if anything, together with what was there."""
@@ -80,14 +83,16 @@ class CompiledCode:
         artifacts = torch.compiler.save_cache_artifacts()
         if artifacts is None or len(artifacts[0]) > MOST_BYTES:
             return
+        partial = self._file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._file.with_suffix(f".{os.getpid()}")
             partial.write_bytes(hashlib.sha256(artifacts[0]).digest() + artifacts[0])
             partial.replace(self._file)  # whole, or not at all
             self._remove_old()
         except OSError as error:
             logger.info("compiled code is not stored: %s", error)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
     def _load(self) -> bool:
         try:
@@ -98,7 +103,11 @@ class CompiledCode:
         if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
             logger.warning("%s is damaged, its steps are compiled again", self._file)
             return False
-        return torch.compiler.load_cache_artifacts(content[DIGEST:]) is not None
+        try:
+            return torch.compiler.load_cache_artifacts(content[DIGEST:]) is not None
+        except OSError as error:  # torch writes it to its own cache
+            logger.info("%s is not used: %s", self._file, error)
+            return False
 
     def _remove_old(self) -> None:
         bundles = sorted(self._file.parent.glob("*.bundle"), key=lambda file: file.stat().st_mtime, reverse=True)
@@ -119,39 +128,41 @@ def agrees(net: FusedDecoder, buffers: Buffers, key: StepKey, compiled: Callable
     """Whether a compiled step does what the network does as it is written.
 
     Every row takes one step from its newest token. Logits are held against those that the network gives without being
-    compiled, where the step samples those of its token; so are keys and values. Rows stay as they were.
+    compiled, where the step samples those of its token; so are keys and values. Rows and cache stay as they were.
     """
     with torch.no_grad(), buffers.trial(key.batch) as rows:
-        if key.kind.startswith("decode"):
-            chunk = Chunk(rows.ids_b1.clone(), rows.position_b1.clone())
-        else:
-            chunk = buffers.chunk(key.batch, key.tokens)
-            buffers.repeat_newest(chunk)
-        places = chunk.position_bt[:, 0].tolist()
-        kept = buffers.written_at(places)
+        ids_b1, position_b1 = rows.ids_b1.clone(), rows.position_b1.clone()
+        last, first = buffers.cache.max_cache_len - 1, position_b1[:, 0].tolist()
+        places = [[min(place + ahead, last) for place in first] for ahead in range(key.tokens)]  # that may be written
+        kept = [buffers.written_at(each) for each in places]
         try:
-            buffers.write_at(places, torch.zeros(len(kept)))  # what is there already would pass for written
+            buffers.write_at(first, torch.zeros(len(kept[0])))  # what is there already would pass for written
+            if key.kind in ("prefill", "verify"):
+                buffers.repeat_newest(buffers.chunk(key.batch, key.tokens))
             if key.kind == "verify":
                 buffers.logits(*key[1:]).zero_()
             compiled()
-            written = buffers.written_at(places)
-            wanted_btv = net.logits(net(*chunk, *buffers.memory)).float()
-        except BaseException:
-            buffers.write_at(places, kept)
-            raise
-        wanted, largest = buffers.written_at(places), wanted_btv.abs().amax()
+            written = buffers.written_at(first)
+            wanted_bv = net.logits(net(ids_b1, position_b1, *buffers.memory)[:, -1]).float()
+            wanted = buffers.written_at(first)
+        finally:
+            for each, values in zip(reversed(places), reversed(kept), strict=True):
+                buffers.write_at(each, values)
+        largest = wanted_bv.abs().amax()
         errors = [_error(written - wanted, wanted.abs().amax())]
         if key.kind == "verify":
-            errors += [_error(buffers.logits(*key[1:]) - wanted_btv, largest)]
-        elif key.kind.startswith("decode"):
-            missing_b1 = wanted_btv[:, -1].amax(dim=1, keepdim=True) - wanted_btv[:, -1].gather(1, rows.ids_b1)
-            moved_b1 = rows.position_b1 - chunk.position_bt
-            errors += [_error(missing_b1, largest), _error(moved_b1 - 1, torch.ones(()))]
+            errors += [_error(buffers.logits(*key[1:]) - wanted_bv[:, None], largest)]
+        elif key.kind != "prefill":
+            first_b1, moved_b1 = rows.output_bn[:, :1], rows.position_b1 - position_b1
+            errors += [_error(wanted_bv.amax(dim=1, keepdim=True) - wanted_bv.gather(1, first_b1), largest)]
+            errors += [_error(moved_b1.clamp(1, key.tokens) - moved_b1, ONE)]
+            newest_b1 = rows.output_bn.gather(1, (rows.step_b[:, None] - 1).clamp(min=0))
+            errors += [_error(newest_b1 - rows.ids_b1, ONE), _error(moved_b1[:, 0] - rows.step_b, ONE)]
     return all(error <= TOLERANCE[buffers.dtype] for error in errors)
 
 
 def _error(difference: torch.Tensor, largest: torch.Tensor) -> float:
-    return float(difference.abs().amax() / largest.clamp(min=torch.finfo(torch.float32).tiny))
+    return float(difference.abs().amax().cpu() / largest.cpu().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _compiler_runs() -> int:

@@ -16,6 +16,8 @@ from fastllama import ops
 from fastllama.config import LlamaConfig
 from fastllama.model.memory import promised, zeros
 
+MEMINFO = "/proc/meminfo"
+
 
 class CacheOverflowError(ValueError):
     """A write past the capacity of a StaticCache; nothing was written."""
@@ -265,7 +267,7 @@ def free_memory(device: torch.device | str = "cpu") -> int:
             - torch.cuda.memory_allocated(device)
         )
     try:
-        with open("/proc/meminfo") as lines:
+        with open(MEMINFO) as lines:
             available = next(line for line in lines if line.startswith("MemAvailable"))
         return max(0, int(available.split()[1]) * 1024 - promised())
     except (OSError, StopIteration):
