@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +12,11 @@ import typer
 from typer.core import TyperGroup
 
 from fastllama.cli import options
-from fastllama.cli.console import errors_in_one_line, progress, stderr, stdout, write, write_json
+from fastllama.cli.console import errors_in_one_line, stdout, write
 
 from .gpu_suite import gpu
-from .records import append, new_record, read_all, weight_fields
+from .keeper import Keeper
+from .records import read_all, weight_fields
 from .regress.cli import regress
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help and wrong usage answer without it
@@ -36,11 +36,15 @@ GptFast = Annotated[Path | None, typer.Option("--gpt-fast", metavar="DIR", help=
 LlamaBench = Annotated[Path | None, typer.Option(metavar="PATH", help="llama.cpp's program.", show_default="from PATH")]
 Schemes = Annotated[str, typer.Option(help="Some of stored, none, int8 and int4, with commas.", metavar="LIST")]
 Costs = Annotated[str, typer.Option(help="Some of stored, int8, int4, int8-kv, ./FOLDER, with commas.", metavar="LIST")]
+Speculate = Annotated[
+    str, typer.Option(help="Drafts in place of peers, on code, story, or shares like 0.7, with commas.", metavar="LIST")
+]
 Record = Annotated[Path | None, typer.Option(metavar="FILE", help="File of JSON lines to append the record to.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Plot to write: .png, .svg or .pdf.")]
 Files = Annotated[list[Path] | None, typer.Argument(help="Files of records.", show_default="the committed ones")]
 Kind = Annotated[
-    str | None, typer.Option(help="decode, quality, startup, kernels, launches or prefill.", show_default="all")
+    str | None,
+    typer.Option(help="decode, speculation, quality, startup, kernels, launches or prefill.", show_default="all"),
 ]
 
 
@@ -75,6 +79,8 @@ def decode(
     llama_bench: LlamaBench = None,
     quantize: Schemes = "stored",
     kv_cache_dtype: options.KVCacheDtype = None,
+    speculate: Speculate = "",
+    assistant_model: options.AssistantModel = None,
     launches: Annotated[bool, typer.Option("--launches", help="Record a step's launches and host time, too.")] = False,
     json_file: options.JsonFile = None,
     record: Record = None,
@@ -87,6 +93,7 @@ def decode(
         from fastllama import LlamaForCausalLM
 
         asked = peers_of(peers, gpt_fast, llama_bench) | {"rounds": rounds}
+        texts = texts_of(speculate)
         sizes = {"batch": numbers(batch), "prompt_len": numbers(prompt_len), "new_tokens": [new_tokens]}
         sizes |= {"capacity": numbers(capacity) or [None]}
         points = [dict(zip(sizes, each, strict=True)) for each in itertools.product(*sizes.values())]
@@ -96,6 +103,9 @@ def decode(
             how: dict[str, Any] = {"quantize": None if scheme == "stored" else scheme, "kv_cache_dtype": kv_cache_dtype}
             loaded = LlamaForCausalLM.from_pretrained(model, dtype, keep.device, progress=not quiet, **how)
             keep.common = weight_fields(model, loaded, how["quantize"])
+            if texts:
+                measure_drafts(model, loaded, texts, assistant_model, points, keep, rounds)
+                continue
             measure_points(loaded, points, launches, keep, **asked)
         keep.finish()
 
@@ -262,69 +272,40 @@ def measure_points(
                 keep.add("launches", {"parity": True} | measure_launches(loaded, workload))
 
 
-@dataclass
-class Keeper:
-    """Shows each record as it comes and appends it to the file at once, so that an interruption loses nothing."""
+def texts_of(text: str) -> list[str]:
+    """The texts of a list like ``code,0.7``."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    shares = re.compile(r"(0?\.\d+|0|1)$")
+    if unknown := [name for name in names if name not in ("code", "story") and not shares.match(name)]:
+        what = f"{', '.join(unknown)}: expected code, story, or a share from 0 to 1"
+        raise typer.BadParameter(what, param_hint="--speculate")
+    return names
 
-    device: str
-    json_file: str | None
-    record_file: Path | None
-    plot_file: Path | None = None
-    quiet: bool = False
-    is_grid: bool = False
-    common: dict[str, Any] = field(default_factory=dict)  # fields of each record
-    records: list[dict[str, Any]] = field(default_factory=list)
-    failed: list[dict[str, Any]] = field(default_factory=list)  # points of a grid, and why
 
-    def __post_init__(self) -> None:
-        from . import plots
+def measure_drafts(
+    name: str,
+    loaded: LlamaForCausalLM,
+    texts: list[str],
+    assistant_model: str | None,
+    points: list[dict[str, Any]],
+    keep: Keeper,
+    rounds: int,
+) -> None:
+    """Measure points with drafts and without."""
+    from fastllama import LlamaForCausalLM, load_tokenizer
 
-        plots.ready(self.plot_file)
-        self._console = stderr() if self.json_file == "-" else stdout()
+    from .speculation import measure
 
-    def measure(self, kind: str, function: Callable[..., dict[str, Any]], *arguments: Any, **named: Any) -> None:
-        """Show the progress of a measurement and make a record of what it returns."""
-        with progress(self.quiet) as say:
-            fields = function(*arguments, say=say, **named)
-        self.add(kind, fields)
-
-    def add(self, kind: str, fields: dict[str, Any]) -> None:
-        """Make a record, show it, keep it; RecordError if the outputs failed the parity gate."""
-        from .environment import environment
-        from .report import console
-
-        record = new_record(kind, self.common | fields, environment(self.device))
-        self._console.print(console(record))
-        append(record, self.record_file)
-        self.records.append(record)
-
-    @contextmanager
-    def point(self, title: str, sizes: dict[str, Any]) -> Iterator[None]:
-        """Measure a point in it: a failure does not end a grid, but does end a single decode."""
-        from .workload import reason
-
-        if self.is_grid:
-            self._console.print(title, markup=False)
-        try:
-            yield
-        except Exception as error:
-            if not self.is_grid:
-                raise
-            stderr().print(f"{title} failed: {reason(error)}", markup=False)
-            self.failed.append(sizes | {"reason": reason(error)})
-
-    def finish(self) -> None:
-        """Write what JSON file and plot were asked for; of a grid, all its points and those that failed."""
-        from . import plots
-
-        if self.json_file and (self.is_grid or self.records):
-            grid = {"points": self.records, "failed": self.failed}
-            write_json(grid if self.is_grid else self.records[0], self.json_file)
-        if self.plot_file and self.records:
-            plots.plot([each for each in self.records if each["kind"] != "launches"], self.plot_file)
-        wrong = [each["reason"] for each in self.failed if not self.records or "parity gate" in each["reason"]]
-        if wrong:
-            raise ValueError(f"{len(self.failed)} points failed; the first with: {wrong[0]}")
+    tokenizer = load_tokenizer(name) if {"code", "story"} & {*texts} else None
+    dtype, device = str(loaded.dtype).removeprefix("torch."), keep.device
+    second = assistant_model and LlamaForCausalLM.from_pretrained(assistant_model, dtype, device)
+    for point in points:
+        sizes = {key: point[key] for key in ("batch", "prompt_len", "new_tokens")}
+        with keep.point(f"speculation, {sizes}", point):
+            loaded.release()
+            keep.measure(
+                "speculation", measure, loaded, tokenizer, texts, **sizes, rounds=rounds, assistant=second or None
+            )
 
 
 if __name__ == "__main__":

@@ -42,6 +42,11 @@ KINDS: dict[str, Types] = {
     "startup": {"phases": (dict,), "peers": (dict,)},
     "kernels": {"kernels": (list,), "memory_bandwidth_gb_s": NUMBER},
     "quality": {"schemes": (dict,), "text": (str,)},
+    "speculation": {
+        **dict.fromkeys(("batch", "prompt_len", "new_tokens", "rounds"), (int,)),
+        **dict.fromkeys(("texts", "costs"), (dict,)),
+        "assistant": (dict, str, type(None)),
+    },
     "launches": {
         **dict.fromkeys(("batch", "prompt_len", "capacity"), (int,)),
         **dict.fromkeys(LAUNCHES, (*NUMBER, type(None))),

@@ -67,7 +67,13 @@ def _quality_rows(record: Record) -> Iterator[dict[str, Any]]:
         yield {"name": name, **scheme, "cost": cost, "smaller": plain["bytes_per_step"] / scheme["bytes_per_step"]}
 
 
-ROWS = {"kernels": _kernel_rows, "quality": _quality_rows}
+def _speculation_rows(record: Record) -> Iterator[dict[str, Any]]:
+    for name, text in record["texts"].items():
+        accepted = " ".join(percent(share) for share in text["acceptance"] if share is not None)
+        yield {"name": name, **text, "accepted": accepted}
+
+
+ROWS = {"kernels": _kernel_rows, "quality": _quality_rows, "speculation": _speculation_rows}
 
 
 def _quantiles(name: str, entry: Record) -> dict[str, Any]:
@@ -122,7 +128,16 @@ QUALITY: Columns = {
     "KL, nats": _cell("divergence", "{:.2g}".format),
     "same token": _cell("agreement", "{:.1%}".format),
 }
+SPECULATION: Columns = {
+    "": _cell("name", str),
+    "plain tok/s": _cell("plain_tokens_per_second"),
+    "tok/s": _cell("tokens_per_second"),
+    "speed-up": _cell("ratio", times),
+    "tokens a step": _cell("tokens_per_step"),
+    "accepted, by place": _cell("accepted", str),
+}
 COLUMNS: dict[str, Columns] = {
+    "speculation": SPECULATION,
     "decode": DECODE,
     "prefill": DECODE,
     "quality": QUALITY,
@@ -183,6 +198,7 @@ def remarks(record: Record) -> list[str]:
         "startup": _startup_remarks,
         "kernels": _kernel_remarks,
         "launches": _launches,
+        "speculation": _speculation_remarks,
     }
     lines = [*own.get(record["kind"], lambda _: ())(record)]
     lines += [f"DISTURBED: {why}" for why in record.get("disturbed", ())]
@@ -216,6 +232,19 @@ def _decode_remarks(record: Record) -> Iterator[str]:
 
 def _quality_remarks(record: Record) -> Iterator[str]:
     yield f"of {record['schemes']['none']['tokens']} tokens of {record['text']}; none: the weights, not in codes"
+
+
+def _speculation_remarks(record: Record) -> Iterator[str]:
+    costs = ", ".join(f"{size}: {number(cost)}" for size, cost in record["costs"].items())
+    yield f"{record['new_tokens']} new tokens, batch {record['batch']}; a number: the share of drafts that are right"
+    yield "accepted, by place: drafted tokens that came true, the first ones first"
+    yield f"a step of t tokens a row takes so many times as long as one of 1: {costs or 'none is taken'}"
+    second = record["assistant"] or {}
+    if second:
+        yield f"drafts by a second model, {second['num_hidden_layers']} layers of {second['hidden_size']}"
+    for name, text in record["texts"].items():
+        if not text["parity"]:
+            yield f"{name} FAILED: {'wrong' if text['same_tokens'] else 'other'} tokens"
 
 
 def _startup_remarks(record: Record) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Generator
@@ -13,9 +14,10 @@ import torch
 from fastllama.config import GenerationConfig, LlamaConfig, QuantizationConfig
 from fastllama.engine.decoder import check_plain
 from fastllama.engine.runner import Runner
-from fastllama.generation.generate import Streamer, cache_in_step, check_cache, even_out, generate, stream
+from fastllama.generation.generate import Assistant, Streamer, cache_in_step, check_cache, even_out, generate, stream
 from fastllama.generation.outside import generate_outside
 from fastllama.generation.request import outside_the_step, start_of
+from fastllama.generation.speculation import DraftCounts, known_of
 from fastllama.loading.load import load_model
 from fastllama.loading.save import save_model
 from fastllama.model.cache import one_cache
@@ -60,6 +62,11 @@ class LlamaForCausalLM(Llama):
     def generation_config(self, config: Any) -> None:
         is_ours = isinstance(config, GenerationConfig)
         self._generation_config = config if is_ours else GenerationConfig.from_hf(config)
+
+    @property
+    def draft_counts(self) -> DraftCounts:
+        """What has come of the drafts of speculative decoding, since the engine was made."""
+        return DraftCounts() if self.engine is None else copy.deepcopy(known_of(self.engine).counts)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"engine": None}  # copies and pickles make an engine of their own
@@ -164,6 +171,7 @@ class LlamaForCausalLM(Llama):
             if input_ids is not None:
                 raise ValueError("got input_ids and inputs, which are two names for the prompts; give one of them")
             input_ids = inputs
+        assistant = self._assistant(config, settings)
         cache = one_cache(settings.get("past_key_values"), settings.get("cache"))
         rest = {name: value for name, value in settings.items() if name not in ("past_key_values", "cache")}
         if cache is not None and input_ids is not None:
@@ -178,7 +186,7 @@ class LlamaForCausalLM(Llama):
             return generate_outside(self, runner_of, config, input_ids, attention_mask, streamer, settings)
         if input_ids is None:
             input_ids = start_of(config)
-        return generate(engine_of(self), input_ids, attention_mask, config, streamer, cache, **settings)
+        return generate(engine_of(self), input_ids, attention_mask, config, streamer, cache, assistant, **settings)
 
     def stream(
         self,
@@ -194,17 +202,43 @@ class LlamaForCausalLM(Llama):
         its ``close()`` is called.
         """
         config = self.generation_config.under(generation_config)
-        return stream(engine_of(self), input_ids, attention_mask, config, **settings)
+        assistant = self._assistant(config, settings)
+        return stream(engine_of(self), input_ids, attention_mask, config, assistant, **settings)
 
-    def warmup(self, max_batch_size: int = 1, max_cache_len: int | None = None) -> None:
+    def _assistant(self, config: GenerationConfig, settings: dict[str, Any]) -> Assistant | None:
+        """The second model of a call, which is taken out of its settings where the step can draft with it.
+
+        Raises:
+            ValueError: it is this model, or has another vocabulary.
+        """
+        second: Any = settings.get("assistant_model")
+        if not isinstance(second, LlamaForCausalLM):
+            return None
+        if second is self:
+            raise ValueError("assistant_model is the model itself; expected a smaller one with the same tokenizer")
+        ours, its = self.config.vocab_size, second.config.vocab_size
+        if ours != its:
+            raise ValueError(
+                f"assistant_model has a vocabulary of {its} tokens, the model one of {ours}; expected one with the "
+                "same tokenizer"
+            )
+        rest = {name: value for name, value in settings.items() if name != "assistant_model"}
+        if outside_the_step(config, rest, self.device.type):
+            return None
+        del settings["assistant_model"]
+        return engine_of(second), second.generation_config
+
+    def warmup(self, max_batch_size: int = 1, max_cache_len: int | None = None, *, speculate: bool = False) -> None:
         """Allocate memory and compile every step, so that no later call within these sizes has to.
 
         Args:
             max_batch_size: maximum number of rows of a call.
             max_cache_len: maximum number of tokens of a row, prompt and new tokens together; the smaller of 4096 and
                 ``max_position_embeddings`` when None.
+            speculate: compile the steps that take several tokens, too, of this model as one that decodes and as an
+                ``assistant_model``.
         """
-        engine_of(self).warmup(max_batch_size, max_cache_len)
+        engine_of(self).warmup(max_batch_size, max_cache_len, speculate)
 
     def release(self) -> None:
         """Free the engine's memory: cache, buffers and compiled steps. The next call makes them again."""

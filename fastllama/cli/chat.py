@@ -27,6 +27,8 @@ def chat(
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     seed: options.Seed = None,
+    speculate: options.Speculate = False,
+    assistant_model: options.AssistantModel = None,
     strict: options.Strict = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -35,6 +37,7 @@ def chat(
     with errors_in_one_line(debug):
         sampling = options.sampling_arguments(sample, temperature, top_k, top_p, min_p, seed)
         loaded = options.load(model, dtype, device, quiet, strict, quantize, kv_cache_dtype)
+        sampling |= options.draft_arguments(speculate, assistant_model, loaded, quiet)
         conversation = Conversation(loaded.tokenizer, system)
         if not conversation.has_template and not quiet:
             stderr().print(

@@ -30,6 +30,8 @@ def generate(
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     seed: options.Seed = None,
+    speculate: options.Speculate = False,
+    assistant_model: options.AssistantModel = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of streamed text.")] = False,
     table: Annotated[
         bool, typer.Option("--table", help="A table of timings, compared with the eager forward.")
@@ -43,6 +45,7 @@ def generate(
         sampling = options.sampling_arguments(sample, temperature, top_k, top_p, min_p, seed)
         text = sys.stdin.read() if prompt == "-" else prompt
         loaded = options.load(model, dtype, device, quiet, strict, quantize, kv_cache_dtype)
+        sampling |= options.draft_arguments(speculate, assistant_model, loaded, quiet)
         prompt_ids = list(loaded.tokenizer(text).input_ids)
         budget = loaded.budget(len(prompt_ids), max_new_tokens)
         show = _discard if as_json else _echo_after(text)
@@ -56,6 +59,8 @@ def generate(
             write(json.dumps(_record(loaded, text, reply, comparison), ensure_ascii=False) + "\n")
         elif shown:
             stdout().print(shown)
+            if reply.drafts:
+                stdout().print(reply.drafts, style="dim")
 
 
 def _discard(_: str) -> None:

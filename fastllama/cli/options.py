@@ -66,6 +66,15 @@ MinP = Annotated[
     typer.Option(help="Minimum probability, relative to the most likely token's.", show_default=CHECKPOINT_SETTING),
 ]
 Seed = Annotated[int | None, typer.Option(help="Random seed of the sampling.", show_default="a new one each time")]
+Speculate = Annotated[
+    bool, typer.Option("--speculate", help="Several tokens a step where they can be guessed; the text stays the same.")
+]
+AssistantModel = Annotated[
+    str | None,
+    typer.Option(
+        "--assistant-model", metavar="NAME", help="A smaller model that guesses them, as --model.", show_default="none"
+    ),
+]
 Strict = Annotated[
     bool, typer.Option("--strict", help="Refuse what a checkpoint has and a Llama does not use, instead of warning.")
 ]
@@ -121,6 +130,14 @@ class Loaded:
         """Number of new tokens: what was asked for, or else the default, or less where the context has less room."""
         room = self.model.config.max_position_embeddings - prompt_tokens
         return max_new_tokens or (min(DEFAULT_NEW_TOKENS, room) if room > 0 else DEFAULT_NEW_TOKENS)
+
+
+def draft_arguments(speculate: bool, assistant_model: str | None, loaded: Loaded, quiet: bool) -> dict[str, Any]:
+    """The arguments for ``model.generate`` that ask for drafts; a second model is loaded in the dtype of the first."""
+    if assistant_model is None:
+        return {"speculate": "auto"} if speculate else {}
+    how = loaded.describe()
+    return {"assistant_model": load(assistant_model, how["dtype"], how["device"], quiet).model}
 
 
 def pick_device(device: str | None) -> str:

@@ -11,6 +11,7 @@ from fastllama.cli.console import progress
 
 if TYPE_CHECKING:
     from fastllama.cli.options import Loaded
+    from fastllama.generation.speculation import DraftCounts
     from fastllama.measure import Decode
 
 
@@ -23,12 +24,14 @@ class Reply:
         text: the new text; it ends with an incomplete character only if the model stopped inside one.
         decode: the new tokens and their timing.
         interrupted: whether Ctrl-C ended it.
+        counts: what has come of drafts; None where none were asked for.
     """
 
     prompt_ids: tuple[int, ...]
     text: str
     decode: Decode
     interrupted: bool = False
+    counts: DraftCounts | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -42,15 +45,28 @@ class Reply:
         if not count:
             return "no tokens"
         line = f"{count} tokens, the first after {self.decode.ttft:.2f} s"
-        return f"{line}, then {self.tokens_per_second:.1f} a second" if count > 1 else line
+        line = f"{line}, then {self.tokens_per_second:.1f} a second" if count > 1 else line
+        return f"{line}, {self.counts.tokens_per_step:.2f} a step" if self.counts else line
 
-    def timing(self) -> dict[str, float]:
+    @property
+    def drafts(self) -> str:
+        """One line on what has come of drafts; empty where none were asked for."""
+        if self.counts is None:
+            return ""
+        shares = ", ".join(f"{share:.0%}" for share in self.counts.acceptance if share is not None)
+        accepted = f"drafted tokens that came true, by place: {shares}" if shares else "nothing was drafted"
+        return f"{self.counts.tokens_per_step:.2f} tokens a step; {accepted}"
+
+    def timing(self) -> dict[str, Any]:
         """The speed as figures, for records."""
-        return {
+        found: dict[str, Any] = {
             "ttft_ms": 1e3 * self.decode.ttft,
             "tpot_ms": 1e3 / self.tokens_per_second if self.tokens_per_second else 0.0,
             "tokens_per_second": self.tokens_per_second,
         }
+        if self.counts:
+            found |= {"tokens_per_step": self.counts.tokens_per_step, "acceptance": self.counts.acceptance}
+        return found
 
 
 def stream_reply(
@@ -81,6 +97,7 @@ def stream_reply(
     detokenizer = loaded.tokenizer.detokenizer()
     detokenizer.put(list(prompt_ids))  # the new text depends on what it follows: a leading space is kept
     input_ids = torch.tensor([list(prompt_ids)], dtype=torch.long, device=loaded.model.device)
+    before = loaded.model.draft_counts
     tokens: Any = loaded.model.stream(input_ids, num_return_sequences=1, **arguments)
     with closing(tokens) as stream, progress(quiet) as say:
         watch = Stopwatch(stream)
@@ -95,4 +112,6 @@ def stream_reply(
             interrupted = True
     pieces.append(detokenizer.end())
     show(pieces[-1])
-    return Reply(tuple(prompt_ids), "".join(pieces), watch.decode, interrupted)
+    drafts = loaded.model.draft_counts.since(before)
+    counts = drafts if drafts.steps else None
+    return Reply(tuple(prompt_ids), "".join(pieces), watch.decode, interrupted, counts)

@@ -16,7 +16,7 @@ from fastllama.config.tokens import check_biases, check_one_or_more, check_seque
 # Generation settings that the compiled step does not do, each with the value (besides null) that has no effect. Older
 # checkpoints have them in config.json too; they do not concern the network, so GenerationConfig reads them.
 OUTSIDE_THE_STEP: dict[str, Any] = {
-    "max_time": None, "stop_strings": None, "num_beams": 1,
+    "max_time": None, "num_beams": 1,
     "num_beam_groups": 1, "diversity_penalty": 0.0, "penalty_alpha": 0.0,
     "dola_layers": None, "top_h": None, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "force_words_ids": [], "constraints": [],
@@ -31,23 +31,29 @@ OUTSIDE_THE_STEP: dict[str, Any] = {
 # What has an effect only next to one of those.
 DETAILS: dict[str, Any] = {
     "early_stopping": False, "length_penalty": 1.0, "renormalize_logits": False, "output_attentions": False,
-    "output_hidden_states": False, "output_scores": False, "output_logits": False, "tokenizer": None,
+    "output_hidden_states": False, "output_scores": False, "output_logits": False,
 }
 
 # Arguments of generate() alone that the step does.
 FUNCTIONS: dict[str, Any] = {"prefix_allowed_tokens_fn": None, "token_mask": None}
 
+# What ends a row besides its limit and EOS ids; the step does that, with the tokenizer.
+ENDS: dict[str, Any] = {"stop_strings": None, "tokenizer": None}
+
 # How tokens are drafted, which changes nothing of what comes out.
-DRAFTS: dict[str, Any] = {"speculate": "off", "prompt_lookup_num_tokens": None, "max_matching_ngram_size": None}
+DRAFTS: dict[str, Any] = {
+    "speculate": "off", "prompt_lookup_num_tokens": None, "max_matching_ngram_size": None,
+    "prompt_lookup_pool_tokens": 0, "num_assistant_tokens": None, "num_assistant_tokens_schedule": None,
+    "assistant_confidence_threshold": None,
+}
 
 # Generation settings that do not change which tokens come out: how caches and compilation are organised, and details of
-# assisted decoding, which is off without a second model.
+# transformers' assisted decoding.
 INERT_GENERATION = frozenset({
     "transformers_version", "_from_model_config", "_commit_hash", "generation_kwargs", "use_cache",
     "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory",
     "compile_config", "disable_compile", "continuous_batching_config", "decoder_start_token_id", "is_assistant",
-    "num_assistant_tokens",
-    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_early_exit",
+    "assistant_early_exit",
     "assistant_lookbehind", "assistant_ensemble_weight", "target_lookbehind", "speculation_type", "use_mtp",
 })
 # fmt: on
@@ -79,7 +85,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "pad_token_id": _AT_LEAST_0, "bos_token_id": _AT_LEAST_0, "seed": _AT_LEAST_0,
 }  # fmt: skip
 LISTS = ("sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
-NEUTRAL = OUTSIDE_THE_STEP | DETAILS | FUNCTIONS | DRAFTS
+NEUTRAL = OUTSIDE_THE_STEP | DETAILS | FUNCTIONS | ENDS | DRAFTS
 KNOWN = NEUTRAL.keys() | INERT_GENERATION
 
 

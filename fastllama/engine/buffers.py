@@ -244,6 +244,11 @@ class Buffers:
             cache_bksd[to, :, :tokens] = cache_bksd[taken, :, :tokens]
 
     @torch.no_grad()
+    def end(self, slots: Sequence[int]) -> None:
+        """Let rows be where they are."""
+        self._slots.finished_b[torch.tensor(slots, device=self.device)] = True
+
+    @torch.no_grad()
     def free(self, slot: int) -> None:
         """Let a slot idle."""
         self._slots.finished_b[slot] = True

@@ -164,13 +164,13 @@ class Machine:
             raise
         self._buffers = buffers
 
-    def warmup(self, max_batch_size: int = 1, max_cache_len: int | None = None, verify: bool = False) -> None:
+    def warmup(self, max_batch_size: int = 1, max_cache_len: int | None = None, speculate: bool = False) -> None:
         """Allocate for that many rows and slots, and compile every step that calls within them can need.
 
         Args:
             max_batch_size: rows of the largest batch.
             max_cache_len: tokens of the longest row, prompt and new together; the default when None.
-            verify: compile the steps of :meth:`verify` too.
+            speculate: compile the steps of speculative decoding too, of a model that decodes and of one that drafts.
 
         Raises:
             ValueError: ``max_batch_size`` or ``max_cache_len`` is too small to hold anything.
@@ -183,7 +183,7 @@ class Machine:
             self.reserve(max_batch_size, max_cache_len or self.default_cache_len)
             bucket = batch_bucket(max_batch_size)
             while bucket:  # the largest first: the graphs after it fit into its memory
-                self._compile_bucket(bucket, verify)
+                self._compile_bucket(bucket, speculate)
                 bucket //= 2
 
     def release(self) -> None:
@@ -195,15 +195,17 @@ class Machine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _compile_bucket(self, b: int, verify: bool) -> None:
+    def _compile_bucket(self, b: int, speculate: bool) -> None:
         """Compile every step of one batch bucket."""
         assert self._buffers is not None
         longest = max(prefill_chunks(self._buffers.cache.max_cache_len, exact=False))
         sizes = [t for t in PREFILL_CHUNKS if t <= longest] if self._compiles_prefill else []
         for t in reversed(sizes):
             self._compiled("prefill", b, t)
-        for t in reversed(VERIFY_TOKENS if verify else ()):
+        for t in reversed(VERIFY_TOKENS if speculate else ()):
             self._compiled("verify", b, t)
+            if t > 1:
+                self._compiled("draft", b, t)
         for kind in DECODE:
             self._compiled(kind, b, 1)
 

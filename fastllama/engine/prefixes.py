@@ -132,6 +132,14 @@ class WeightsWatch:
         return versions + [torch.cat(of_one_dtype) for of_one_dtype in views]
 
 
+def first_of_equals(prompts: Mapping[int, torch.Tensor]) -> dict[int, int]:
+    """For each slot whose prompt an earlier one has too, the first that has it."""
+    same: dict[tuple[int, ...], list[int]] = {}
+    for slot, prompt in prompts.items() if len(prompts) > 1 else ():
+        same.setdefault(tuple(prompt.tolist()), []).append(slot)
+    return {slot: slots[0] for slots in same.values() for slot in slots[1:]}
+
+
 Sample: TypeAlias = list[torch.Tensor]
 
 

@@ -19,7 +19,7 @@ import torch
 from fastllama.engine.buffers import Snapshot
 from fastllama.engine.machine import Machine
 from fastllama.engine.prefill import fill_compiled, fill_eagerly
-from fastllama.engine.prefixes import LEAST_REUSED, Prefixes, WeightsWatch
+from fastllama.engine.prefixes import LEAST_REUSED, Prefixes, WeightsWatch, first_of_equals
 from fastllama.engine.processing import changes_logits
 from fastllama.engine.row import Row
 from fastllama.engine.steps import VERIFY_TOKENS, batch_bucket
@@ -41,7 +41,7 @@ class Runner(Machine):
 
     Attributes:
         reuses_prefixes: whether that is done. Never where rotary frequencies depend on a sequence's length.
-        costs: of steps, by batch, for whoever measures them.
+        speculation: what speculative decoding knows of this engine; None before the first call that asks for it.
 
     Raises:
         NotImplementedError: a cache in 8 bits on a GPU.
@@ -55,7 +55,7 @@ class Runner(Machine):
         self._prompts: dict[int, torch.Tensor] = {}  # of the slots that have been prefilled
         self._processed: set[int] = set()  # loaded slots whose logits are changed
         self.reuses_prefixes = True
-        self.costs: dict[int, Any] = {}
+        self.speculation: Any = None
         self._batch = 1  # the bucket that holds every loaded slot
         self._decode: Callable[[], None] = _nothing_is_loaded
 
@@ -103,7 +103,7 @@ class Runner(Machine):
         count, lengths = len(prompts), cache.length_b.tolist()
         with self._callers.launching():
             last = min(max(lengths[:count]), max(map(len, prompts)))  # it may hold more than is asked for
-            self._exchange(cache, self._ready.cache, count, last)
+            self._ready.cache.copy_rows(cache, count, last)
         self._prefixes.drop(range(count))
         if not self.reuses_prefixes:
             self._prefixes.clear()
@@ -119,15 +119,9 @@ class Runner(Machine):
         written = self._ready.written(prompts)
         count, lengths = len(written), torch.tensor([len(written[slot]) for slot in sorted(written)], device="cpu")
         with self._callers.launching():
-            self._exchange(self._ready.cache, cache, count, int(lengths.max()))
+            cache.copy_rows(self._ready.cache, count, int(lengths.max()))
             cache.length_b[:count] = lengths.to(cache.device)
             cache.get_seq_length()  # which it keeps for the host
-
-    @staticmethod
-    def _exchange(source: StaticCache, target: StaticCache, rows: int, tokens: int) -> None:
-        for name in ("key_cache", "value_cache"):
-            for from_bksd, to_bksd in zip(getattr(source, name), getattr(target, name), strict=True):
-                to_bksd[:rows, :, :tokens] = from_bksd[:rows, :, :tokens]
 
     @torch.no_grad()
     def prefill(self, rows: Mapping[int, Row], least: int | None = None) -> int:
@@ -212,27 +206,18 @@ class Runner(Machine):
             self._ready.allow(masks)
 
     @torch.no_grad()
-    def verify(self, ids_bt: torch.Tensor) -> torch.Tensor:
-        """Write tokens to the cache at the rows' positions and after them; the rows themselves stay where they are.
+    def write(self, ids_bt: torch.Tensor, position_bt: torch.Tensor) -> torch.Tensor:
+        """Write tokens to slots from 0 on, after what they hold; rows that are loaded stay where they are.
 
         Args:
-            ids_bt: int64 ``[b, t]`` for the slots from 0 on: each row's newest token, then those to verify; t is at
-                most 8, and the cache has room for them.
+            ids_bt, position_bt: int64 ``[b, t]``: tokens and their places, t at most 8; the cache has room for them.
 
         Returns:
             Logits ``[b, t, v]`` of what follows each of them, in the weights' dtype; the next call overwrites them.
         """
-        (count, t), b, buffers = ids_bt.shape, self._batch, self._ready
-        bucket = min(size for size in VERIFY_TOKENS if size >= t)
         with self._callers.launching():
-            self._set_rope(ahead=t - 1)
-            call, chunk = self._compiled("verify", b, bucket), buffers.chunk(b, bucket)
-            buffers.repeat_newest(chunk)
-            ahead_t = torch.arange(bucket, device=self.device).clamp(max=t - 1)  # the last token fills up the bucket
-            chunk.ids_bt[:count] = ids_bt.to(self.device)[:, ahead_t]
-            chunk.position_bt[:count] += ahead_t
-            call()
-        return buffers.logits(b, bucket)[:count, :t]
+            self._ready.set_rope(int(position_bt[:, -1].max()) + 1 if self._rope_follows_length else 1)
+            return self._logits(ids_bt, position_bt)
 
     @torch.no_grad()
     def logits_after(self, sequences: Sequence[torch.Tensor], goes_on: bool = False) -> torch.Tensor:
@@ -246,8 +231,8 @@ class Runner(Machine):
             goes_on: whether this is a further step of a call, in which weights are not edited: all that slots hold
                 counts, from one token on.
         """
-        count, buffers = len(sequences), self._ready
-        prompts, self._batch = dict(enumerate(sequences)), batch_bucket(count)
+        buffers = self._ready
+        prompts, self._batch = dict(enumerate(sequences)), batch_bucket(len(sequences))
         with self._callers.launching():
             least = 1 if goes_on else LEAST_REUSED if self.reuses_prefixes else None
             starts = self._reuse(prompts, least, thoroughly=not goes_on)
@@ -256,13 +241,14 @@ class Runner(Machine):
             starts = self._share(prompts, starts)
             if any(len(prompt) - starts[slot] > 1 for slot, prompt in prompts.items()):
                 self._fill(prompts, starts, samples=False)
-            call, chunk = self._compiled("verify", self._batch, 1), buffers.chunk(self._batch, 1)
-            buffers.repeat_newest(chunk)
-            chunk.ids_bt[:count] = torch.stack([prompt[-1:] for prompt in sequences]).to(self.device)
-            chunk.position_bt[:count] = torch.tensor([[len(prompt) - 1] for prompt in sequences], device=self.device)
-            call()
+            last_b1 = torch.tensor([[len(prompt) - 1] for prompt in sequences], device="cpu")
+            logits_b1v = self._logits(torch.stack([prompt[-1:] for prompt in sequences]), last_b1)
         self._prefixes.hold(prompts)
-        return buffers.logits(self._batch, 1)[:count, 0]
+        return logits_b1v[:, 0]
+
+    def hold_texts(self, sequences: Sequence[torch.Tensor]) -> None:
+        """Note what slots from 0 on hold, after :meth:`write`: int64 ``[tokens]`` on the CPU for each."""
+        self._prefixes.hold({slot: tokens for slot, tokens in enumerate(sequences) if len(tokens)})
 
     def takes(self, cache: Any) -> bool:
         """Whether :meth:`take` does with a cache of the caller's."""
@@ -292,6 +278,11 @@ class Runner(Machine):
         self._processed.discard(slot)
         self._bind()
 
+    def end(self, slots: Sequence[int]) -> None:
+        """Let rows give their pad ids from now on, as after an EOS id."""
+        with self._callers.launching():
+            self._ready.end(slots)
+
     def newest(self) -> Snapshot:
         """A copy of the newest token of every slot up to the last loaded one, ``[b, 1]``."""
         with self._callers.launching():
@@ -304,6 +295,18 @@ class Runner(Machine):
 
     # ---- the parts of a call ---------------------------------------------------------------------------------------
 
+    def _logits(self, ids_bt: torch.Tensor, position_bt: torch.Tensor) -> torch.Tensor:
+        """Write tokens of the slots from 0 on to the cache; logits ``[b, t, v]`` of what follows each."""
+        (count, t), b, buffers = ids_bt.shape, self._batch, self._ready
+        bucket = min(size for size in VERIFY_TOKENS if size >= t)
+        call, chunk = self._compiled("verify", b, bucket), buffers.chunk(b, bucket)
+        buffers.repeat_newest(chunk)
+        for buffer_bt, value_bt in ((chunk.ids_bt, ids_bt), (chunk.position_bt, position_bt)):
+            buffer_bt[:count, :t] = value_bt.to(self.device)
+            buffer_bt[:count, t:] = buffer_bt[:count, t - 1 : t]  # the last token fills up the bucket
+        call()
+        return buffers.logits(b, bucket)[:count, :t]
+
     def _bind(self) -> None:
         """Take the decode step of the bucket that holds every loaded slot."""
         if not self._lengths:
@@ -312,9 +315,9 @@ class Runner(Machine):
         self._batch = batch_bucket(max(self._lengths) + 1)
         self._decode = self._compiled("decode_processed" if self._processed else "decode", self._batch, 1)
 
-    def _set_rope(self, ahead: int = 0) -> None:
+    def _set_rope(self) -> None:
         """Where frequencies depend on the length, the longest loaded row decides, as in transformers."""
-        self._ready.set_rope(max(self._lengths.values()) + ahead)
+        self._ready.set_rope(max(self._lengths.values()))
 
     def _reuse(self, prompts: Mapping[int, torch.Tensor], least: int | None, thoroughly: bool = True) -> dict[int, int]:
         """How many tokens of each prompt are in its slot, moved there where another slot holds them."""
@@ -326,11 +329,7 @@ class Runner(Machine):
 
     def _share(self, prompts: Mapping[int, torch.Tensor], starts: dict[int, int]) -> dict[int, int]:
         """Compute prompts that several slots have once, all but their last tokens; where each starts from then on."""
-        same: dict[tuple[int, ...], list[int]] = {}
-        for slot, prompt in prompts.items():
-            if len(prompts) > 1 and len(prompt) - starts[slot] > 1:
-                same.setdefault(tuple(prompt.tolist()), []).append(slot)
-        moved = {slot: slots[0] for slots in same.values() for slot in slots[1:]}
+        moved = first_of_equals({slot: prompt for slot, prompt in prompts.items() if len(prompt) - starts[slot] > 1})
         if moved:
             firsts = sorted({*moved.values()})
             self._ready.keep({slot: int(prompts[slot][0]) for slot in firsts})

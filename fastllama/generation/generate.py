@@ -15,14 +15,15 @@ import torch
 from fastllama import ops
 from fastllama.config import GenerationConfig, LlamaConfig
 from fastllama.engine.runner import Runner
+from fastllama.generation.drafting import Drafting, drafting_of
 from fastllama.generation.loop import decode
 from fastllama.generation.request import Request, inferred_mask, requests_of
-from fastllama.generation.speculation import drafts_of
 from fastllama.model.cache import CacheOverflowError, StaticCache
 from fastllama.model.rope import static_length
 
 logger = logging.getLogger(__name__)
 
+Assistant = tuple[Runner, GenerationConfig]  # engine and generation config of a second model, which drafts
 POLL_STEPS = 8  # decode steps between two looks at the tokens where nobody is waiting for each of them
 
 
@@ -43,11 +44,12 @@ def generate(
     config: GenerationConfig,
     streamer: Streamer | None = None,
     cache: StaticCache | None = None,
+    assistant: Assistant | None = None,
     **settings: Any,
 ) -> torch.Tensor:
     """Decode a batch; see :meth:`fastllama.LlamaForCausalLM.generate`."""
     poll_every = POLL_STEPS if streamer is None else 1
-    tokens = _start(runner, input_ids, attention_mask, config, settings, poll_every, cache)
+    tokens = _start(runner, input_ids, attention_mask, config, settings, poll_every, cache, assistant)
     if streamer is not None:
         streamer.put(input_ids.cpu())
     new: list[torch.Tensor] = []
@@ -67,10 +69,11 @@ def stream(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     config: GenerationConfig,
+    assistant: Assistant | None = None,
     **settings: Any,
 ) -> Generator[torch.Tensor, None, None]:
     """Decode a batch step by step; see :meth:`fastllama.LlamaForCausalLM.stream`."""
-    return _start(runner, input_ids, attention_mask, config, settings, poll_every=1)
+    return _start(runner, input_ids, attention_mask, config, settings, 1, None, assistant)
 
 
 def _start(
@@ -80,7 +83,8 @@ def _start(
     config: GenerationConfig,
     settings: dict[str, Any],
     poll_every: int,
-    cache: StaticCache | None = None,
+    cache: StaticCache | None,
+    assistant: Assistant | None,
 ) -> Generator[torch.Tensor, None, None]:
     """Check a call now; the generator that is returned decodes."""
     network = runner.config
@@ -98,7 +102,7 @@ def _start(
             f"prompt and new tokens come to {total}, of which the cache holds all but the last, and the StaticCache "
             f"that is given has {cache.max_cache_len} slots; allocate it with a larger max_cache_len"
         )
-    return _columns(runner, requests, poll_every, cache, drafts_of(config, settings))
+    return _columns(runner, requests, poll_every, cache, drafting_of(config, settings, runner, assistant))
 
 
 def cache_in_step(
@@ -140,8 +144,8 @@ def _columns(
     requests: Sequence[Request],
     poll_every: int,
     cache: StaticCache | None,
-    drafts: tuple[int, int] | None,
+    drafting: Drafting | None,
 ) -> Generator[torch.Tensor, None, None]:
-    with closing(decode(runner, requests, poll_every, cache, drafts)) as bursts:
+    with closing(decode(runner, requests, poll_every, cache, drafting)) as bursts:
         for tokens_bn in bursts:
             yield from tokens_bn.unbind(1)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack
 
 import torch
 
 from fastllama.engine.buffers import Snapshot
 from fastllama.engine.runner import Runner
+from fastllama.generation.drafting import Drafting
 from fastllama.generation.request import Request
-from fastllama.generation.speculation import drafted, drafter_of
+from fastllama.generation.speculation import drafted
 from fastllama.generation.stopping import Stopping
 from fastllama.generation.token_masks import TokenMasks
 from fastllama.model.cache import StaticCache
@@ -28,7 +30,7 @@ def decode(
     requests: Sequence[Request],
     poll_every: int = 1,
     cache: StaticCache | None = None,
-    drafts: tuple[int, int] | None = None,
+    drafting: Drafting | None = None,
 ) -> Generator[torch.Tensor, None, None]:
     """Decode rows together until the last one ends; yields their new tokens, int64 ``[b, n]`` on the CPU, n ≥ 1.
 
@@ -42,13 +44,15 @@ def decode(
             is looked at.
         cache: of the caller's, which the runner takes: holds each prompt's first tokens, and in the end all that has
             been computed.
-        drafts: see :func:`fastllama.generation.speculation.drafts_of`; not next to a cache or a token mask, which
-            depends on the tokens before.
+        drafting: what drafts; nothing does next to a cache or a token mask, which depends on the tokens before.
 
     Raises:
         RuntimeError: this thread already holds the engine in an unfinished iteration.
     """
-    with runner.session() as session:
+    assistant = drafting.assistant if drafting else None
+    with ExitStack() as stack:
+        held = sorted({runner, assistant} - {None}, key=id)  # in one order, or two calls could wait for each other
+        sessions = {each: stack.enter_context(each.session()) for each in held}
         needed = max(len(request.prompt) + min(request.max_new_tokens, AHEAD) for request in requests)
         runner.reserve(len(requests), needed if runner.cache else max(needed, runner.default_cache_len))
         stopping, least = Stopping(requests), None if cache is None else 1
@@ -56,13 +60,15 @@ def decode(
             runner.take(cache, [request.prompt for request in requests])
         masks = TokenMasks(requests, runner.config.vocab_size)
         burst = poll_every if runner.runs_ahead and not masks else 1
-        drafter = None if masks or cache is not None else drafter_of(runner, requests, drafts)
-        if drafts and drafter is None:
-            logger.info("no tokens are drafted: a cache or a token mask is given, or no step takes several a row")
+        drafter = None
+        if drafting and (masks or cache is not None):
+            logger.info("no tokens are drafted: a cache or a token mask is given")
+        elif drafting:
+            drafter = drafting.drafter(runner, requests)
         if drafter is None:
             bursts = _bursts(runner, masks.first(requests), burst, least, runner.runs_ahead and not masks)
         else:
-            bursts = drafted(runner, requests, drafter, least)
+            bursts = drafted(runner, requests, drafter, least, stopping)
         try:
             for tokens_bn in bursts:
                 tokens_bn = stopping.take(tokens_bn)
@@ -71,10 +77,13 @@ def decode(
                 yield tokens_bn
                 if stopping.all_ended:
                     return
-                runner.hold(session)  # an iterator may be handed to another thread
+                for each, session in sessions.items():
+                    each.hold(session)  # an iterator may be handed to another thread
         finally:
             if cache is not None:
                 runner.give(cache)
+            if drafter is not None:
+                drafter.close()
 
 
 def _bursts(

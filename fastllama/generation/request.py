@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from fastllama.config import GenerationConfig
-from fastllama.config.settings import KNOWN, OFF, OUTSIDE_THE_STEP, said
+from fastllama.config.settings import ENDS, KNOWN, OFF, OUTSIDE_THE_STEP, said
 from fastllama.config.tokens import depth, plain_numbers
 from fastllama.engine.row import GREEDY, NO_CHANGES, Changes, Sampling
 from fastllama.generation.changes import allowed_tokens, beyond_the_step, changes_of, fill_mask, token_masks
+from fastllama.generation.stop_strings import stop_strings_of
 from fastllama.ops import row_seed
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Request:
     eos_token_ids: the row ends when it gives one of these, and gives ``pad_token_id`` from then on.
     allowed: int32 ``[words]`` on the CPU, the token mask of every step; None: all tokens.
     next_allowed: writes to a mask what may follow, given the new tokens, int64 ``[n]``; before each step.
+    ends: whether the row ends with the last of its tokens, those in ``seen`` and the new ones.
     """
 
     prompt: torch.Tensor
@@ -64,6 +66,7 @@ class Request:
     seen: torch.Tensor = None  # type: ignore[assignment]
     allowed: torch.Tensor | None = None
     next_allowed: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+    ends: Callable[[Sequence[int]], bool] | None = None
 
     def __post_init__(self) -> None:
         if self.seen is None:
@@ -109,6 +112,7 @@ def requests_of(
     is_free = any(own.do_sample and own.seed is None for own in configs)  # else torch's generator stays as it is
     seed = int(torch.randint(2**62, (), device="cpu")) if is_free else 0
     masks = token_masks({**config.other, **settings}, vocab_size)
+    ends = stop_strings_of(*({**config.other, **settings}.get(name) for name in ENDS))
     rows = zip(input_ids, prompts, unpadded(input_ids.cpu().long(), mask), configs, strict=True)
     requests = []
     for whole, prompt, seen, own in rows:
@@ -119,6 +123,8 @@ def requests_of(
             row = number if "seed" in listed else len(requests)  # a seed of its own counts as in a call of its own
             row_of_call = row_seed(seed if own.seed is None else own.seed, row)
             request = _request(prompt, input_ids.shape[1], own, row_of_call, known, vocab_size)
+            if ends is not None:
+                request = dataclasses.replace(request, ends=ends)
             if masks:
                 follow = functools.partial(fill_mask, masks, len(requests), whole)
                 request = dataclasses.replace(request, next_allowed=follow)

@@ -1,158 +1,223 @@
-"""Speculative decoding: tokens that may come next are looked up, and steps take several at once where that pays.
+"""Speculative decoding: tokens that may come next are drafted, and steps take several at once where that pays.
 
 What comes out is what would come out without. A step samples the row's own token after each drafted one and goes on
 while they are equal (:func:`fastllama.engine.steps.draft`), so a draft decides how many tokens a step gives, and
-nothing else. Where a text has come before, its continuation is the draft: the latest one after the longest end of the
-row that occurs in prompt and new tokens (prompt lookup, arXiv 2304.04487, with the match of suffix decoding,
-arXiv 2411.04975).
+nothing else.
 
-Whether and how far to draft follows from two things that are measured while decoding: what a step of t tokens costs,
-and how often a drafted token comes true after a match of that length. The latter is known for rows that do not draft
-as well, for what would have been drafted can be compared with what came.
+Whether and how far to draft follows from what is measured while decoding: what a step of t tokens costs, what drafting
+costs, and how often drafted tokens of a class come true, such as those after a match of that length. Where drafts are
+free the latter is known for rows that do not draft as well, for what would have been drafted can be compared with what
+came; a second model sleeps where it does not pay, ever longer, and is tried again.
 
 Shape suffixes: ``b`` rows, ``t`` drafted tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
-from fastllama.config import GenerationConfig
-from fastllama.config.fields import check_int
 from fastllama.engine.row import MAX_EOS_IDS
 from fastllama.engine.runner import Runner
-from fastllama.engine.steps import batch_bucket
+from fastllama.engine.steps import VERIFY_TOKENS, batch_bucket
+from fastllama.generation.lookup import NOTHING, Draft, Texts
 from fastllama.generation.request import Request
+from fastllama.generation.stopping import Stopping
 
-CHOICES = ("off", "auto")
-KEY = 2  # tokens by which a text's places are indexed
-PLACES = 16  # of an end that are compared, the latest ones
-LONGEST = 32  # tokens of a match, beyond which its length does not matter
-CLASSES = (3, 5, 9)  # bounds between match lengths of one hit rate
 MARGIN = 1.05  # tokens a second that a step with drafts has to promise, over one without
 HIT_WEIGHT = 0.1  # of the newest observation
-LEAST_SEEN, LAST_SEEN = 3, 9  # steps that their cost is taken from
+LEAST_SEEN, LAST_SEEN = 3, 9  # times of a step that its cost is taken from
+DRAFT_SHARE = 0.1  # of a step, what a token of a second model is guessed to cost before one was drafted
+LONGEST_SLEEP = 256  # steps
+LONGEST_KNOWN = 256  # the same, for which a cost is believed that is not seen again
 
 
-def drafts_of(config: GenerationConfig, settings: Mapping[str, Any]) -> tuple[int, int] | None:
-    """How many tokens a row may draft, and the longest match that is looked for; None: no drafts.
+class Source(Protocol):
+    """Where drafts come from: a lookup, a second model; heads of the model's own would be another one."""
 
-    Raises:
-        ValueError: a setting out of range.
-    """
-    choice, drafts, longest = (
-        settings.get(name, getattr(config, name))
-        for name in ("speculate", "prompt_lookup_num_tokens", "max_matching_ngram_size")
-    )
-    if choice not in (None, *CHOICES):
-        raise ValueError(f"speculate is {choice!r}; expected {' or '.join(map(repr, CHOICES))}")
-    for name, value in (("prompt_lookup_num_tokens", drafts), ("max_matching_ngram_size", longest)):
-        if value is not None:
-            check_int(name, value, at_least=1)
-    if choice != "auto" and drafts is None:
-        return None
-    return drafts or LONGEST, min(longest or LONGEST, LONGEST)
+    @property
+    def classes(self) -> int:
+        """Number of classes of drafted tokens, those of one coming true equally often."""
+        ...
 
+    @property
+    def is_free(self) -> bool:
+        """Whether drafting costs nothing next to a step."""
+        ...
 
-class Lookup:
-    """Finds what followed the end of a text where that came before.
+    @property
+    def key(self) -> Any:
+        """By which what it costs is known in later calls."""
+        ...
 
-    Args:
-        longest: tokens of the text's end that are compared.
-    """
+    def draft(self, going: Sequence[int], count: int) -> Mapping[int, Draft]:
+        """Drafts of at most ``count`` tokens for rows, by number."""
+        ...
 
-    def __init__(self, longest: int = LONGEST) -> None:
-        self._tokens: list[int] = []
-        self._places: dict[tuple[int, ...], list[int]] = {}  # where the text goes on after these tokens
-        self._longest, self._key = longest, min(KEY, longest)
+    def extend(self, number: int, tokens: Sequence[int]) -> None:
+        """Let a row go on."""
+        ...
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Let the text go on."""
-        for token in tokens:
-            if len(self._tokens) >= self._key:
-                self._places.setdefault(tuple(self._tokens[-self._key :]), []).append(len(self._tokens))
-            self._tokens.append(token)
-
-    def draft(self, count: int) -> tuple[list[int], int]:
-        """What may come next, ``count`` tokens or none, and the length of the match."""
-        text = self._tokens
-        places = self._places.get(tuple(text[-self._key :]), [])
-        best, length = 0, 0
-        for place in reversed(places[-PLACES:]):
-            matched = self._key
-            while matched < min(self._longest, place) and text[place - 1 - matched] == text[-1 - matched]:
-                matched += 1
-            if matched > length:
-                best, length = place, matched
-        found: list[int] = []
-        for at in range(best, best + count if length else best):
-            found.append(text[at] if at < len(text) else found[at - len(text)])  # past the end it repeats
-        return found, length
+    def close(self) -> None:
+        """The call has ended, perhaps by an error."""
+        ...
 
 
 class Odds:
-    """How often drafted tokens come true, by the length of the match."""
+    """How often drafted tokens come true, by their class."""
 
-    def __init__(self) -> None:
-        self._rates = [0.5] * (len(CLASSES) + 1)
+    def __init__(self, classes: int) -> None:
+        self._rates = [0.5] * classes
+        self.rate = 0.5  # of all of them
 
-    def of(self, length: int) -> float:
-        """The share that comes true after a match of that many tokens."""
-        return self._rates[sum(length >= bound for bound in CLASSES)]
+    def of(self, draft: Draft) -> list[float]:
+        """How likely it is for each token that it comes true, and all those before it."""
+        return list(itertools.accumulate((self._rates[each] for each in draft.classes), lambda all_, one: all_ * one))
 
-    def note(self, length: int, drafted: Sequence[int], came: Sequence[int]) -> None:
+    def note(self, draft: Draft, came: Sequence[int]) -> None:
         """Compare what was drafted with what came, up to the first token that differs."""
-        where = sum(length >= bound for bound in CLASSES)
-        for wanted, token in zip(drafted, came, strict=False):
-            self._rates[where] += HIT_WEIGHT * ((wanted == token) - self._rates[where])
-            if wanted != token:
+        for wanted, where, token in zip(draft.tokens, draft.classes, came, strict=False):
+            hit = wanted == token
+            self._rates[where] += HIT_WEIGHT * (hit - self._rates[where])
+            self.rate += HIT_WEIGHT * (hit - self.rate)
+            if not hit:
                 return
 
 
 class Costs:
-    """What steps of t tokens a row take, in seconds: the median of the last ones."""
+    """What steps of t tokens a row take, or drafts of t tokens, in seconds: the median of the last ones."""
 
     def __init__(self) -> None:
         self._last: dict[int, deque[float]] = {}
         self._seconds: dict[int, float] = {}
+        self._seen: dict[int, int] = {}  # when, in steps of any size
+        self._count = 0
 
-    def of(self, tokens: int) -> float:
-        """Seconds of such a step; of one that has hardly been seen a guess."""
-        if tokens in self._seconds:
-            return self._seconds[tokens]
-        return 1.0 if tokens == 1 else self.of(1) * (1 + 0.03 * (tokens - 1))
+    def of(self, tokens: int) -> float | None:
+        """Seconds of such a step; None where hardly any was seen, or none for long: it may cost less by now."""
+        if self._count - self._seen.get(tokens, 0) > LONGEST_KNOWN:
+            self._last.pop(tokens, None)
+            self._seconds.pop(tokens, None)
+        return self._seconds.get(tokens)
 
     def note(self, tokens: int, seconds: float) -> None:
-        """A step took that long."""
+        """It took that long."""
+        self._count += 1
+        self._seen[tokens] = self._count
         last = self._last.setdefault(tokens, deque(maxlen=LAST_SEEN))
         last.append(seconds)
         if len(last) >= LEAST_SEEN:
             self._seconds[tokens] = statistics.median_low(last)
 
 
+@dataclass
+class DraftCounts:
+    """What has come of the drafts of a model, since it was loaded.
+
+    Attributes:
+        steps: steps of a row, with drafts or without, of calls that ask for drafts.
+        tokens: new tokens that they gave.
+        drafted: tokens that steps verified, by their place in the draft.
+        accepted: those of them that came true.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    drafted: list[int] = field(default_factory=lambda: [0] * (VERIFY_TOKENS[-1] - 1))
+    accepted: list[int] = field(default_factory=lambda: [0] * (VERIFY_TOKENS[-1] - 1))
+
+    @property
+    def tokens_per_step(self) -> float:
+        """New tokens of a row's step, 1 without drafts."""
+        return self.tokens / self.steps if self.steps else 0.0
+
+    @property
+    def acceptance(self) -> list[float | None]:
+        """The share of drafted tokens that came true, by their place; None where there were none."""
+        pairs = zip(self.accepted, self.drafted, strict=True)
+        return [accepted / drafted if drafted else None for accepted, drafted in pairs]
+
+    def since(self, before: DraftCounts) -> DraftCounts:
+        """What has come since then."""
+        places = [
+            [now - then for now, then in zip(here, there, strict=True)]
+            for here, there in ((self.drafted, before.drafted), (self.accepted, before.accepted))
+        ]
+        return DraftCounts(self.steps - before.steps, self.tokens - before.tokens, *places)
+
+    def note(self, draft: Sequence[int], came: Sequence[int]) -> None:
+        """A step verified a draft, perhaps an empty one, and gave these tokens."""
+        self.steps += 1
+        self.tokens += len(came)
+        for place, (wanted, token) in enumerate(itertools.zip_longest(draft, came[: len(draft)])):
+            self.drafted[place] += 1
+            self.accepted[place] += wanted == token
+
+
+@dataclass
+class Sleep:
+    """When a source is asked again that does not pay: after ``left`` steps, the next time after ``length``."""
+
+    length: int = 1
+    left: int = 0
+
+
+@dataclass
+class Known:
+    """What speculative decoding knows of an engine, from call to call.
+
+    Attributes:
+        steps: their costs, by the bucket of the batch.
+        drafts: what they cost, and whether they sleep, by the bucket and the key of their source.
+        counts: what has come of drafts.
+        texts: earlier ones.
+    """
+
+    steps: dict[int, Costs] = field(default_factory=dict)
+    drafts: dict[Any, tuple[Costs, Sleep]] = field(default_factory=dict)
+    counts: DraftCounts = field(default_factory=DraftCounts)
+    texts: Texts = field(default_factory=Texts)
+
+
+def known_of(runner: Runner) -> Known:
+    """What is known of an engine."""
+    if runner.speculation is None:
+        runner.speculation = Known()
+    known: Known = runner.speculation
+    return known
+
+
 class Drafter:
     """Drafts for the rows of a call, where they pay.
 
     Args:
-        prompts: int64 ``[tokens]`` on the CPU, of each row.
-        longest: tokens of a match that count.
+        source: of the drafts.
+        rows: number of them.
         sizes: tokens a row that a step may take at once, besides 1.
-        costs: of such steps, with what is known of them.
+        known: of the engine.
+        most: tokens of a draft at most.
+        adapts: whether that grows by two after a draft that came true, and shrinks by one after others.
     """
 
-    def __init__(self, prompts: Sequence[torch.Tensor], longest: int, sizes: Sequence[int], costs: Costs) -> None:
-        self.rows = [Lookup(longest) for _ in prompts]
-        for row, prompt in zip(self.rows, prompts, strict=True):
-            row.extend(prompt.tolist())
-        self._sizes = [*sizes]
-        self._odds, self._costs = [Odds() for _ in prompts], costs
-        self._found: list[tuple[list[int], int]] = [([], 0)] * len(prompts)
+    def __init__(
+        self, source: Source, rows: int, sizes: Sequence[int], known: Known, most: int, adapts: bool = False
+    ) -> None:
+        self._source, self._rows, self._sizes = source, rows, [*sizes]
+        self._most, self._adapts = most, adapts
+        self._odds = [Odds(source.classes) for _ in range(rows)]
+        bucket = batch_bucket(rows)
+        self._steps = known.steps.setdefault(bucket, Costs())
+        self._drafts, self._sleep = known.drafts.setdefault((bucket, source.key), (Costs(), Sleep()))
+        self._counts = known.counts
+        self._found: Mapping[int, Draft] = {}
+        self._could_pay = True  # if all that is drafted came true
 
     def draft(self, going: Sequence[int]) -> list[list[int]]:
         """For each row of the next step as many drafted tokens; empty lists where a plain step is better.
@@ -160,43 +225,85 @@ class Drafter:
         Args:
             going: numbers of the rows that have not ended.
         """
-        self._found = [([], 0)] * len(self.rows)
-        for row in going:
-            self._found[row] = self.rows[row].draft(self._sizes[-1] - 1)
-        if not any(found for found, _ in self._found):
-            return [[]] * len(self.rows)
-        best, promise = 1, MARGIN * len(going) / self._costs.of(1)
-        for size in self._sizes:
-            expected = sum(self._expected(row, size) for row in going) / self._costs.of(size)
-            if expected > promise:
-                best, promise = size, expected
-        return [found[: best - 1] for found, _ in self._found]
+        count, self._found = self._planned(going), {}
+        if count:
+            started = time.perf_counter()
+            self._found = self._source.draft(going, count)
+            self._drafts.note(count, time.perf_counter() - started)
+        if not self._found or self._steps.of(1) is None:  # nothing to compare with
+            return [[]] * self._rows
+        likely = {row: self._odds[row].of(draft) for row, draft in self._found.items()}
+        sizes = [size for size in self._sizes if size <= self._most + 1]
 
-    def note(self, tokens: int, seconds: float, came: Sequence[Sequence[int]]) -> None:
-        """A step of that many tokens a row took so long and gave this."""
-        self._costs.note(tokens, seconds)
+        def expected(size: int) -> float:
+            return len(going) + sum(sum(each[: size - 1]) for each in likely.values())
+
+        size = self._best(sizes, {size: expected(size) / self._cost(size) for size in sizes}, len(going))
+        return [self._found.get(row, NOTHING).tokens[: size - 1] for row in range(self._rows)]
+
+    def note(self, tokens: int, seconds: float, drafts: Sequence[Sequence[int]], came: Sequence[Sequence[int]]) -> None:
+        """A step of that many tokens a row took so long, verified these drafts and gave this; 0 for a prefill."""
+        if tokens:
+            self._steps.note(tokens, seconds)
+        missed = False
         for row, new in enumerate(came):
-            found, length = self._found[row]
-            if found and new:
-                self._odds[row].note(length, found, new)
-            self.rows[row].extend(new)
+            draft = self._found.get(row)
+            if draft and new:
+                self._odds[row].note(draft, new)
+            if new and tokens:
+                self._counts.note(drafts[row], new)
+                missed |= len(new) <= len(drafts[row])
+            self._source.extend(row, new)
+        if self._found and self._could_pay and all(d.tokens[0] in came[row][:1] for row, d in self._found.items()):
+            self._sleep.length = 1
+        if any(drafts) and self._adapts:
+            self._most = max(1, self._most - 1) if missed else min(self._most + 2, self._sizes[-1] - 1)
 
-    def _expected(self, row: int, size: int) -> float:
-        found, length = self._found[row]
-        odds = self._odds[row].of(length) if found else 0.0
-        return sum(odds**at for at in range(size))
+    def close(self) -> None:
+        """The call has ended."""
+        self._source.close()
+
+    def _planned(self, going: Sequence[int]) -> int:
+        """How many tokens to draft: all there may be where it is free, else what pays, if it is not asleep."""
+        sizes = [size for size in self._sizes if size <= self._most + 1]
+        if not sizes or not going or self._source.is_free:
+            return sizes[-1] - 1 if sizes and going else 0
+        if self._sleep.left or self._steps.of(1) is None:
+            self._sleep.left = max(0, self._sleep.left - 1)
+            return 0
+        promises = self._promises(sizes, [self._odds[row].rate for row in going])
+        self._could_pay = self._best(sizes, self._promises(sizes, [1.0] * len(going)), len(going)) > 1
+        if (size := self._best(sizes, promises, len(going))) > 1:
+            return size - 1
+        self._sleep.left, self._sleep.length = self._sleep.length, min(2 * self._sleep.length, LONGEST_SLEEP)
+        return max(promises, key=promises.__getitem__) - 1
+
+    def _promises(self, sizes: Sequence[int], rates: Sequence[float]) -> dict[int, float]:
+        """Tokens a second of each size, drafting included, where tokens of the rows come true so often."""
+        found = {}
+        for size in sizes:
+            drafting = self._drafts.of(size - 1) or DRAFT_SHARE * (size - 1) * self._cost(1)
+            expected = sum(rate**at for rate in rates for at in range(size))
+            found[size] = expected / (self._cost(size) + drafting)
+        return found
+
+    def _best(self, sizes: Sequence[int], promises: Mapping[int, float], rows: int) -> int:
+        """The size that promises the most tokens a second; 1 where none does better than a plain step."""
+        best, promise = 1, MARGIN * rows / self._cost(1)
+        for size in sizes:
+            if promises[size] > promise:
+                best, promise = size, promises[size]
+        return best
+
+    def _cost(self, tokens: int) -> float:
+        """Seconds of a step; of one that has hardly been seen a guess."""
+        one = self._steps.of(1) or 1.0
+        return self._steps.of(tokens) or one * (1 + 0.03 * (tokens - 1))
 
 
-def drafter_of(runner: Runner, requests: Sequence[Request], drafts: tuple[int, int] | None) -> Drafter | None:
-    """What drafts for the rows of a call; None where it asks for none, or no step takes several tokens."""
-    sizes = [size for size in runner.draft_sizes(len(requests)) if drafts and size - 1 <= drafts[0]]
-    if drafts is None or not sizes:
-        return None
-    costs = runner.costs.setdefault(batch_bucket(len(requests)), Costs())
-    return Drafter([request.prompt for request in requests], drafts[1], sizes, costs)
-
-
-def drafted(runner: Runner, requests: Sequence[Request], drafter: Drafter, least: int | None) -> Iterator[torch.Tensor]:
+def drafted(
+    runner: Runner, requests: Sequence[Request], drafter: Drafter, least: int | None, stopping: Stopping
+) -> Iterator[torch.Tensor]:
     """Prefill, then step after step, and yield what all rows have given since the last time, ``[b, n]``.
 
     A row that has given more than another one waits with it.
@@ -205,12 +312,13 @@ def drafted(runner: Runner, requests: Sequence[Request], drafter: Drafter, least
     eos = [frozenset(request.eos_token_ids[:MAX_EOS_IDS]) for request in requests]
     waiting: list[list[int]] = [[] for _ in requests]
     given, going = [0] * count, list(range(count))
+    drafts: list[list[int]] = [[]] * count
     newest = runner.newest().read()[:count] if runner.prefill(dict(enumerate(requests)), least) else None
     came, tokens, started = [] if newest is None else newest.tolist(), 0, 0.0
     while True:
         if came:
             new = [came[row] if row in going else [] for row in range(count)]
-            drafter.note(tokens, time.perf_counter() - started, new)
+            drafter.note(tokens, time.perf_counter() - started, drafts, new)
             for row in going:
                 given[row] += len(came[row])
             going = [row for row in going if given[row] < requests[row].max_new_tokens and not eos[row] & {*came[row]}]
@@ -218,12 +326,16 @@ def drafted(runner: Runner, requests: Sequence[Request], drafter: Drafter, least
                 yield newest
             else:
                 waiting = [before + after for before, after in zip(waiting, new, strict=True)]
-                ready = min((len(waiting[row]) for row in going), default=max(map(len, waiting)))
-                columns = [(row[:ready] + [0] * ready)[:ready] for row in waiting]  # whoever reads it knows the ends
-                waiting = [row[ready:] for row in waiting]
+                ready = min((len(waiting[row]) for row in going), default=0)
                 if ready:
-                    yield torch.tensor(columns, dtype=torch.long, device="cpu")
+                    yield _columns(waiting, ready)
+                waiting = [row[ready:] for row in waiting]
+            if stopped := [row for row in going if stopping.ended[row]]:
+                runner.end(stopped)
+                going = [row for row in going if row not in stopped]
             if not going:
+                if any(waiting):
+                    yield _columns(waiting, max(map(len, waiting)))
                 return
         drafts = drafter.draft(going)
         tokens = 1 + max(map(len, drafts))
@@ -236,3 +348,8 @@ def drafted(runner: Runner, requests: Sequence[Request], drafter: Drafter, least
         else:
             whole = [(draft + [0] * tokens)[: tokens - 1] for draft in drafts]
             newest, came = None, runner.step_with(torch.tensor(whole, dtype=torch.long, device="cpu"))
+
+
+def _columns(rows: Sequence[Sequence[int]], count: int) -> torch.Tensor:
+    """The first tokens of rows ``[b, count]``, zeros where there are none: whoever reads them knows the ends."""
+    return torch.tensor([([*row[:count]] + [0] * count)[:count] for row in rows], dtype=torch.long, device="cpu")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+
+from fastllama.tokenizer import Tokenizer
 
 MARGIN = 8  # tokens before a stop string, so that its first token is decoded as it is inside a text
 
@@ -21,6 +23,9 @@ class Decoder(Protocol):
 class StopStrings:
     """Ends a row whose newest token completes one of some strings, wherever in the token that is.
 
+    Attributes:
+        tail: number of a row's last tokens that it depends on.
+
     Args:
         strings: one or several.
         tokenizer: of the model.
@@ -34,11 +39,11 @@ class StopStrings:
         if not self._strings or not all(isinstance(each, str) and each for each in self._strings):
             raise ValueError(f"stop_strings is {strings!r}; expected a string that is not empty, or a list of such")
         self._tokenizer = tokenizer
-        self._tail = max(len(each.encode()) for each in self._strings) + MARGIN  # a token has one byte at least
+        self.tail = max(len(each.encode()) for each in self._strings) + MARGIN  # a token has one byte at least
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """Which rows of ``input_ids [b, t]`` end with their last token, bool ``[b]``."""
-        ended = [self._has_ended(ids) for ids in input_ids[:, -self._tail :].tolist()]
+        ended = [self._has_ended(ids) for ids in input_ids[:, -self.tail :].tolist()]
         return torch.tensor(ended, device=input_ids.device)
 
     def _has_ended(self, ids: list[int]) -> bool:
@@ -46,3 +51,28 @@ class StopStrings:
         pairs = enumerate(zip(text, before, strict=False))
         known = next((at for at, (now, then) in pairs if now != then), len(before))  # a character may become complete
         return any(text.rfind(each) + len(each) > known for each in self._strings if each in text)
+
+
+def stop_strings_of(strings: str | Sequence[str] | None, tokenizer: Any) -> Callable[[Sequence[int]], bool] | None:
+    """Whether a row ends with the last of its tokens, prompt included, of which it takes as many as are there.
+
+    A tokenizer of transformers decides that with transformers' code, as there.
+
+    Args:
+        strings: one or several; None: no row ends so.
+        tokenizer: of the model, ours or transformers'.
+
+    Raises:
+        ValueError: strings that nothing can complete; no tokenizer.
+    """
+    if strings is None:
+        return None
+    if tokenizer is None:
+        raise ValueError(f"stop_strings is {strings!r} and no tokenizer is given; pass tokenizer= with it")
+    criterion: Any = StopStrings(strings, tokenizer)  # which checks the strings
+    tail = criterion.tail
+    if not isinstance(tokenizer, Tokenizer) and hasattr(tokenizer, "get_vocab"):
+        from transformers import StopStringCriteria
+
+        criterion = StopStringCriteria(tokenizer, [strings] if isinstance(strings, str) else list(strings))
+    return lambda tokens: bool(criterion(torch.tensor([tokens[-tail:]], device="cpu"), None)[0])

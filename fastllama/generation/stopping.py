@@ -13,12 +13,14 @@ from fastllama.generation.request import Request
 
 
 class Stopping:
-    """Follows the new tokens of some rows, to see which of them have ended: by an EOS id or at their limit."""
+    """Follows the new tokens of some rows, to see which of them have ended: by EOS id, stop string or at the limit."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self._eos = [frozenset(request.eos_token_ids) for request in requests]
         self._left = [request.max_new_tokens for request in requests]
         self._pad = [request.pad_token_id for request in requests]
+        self._ends = [request.ends for request in requests]
+        self._texts = [[] if request.ends is None else request.seen.tolist() for request in requests]
 
     @property
     def all_ended(self) -> bool:
@@ -44,8 +46,15 @@ class Stopping:
         """How many of the tokens the row still gives."""
         for count, token in enumerate(tokens[: self._left[index]], start=1):
             self._left[index] -= 1
-            if token in self._eos[index]:
+            if token in self._eos[index] or self._is_stopped(index, token):
                 self._left[index] = 0
             if not self._left[index]:
                 return count
         return len(tokens) if self._left[index] else 0
+
+    def _is_stopped(self, index: int, token: int) -> bool:
+        ends, text = self._ends[index], self._texts[index]
+        if ends is None:
+            return False
+        text.append(token)
+        return ends(text)

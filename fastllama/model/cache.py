@@ -99,6 +99,12 @@ class StaticCache:
         self.batch_size, self.max_cache_len, self.length_b = batch_size, max_cache_len, length_b
         self._length = self._length if keep else 0
 
+    def copy_rows(self, source: StaticCache, rows: int, tokens: int) -> None:
+        """Hold what the first rows of another cache hold, their first tokens; lengths stay."""
+        for name in ("key_cache", "value_cache"):
+            for to_bksd, from_bksd in zip(getattr(self, name), getattr(source, name), strict=True):
+                to_bksd[:rows, :, :tokens] = from_bksd[:rows, :, :tokens]
+
     def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
         try:
             return zeros(shape, self.dtype, self.device)

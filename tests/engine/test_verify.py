@@ -22,7 +22,7 @@ def warm(make_pair_once, request) -> tuple:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTLLAMA_CPU_STEP", request.param)
         runner = Runner(model)
-    runner.warmup(2, 80, verify=True)
+    runner.warmup(2, 80, speculate=True)
     return model, runner
 
 
@@ -35,28 +35,29 @@ def test_logits_of_all_positions_equal_the_eager_forward(warm, t, lengths) -> No
         runner.prefill({slot: Request(prompt, 40) for slot, prompt in enumerate(prompts)})
         newest_b1 = runner.newest().read()[: len(lengths)]
         ids_bt = torch.cat((newest_b1, torch.randint(0, 96, (len(lengths), t - 1))), dim=1)
-        logits_btv = runner.verify(ids_bt).clone()
+        position_bt = torch.tensor(lengths)[:, None] + torch.arange(t)
+        logits_btv = runner.write(ids_bt, position_bt).clone()
     for prompt, tail, logits_tv in zip(prompts, ids_bt, logits_btv, strict=True):
         with torch.no_grad():
             expected = model(torch.cat((prompt, tail))[None]).logits[0, len(prompt) :]
         assert (logits_tv - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_verifying_moves_no_row_so_that_what_is_not_taken_is_forgotten(warm) -> None:
+def test_writing_moves_no_row_so_that_what_is_not_taken_is_forgotten(warm) -> None:
     _, runner = warm
     requests = {slot: Request(prompt, 20) for slot, prompt in enumerate(prompts_of(9, 3))}
 
-    def tokens(verified: bool) -> list:
+    def tokens(written: bool) -> list:
         with runner.session():
             runner.prefill(requests)
-            for _ in range(10):
-                if verified:
-                    newest_b1 = runner.newest().read()[:2]
-                    runner.verify(torch.cat((newest_b1, torch.randint(0, 96, (2, 5))), dim=1))
+            for step in range(10):
+                if written:
+                    ids_bt = torch.cat((runner.newest().read()[:2], torch.randint(0, 96, (2, 5))), dim=1)
+                    runner.write(ids_bt, torch.tensor([[9], [3]]) + step + torch.arange(6))
                 runner.step()
             return runner.output(0, 11).read()[:2].tolist()
 
-    assert tokens(verified=True) == tokens(verified=False)
+    assert tokens(written=True) == tokens(written=False)
 
 
 def test_there_is_one_compiled_step_for_each_batch_bucket_and_number_of_tokens(warm) -> None:

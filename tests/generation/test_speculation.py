@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drafts import draft_always, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import SHAPE
 
-from fastllama import LlamaConfig, LlamaForCausalLM, StaticCache
-from fastllama.config import GenerationConfig
+from fastllama import GenerationConfig, LlamaForCausalLM, StaticCache
 from fastllama.engine.runner import Runner
-from fastllama.generation import speculation
+from fastllama.generation.drafting import drafting_of
+from fastllama.generation.lookup import Draft, LookupSource
 from fastllama.generation.request import Request
-from fastllama.generation.speculation import Costs, Drafter, Lookup, Odds, drafts_of
+from fastllama.generation.speculation import Costs, DraftCounts, Drafter, Known, Odds
 
 VOCABULARY = SHAPE["vocab_size"]
 KINDS = [("float32", None, None), ("bfloat16", None, None), ("float16", None, None), ("bfloat16", "int8", None),
          ("bfloat16", "int4", "int8")]  # fmt: skip
-
-
-def make(dtype: str, scheme: str | None = None, cache: str | None = None, folder=None) -> LlamaForCausalLM:
-    torch.manual_seed(3)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE | {"initializer_range": 0.3})).to(getattr(torch, dtype)).eval()
-    if scheme is not None:
-        model.save_pretrained(folder)
-        model = LlamaForCausalLM.from_pretrained(folder, dtype, quantize=scheme, kv_cache_dtype=cache)
-    model.prefix_caching = False  # what it reuses other kernels have computed
-    return model
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(filter(None, kind)))
@@ -35,24 +26,11 @@ def model(request, tmp_path_factory) -> LlamaForCausalLM:
     return make(*request.param, tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def exact() -> LlamaForCausalLM:
-    return make("float32")
+class Letters:
+    """A tokenizer whose tokens are letters."""
 
-
-@pytest.fixture
-def eager(monkeypatch) -> list[int]:
-    """Drafts whatever it costs; a list of how many tokens a row were drafted in each step."""
-    monkeypatch.setattr(speculation, "MARGIN", 0.0)
-    monkeypatch.setattr(Costs, "of", lambda self, tokens: 1.0)
-    genuine, sizes = Runner.step_with, []
-
-    def step_with(self, draft_bt):
-        sizes.append(draft_bt.shape[1])
-        return genuine(self, draft_bt)
-
-    monkeypatch.setattr(Runner, "step_with", step_with)
-    return sizes
+    def decode(self, token_ids) -> str:
+        return "".join(chr(97 + token) for token in token_ids)
 
 
 # ---- what comes out ------------------------------------------------------------------------------------------------
@@ -72,6 +50,7 @@ calls = st.fixed_dictionaries(
         "no_repeat_ngram_size": st.sampled_from([0, 0, 4]),
         "min_new_tokens": st.integers(0, 30),
         "eos_token_id": st.lists(st.integers(0, VOCABULARY - 1), max_size=20, unique=True),
+        "stop_strings": st.none() | st.lists(st.text("abcdef", min_size=1, max_size=3), min_size=1, max_size=2),
         "bad_words_ids": st.none() | st.lists(st.lists(few, min_size=1, max_size=3), min_size=1, max_size=3),
     }
 )
@@ -84,23 +63,30 @@ def batch_of(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@settings(deadline=None, max_examples=60)
-@given(prompts=st.lists(st.lists(few, min_size=1, max_size=40), min_size=1, max_size=3), call=calls)
-def test_tokens_are_those_of_plain_decoding(model, prompts, call) -> None:
+ways = st.sampled_from(["lookup", "pool", "model"])
+
+
+@settings(deadline=None, max_examples=90)
+@given(prompts=st.lists(st.lists(few, min_size=1, max_size=40), min_size=1, max_size=3), call=calls, way=ways)
+def test_tokens_are_those_of_plain_decoding(model, second, prompts, call, way) -> None:
+    how = {
+        "lookup": {"speculate": "auto"},
+        "pool": {"speculate": "auto", "prompt_lookup_pool_tokens": 200},
+        "model": {"assistant_model": second, "assistant_confidence_threshold": 0.1},
+    }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speculation, "MARGIN", 0.0)
-        patch.setattr(Costs, "of", lambda self, tokens: 1.0)
-        batch = batch_of(prompts)
-        plain = model.generate(**batch, **call, pad_token_id=1)
-        drafted = model.generate(**batch, **call, pad_token_id=1, speculate="auto")
+        draft_always(patch)
+        call = {**batch_of(prompts), **call, "pad_token_id": 1, "tokenizer": Letters()}
+        plain = model.generate(**call)
+        drafted = model.generate(**call, **how[way])
     assert torch.equal(plain, drafted)
 
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=300)
-@given(prompts=st.lists(st.lists(few, min_size=1, max_size=60), min_size=1, max_size=4), call=calls)
-def test_many_drawn(exact, prompts, call) -> None:
-    test_tokens_are_those_of_plain_decoding.hypothesis.inner_test(exact, prompts, call)
+@given(prompts=st.lists(st.lists(few, min_size=1, max_size=60), min_size=1, max_size=4), call=calls, way=ways)
+def test_many_drawn(exact, second, prompts, call, way) -> None:
+    test_tokens_are_those_of_plain_decoding.hypothesis.inner_test(exact, second, prompts, call, way)
 
 
 def test_it_takes_fewer_steps_where_text_repeats(exact, eager) -> None:
@@ -146,6 +132,16 @@ def test_next_to_a_cache_or_a_token_mask_nothing_is_drafted(exact, eager) -> Non
     assert not eager
 
 
+def test_what_came_before_is_drafted_from_earlier_texts(eager) -> None:
+    model, ids = make("float32"), torch.tensor([[5, 9, 3, 4, 2]])
+    call = {"max_new_tokens": 40, "speculate": "auto"}
+    plain = model.generate(ids, **call)
+    assert not any(model.draft_counts.accepted)  # it does not repeat itself
+    model.generate(ids, prompt_lookup_pool_tokens=100, **call)
+    assert torch.equal(model.generate(ids, prompt_lookup_pool_tokens=100, **call), plain)
+    assert sum(model.draft_counts.accepted) > 25
+
+
 def test_beams_take_no_notice_of_it(exact) -> None:
     ids = torch.tensor([[5, 9, 3]])
     plain = exact.generate(ids, max_new_tokens=8, num_beams=3)
@@ -179,60 +175,119 @@ def test_any_drafts_give_the_same_tokens(kind, exact, monkeypatch) -> None:
     assert new == [plain[row][: request.max_new_tokens] for row, request in enumerate(requests)]
 
 
-# ---- what is drafted -----------------------------------------------------------------------------------------------
+# ---- what pays -----------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(few, min_size=1, max_size=60), st.integers(1, 8), st.integers(1, 12))
-def test_a_draft_is_what_followed_the_longest_match(text, count, longest) -> None:
-    lookup = Lookup(longest)
-    lookup.extend(text)
-    found, length = lookup.draft(count)
-    key = min(2, longest)
+def lookup(prompt: list[int]) -> LookupSource:
+    return LookupSource([torch.tensor(prompt)], 32)
 
-    def match(place: int) -> int:
-        fits = (
-            n for n in range(longest, key - 1, -1) if n <= place and text[place - n : place] == text[len(text) - n :]
-        )
-        return next(fits, 0)
 
-    matches = {place: match(place) for place in range(key, len(text))}
-    recent = sorted(place for place, n in matches.items() if n)[-16:]
-    assert length == max((matches[place] for place in recent), default=0)
-    if not length:
-        assert found == []
-        return
-    (place,) = sorted(place for place in recent if matches[place] == length)[-1:]
-    whole = list(text)
-    while len(whole) < place + count:
-        whole.append(whole[place + len(whole) - len(text)])
-    assert found == whole[place : place + count]
+class Right:
+    """A second model that costs something and is right, or not."""
+
+    classes, is_free, key = 1, False, "right"
+
+    def __init__(self) -> None:
+        self.right, self.asked = True, 0
+
+    def draft(self, going, count):
+        self.asked += 1
+        return {row: Draft([7 if self.right else 0] * count, [0] * count) for row in going}
+
+    def extend(self, number, tokens) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def test_a_row_drafts_while_it_pays() -> None:
-    costs = Costs()
+    known, source = Known(), lookup([1, 2, 3, 4, 5, 1, 2])
+    costs = known.steps[1] = Costs()
+    drafter = Drafter(source, 1, [4], known, most=32)
+    assert drafter.draft([0]) == [[]]  # what a plain step costs is not known
     for tokens, seconds in ((1, 1.0), (4, 1.3)):
-        assert costs.of(tokens) == pytest.approx(1 + 0.03 * (tokens - 1))  # a guess
+        assert costs.of(tokens) is None
         for each in (9.0, seconds, seconds):  # the first one makes what it needs
             costs.note(tokens, each)
     assert (costs.of(1), costs.of(4)) == (1.0, 1.3)
-    drafter = Drafter([torch.tensor([1, 2, 3, 4, 5, 1, 2])], 32, [4], costs)
     assert drafter.draft([0]) == [[3, 4, 5]]
     for other in range(100, 130):  # misses
-        drafter.note(1, 1.0, [[other, 1, 2]])
+        drafter.note(1, 1.0, [[]], [[other, 1, 2]])
         drafter.draft([0])
     assert drafter.draft([0]) == [[]]
     for _ in range(60):  # what would have been right
-        drafter.note(1, 1.0, [drafter.rows[0].draft(3)[0]])
+        drafter.note(1, 1.0, [[]], [source.rows[0].draft(3)[0]])
         drafter.draft([0])
     assert len(drafter.draft([0])[0]) == 3
     assert drafter.draft([]) == [[]]
 
 
+def test_what_was_slow_is_tried_again() -> None:
+    costs = Costs()
+    for _ in range(3):
+        costs.note(4, 9.0)
+    for _ in range(256):
+        costs.note(1, 1.0)
+    assert costs.of(4) == 9.0
+    costs.note(1, 1.0)
+    assert (costs.of(1), costs.of(4)) == (1.0, None)
+
+
+def test_a_second_model_sleeps_ever_longer_and_wakes_up() -> None:
+    known, source = Known(), Right()
+    drafter = Drafter(source, 1, [2, 4], known, most=20)
+
+    def steps(count: int) -> int:
+        """How often the second model is asked."""
+        before = source.asked
+        for _ in range(count):
+            (draft,) = drafter.draft([0])
+            came = [*draft, 7] if source.right else [7]
+            drafter.note(1 + len(draft), 1.0, [draft], [came])
+        return source.asked - before
+
+    assert steps(50) == 47  # of three it learns what a plain step costs
+    source.right = False
+    assert steps(1000) < 60
+    source.right = True
+    steps(400)
+    assert steps(50) >= 47
+
+
+@pytest.mark.parametrize(("adapts", "sizes"), [(False, [3, 3, 3, 3]), (True, [3, 3, 1, 3])])
+def test_a_schedule_follows_how_drafts_do(adapts, sizes, monkeypatch) -> None:
+    draft_always(monkeypatch)
+    source, found = Right(), []
+    drafter = Drafter(source, 1, [2, 4], Known(), most=3, adapts=adapts)
+    for right in (True, False, True, True):
+        (draft,) = drafter.draft([0])
+        drafter.note(1 + len(draft), 1.0, [draft], [[*draft, 7] if right else [1]])
+        found.append(len(draft))
+    assert found == sizes
+
+
 def test_odds_are_of_the_tokens_up_to_the_first_wrong_one() -> None:
-    odds = Odds()
-    odds.note(4, [1, 2, 3], [1, 9, 3])
-    assert odds.of(2) == odds.of(9) == 0.5
-    assert odds.of(4) == odds.of(3) == pytest.approx((0.5 + 0.1 * 0.5) * 0.9)
+    odds = Odds(3)
+    odds.note(Draft([1, 2, 3], [1, 1, 1]), [1, 9, 3])
+    rate = pytest.approx((0.5 + 0.1 * 0.5) * 0.9)
+    assert odds.rate == rate
+    assert odds.of(Draft([5, 6], [0, 2])) == [0.5, 0.25]
+    assert odds.of(Draft([5], [1])) == [rate]
+
+
+def test_what_has_come_of_drafts_is_counted(exact, eager) -> None:
+    model = make("float32")
+    ids = torch.tensor([[5, 9, 3], [4, 4, 4]])
+    assert model.draft_counts == DraftCounts()
+    tokens = model.generate(ids, max_new_tokens=120, speculate="auto")[:, 3:]
+    counts = model.draft_counts
+    assert counts.tokens == tokens.numel() - 2  # the first ones come from the prefill
+    assert counts.tokens - counts.steps == sum(counts.accepted)
+    assert counts.tokens_per_step == counts.tokens / counts.steps > 1
+    assert all(0 <= accepted <= drafted for accepted, drafted in zip(counts.accepted, counts.drafted, strict=True))
+    assert counts.acceptance[0] == counts.accepted[0] / counts.drafted[0]
+    assert DraftCounts().acceptance == [None] * 7
 
 
 @pytest.mark.parametrize(
@@ -247,13 +302,28 @@ def test_odds_are_of_the_tokens_up_to_the_first_wrong_one() -> None:
         ({"speculate": "auto", "max_matching_ngram_size": 99}, (32, 32)),
     ],
 )
-def test_settings(given_settings, expected) -> None:
-    assert drafts_of(GenerationConfig(), given_settings) == expected
-    assert drafts_of(GenerationConfig(other=given_settings), {}) == expected
+def test_settings(given_settings, expected, exact) -> None:
+    runner = Runner(exact)
+    for config, call in ((GenerationConfig(), given_settings), (GenerationConfig(other=given_settings), {})):
+        drafting = drafting_of(config, call, runner)
+        if expected is None:
+            assert drafting is None
+        else:
+            source = drafting.source([Request(torch.tensor([1]), 1)])
+            assert (drafting.most, source.rows[0].longest) == expected
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("speculate", "yes"), ("prompt_lookup_num_tokens", 0), ("max_matching_ngram_size", "2")]
+    ("name", "value"),
+    [
+        ("speculate", "yes"),
+        ("prompt_lookup_num_tokens", 0),
+        ("max_matching_ngram_size", "2"),
+        ("prompt_lookup_pool_tokens", -1),
+        ("num_assistant_tokens", 0),
+        ("num_assistant_tokens_schedule", "sometimes"),
+        ("assistant_confidence_threshold", 2),
+    ],
 )
 def test_a_setting_out_of_range_is_refused(exact, name, value) -> None:
     with pytest.raises(ValueError, match=name):

@@ -23,8 +23,30 @@ def test_a_row_ends_where_it_ends_with_transformers_tokenizer(demo, strings, pro
     theirs = transformers.AutoTokenizer.from_pretrained(resolve_path("demo"))
     ids = ours(prompt, return_tensors="pt").input_ids
     asked = {"max_new_tokens": 40, "do_sample": False, "stop_strings": strings}
-    expected = demo.generate(ids, tokenizer=theirs, **asked)
-    assert demo.generate(ids, tokenizer=ours, **asked).tolist() == expected.tolist()
+    model = transformers.AutoModelForCausalLM.from_pretrained(resolve_path("demo"), dtype=torch.float32)
+    expected = model.generate(ids, tokenizer=theirs, **asked).tolist()
+    for tokenizer in (ours, theirs):
+        assert demo.generate(ids, tokenizer=tokenizer, **asked).tolist() == expected
+        assert demo.generate(ids, tokenizer=tokenizer, speculate="auto", **asked).tolist() == expected
+        streamed = torch.stack([*demo.stream(ids, tokenizer=tokenizer, **asked)], dim=1)
+        assert streamed[0].tolist() == expected[0][ids.shape[1] :]
+
+
+def test_rows_end_one_by_one(demo) -> None:
+    tokenizer = load_tokenizer("demo")
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(["def read(path):", "class A:", "x = 1"], padding=True, padding_side="left", return_tensors="pt")
+    asked = {"max_new_tokens": 40, "do_sample": False, "stop_strings": [")", ":\n"], "pad_token_id": 0}
+    theirs = transformers.AutoTokenizer.from_pretrained(resolve_path("demo"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(resolve_path("demo"), dtype=torch.float32)
+    expected = model.generate(**batch, tokenizer=theirs, **asked).tolist()
+    assert demo.generate(**batch, tokenizer=tokenizer, **asked).tolist() == expected
+    assert demo.generate(**batch, tokenizer=tokenizer, num_beams=1, max_time=60.0, **asked).tolist() == expected
+
+
+def test_without_a_tokenizer_it_is_asked_for(demo) -> None:
+    with pytest.raises(ValueError, match="no tokenizer is given; pass tokenizer="):
+        demo.generate(torch.tensor([[1]]), stop_strings="x")
 
 
 class Bytes:
