@@ -276,34 +276,38 @@ class Buffers:
                 buffer.copy_(value)
 
     @contextmanager
-    def trial(self, b: int) -> Iterator[Rows]:
-        """Steps run inside take the first b rows one token further, greedily; afterwards they are as they were.
+    def trial(self, b: int, places: int) -> Iterator[Rows]:
+        """Steps run inside may do anything with the first b rows and the first ``places`` slots of their caches.
 
-        What such a step writes to the cache is what the row's next step writes there.
+        They begin with rows that ask for nothing; afterwards all is as it was.
         """
-        rows = self.rows(b)
+        rows, caches = self.rows(b), (*self.memory.k_caches, *self.memory.v_caches)
         kept = [x.clone() for x in rows.tensors]
+        held = [cache_bksd[:b, :, :places].clone() for cache_bksd in caches]
         try:
             neutral = new_processing(self._new, b, self.cache.max_cache_len, self.config.vocab_size)
             for buffer, value in zip(rows.processing, neutral, strict=True):
                 buffer.copy_(value)
-            for buffer, number in ((rows.finished_b, 0), (rows.step_b, 0), (rows.limit_b, 2), (rows.eos_be, -1)):
+            for buffer, number in ((rows.finished_b, 0), (rows.step_b, 0), (rows.eos_be, -1)):
                 buffer.fill_(number)
-            rows.params.temperature.zero_()
+            for name, number in Sampling()._asdict().items():
+                getattr(rows.params, name).fill_(number)
             yield rows
         finally:
             for buffer, value in zip(rows.tensors, kept, strict=True):
                 buffer.copy_(value)
+            for cache_bksd, value in zip(caches, held, strict=True):
+                cache_bksd[:b, :, :places] = value
 
-    def written_at(self, places: Sequence[int]) -> torch.Tensor:
-        """What all layers hold at a place of each row, from the first one on, ``[layers, b, k, d]``: a copy."""
+    def held(self, b: int, places: slice) -> torch.Tensor:
+        """What all layers hold of the first b rows at some places, float32 ``[layers, b, k, n, d]``: a copy."""
         caches = (*self.memory.k_caches, *self.memory.v_caches)
-        return torch.stack([cache_bksd[range(len(places)), :, places].float() for cache_bksd in caches])
+        return torch.stack([ops.kv_decoded(cache_bksd[:b, :, places], torch.float32).float() for cache_bksd in caches])
 
-    def write_at(self, places: Sequence[int], values: torch.Tensor) -> None:
-        """Write there what :meth:`written_at` has given, or anything that is as long."""
-        for cache_bksd, value in zip((*self.memory.k_caches, *self.memory.v_caches), values, strict=True):
-            cache_bksd[range(len(places)), :, places] = value.to(cache_bksd.dtype)
+    def wipe(self, b: int, places: slice) -> None:
+        """Let them hold zeros."""
+        for cache_bksd in (*self.memory.k_caches, *self.memory.v_caches):
+            cache_bksd[:b, :, places] = 0
 
     @torch.no_grad()
     def set_rope(self, seq_len: int) -> None:

@@ -1,12 +1,10 @@
-"""Compiled steps that outlive the process: what torch.compile has made of an engine's steps, in a file.
+"""Compiled steps that outlive the process: what torch.compile has made of an engine's steps, in files.
 
 torch keeps what it compiles among the temporary files, which do not survive a restart or a new container, and Triton
-its kernels in the home folder. A bundle (``torch.compiler.save_cache_artifacts``) holds the former for one engine, in
-``FASTLLAMA_CACHE_DIR``, or ``fastllama`` in the user's cache folder. torch compares what is in it with the code that
-is to be compiled, versions and options; and the first step that a bundle has given is compared with the step as it is
-written before anybody gets a token of it.
-
-Shape suffixes: ``b`` batch, ``t`` query tokens, ``v`` vocabulary.
+its kernels in the home folder. Bundles (``torch.compiler.save_cache_artifacts``) keep the former, by engine, in
+``FASTLLAMA_CACHE_DIR``, or ``fastllama`` in the user's cache folder. torch compares what is in them with the code that
+is to be compiled, versions and options. Whoever can write there can have the user run code, as with torch's own
+folder; so it is nobody else's.
 """
 
 from __future__ import annotations
@@ -16,157 +14,161 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from fastllama.engine.buffers import Buffers
-from fastllama.engine.decoder import FusedDecoder
-from fastllama.engine.graphs import StepKey
+from fastllama import __version__
 
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "FASTLLAMA_CACHE_DIR"
 MOST_BYTES = 1 << 30  # of all bundles together; the oldest go first
 DIGEST = hashlib.sha256().digest_size
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the largest logit
-ONE = torch.ones(())
+SUFFIX, PARTIAL = ".bundle", ".part-"
+MOST_BUNDLES = 16  # of one engine
+ABANDONED_S = 3600.0  # after which nobody still writes a part of a file
 
 
 class CompiledCode:
-    """The bundle of one engine. Files that cannot be read or written are as if they were not there.
+    """What is stored for one engine. Files that cannot be read or written are as if they were not there.
+
+    Each process that compiles something adds a bundle of what torch has compiled or found in it, for whatever engine.
 
     Args:
         decides: what the code depends on; any values whose ``repr`` differs where it does.
 
     Attributes:
-        is_trusted: whether compiled code may come from anywhere but a compiler that runs now.
-        is_loaded: whether there was a bundle, which torch knows now.
+        was_found: whether something of what was compiled last was stored, by us or by torch.
     """
 
     def __init__(self, *decides: Any) -> None:
-        name = hashlib.sha256(repr((torch.__version__, *decides)).encode()).hexdigest()[:32]
-        self._file = cache_folder() / "steps" / f"{name}.bundle"
-        self.is_trusted, self.is_loaded = True, False
-        self._was_looked_for = self._has_new = False
+        name = hashlib.sha256(repr((__version__, torch.__version__, *decides)).encode()).hexdigest()[:32]
+        folder = cache_folder()
+        self.folder = folder and folder / "steps" / name
+        self.was_found = False
+        self._is_trusted = True
+        self._loaded: list[Path] | None = None  # None: nobody has looked
+        self._has_new = False
 
     def compiled(self, compile_: Callable[[], None]) -> None:
-        """Call what compiles steps, with what the bundle holds at hand."""
-        if not self.is_trusted:
-            with cast(Any, torch.compiler.config).patch(force_disable_caches=True):
+        """Call what compiles steps, with what is stored at hand."""
+        if not self._is_trusted:
+            with cast(Any, torch.compiler.config).patch(force_disable_caches=True), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
                 compile_()
+            self.was_found = False
             return
-        if not self._was_looked_for:
-            self._was_looked_for, self.is_loaded = True, self._load()
-        before = _compiler_runs()
+        if self._loaded is None:
+            self._loaded = [file for file in self._files() if self._load(file)]
+        before = _found_and_missed()
         compile_()
-        self._has_new = self._has_new or _compiler_runs() > before
+        found, missed = (after - then for after, then in zip(_found_and_missed(), before, strict=True))
+        self.was_found = found > 0
+        self._has_new |= missed > 0 or not self._loaded  # torch's own files may not be there the next time
 
     def distrust(self) -> None:
-        """Delete the bundle, and compile everything from now on."""
+        """Delete what is stored, and compile everything from now on."""
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
         logger.warning(
-            "compiled code that was stored (%s) gives other logits than the step it was made of: deleted, and compiled "
-            "again",
-            self._file,
+            "compiled code that was stored gives other results than the step it was made of: %s is deleted and the "
+            "step compiled again; torch's own files in %s are left, delete them where this comes again",
+            self.folder,
+            cache_dir(),
         )
-        self.is_trusted = self._has_new = False
-        with contextlib.suppress(OSError):  # of somebody else's: it is not asked again in this process
-            self._file.unlink(missing_ok=True)
+        self._is_trusted = self._has_new = False
+        for file in self._files():
+            _delete(file)
 
     def save(self) -> None:
-        """Write what was compiled since, if anything, together with what was there."""
-        if not self._has_new:
+        """Store what was compiled, if that was not stored."""
+        if not self._has_new or self.folder is None:
             return
         self._has_new = False
         artifacts = torch.compiler.save_cache_artifacts()
         if artifacts is None or len(artifacts[0]) > MOST_BYTES:
             return
-        partial = self._file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        digest = hashlib.sha256(artifacts[0]).digest()
+        file = self.folder / f"{digest.hex()[:16]}{SUFFIX}"
+        partial = file.with_suffix(f"{PARTIAL}{os.getpid()}-{threading.get_ident()}")
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(hashlib.sha256(artifacts[0]).digest() + artifacts[0])
-            partial.replace(self._file)  # whole, or not at all
-            self._remove_old()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(digest + artifacts[0])
+            partial.replace(file)  # whole, or not at all
         except OSError as error:
             logger.info("compiled code is not stored: %s", error)
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+            _delete(partial)
+        self._remove_old()
 
-    def _load(self) -> bool:
+    def _files(self) -> list[Path]:
+        """The bundles that there are, the newest first."""
+        return [] if self.folder is None else [file for file, _ in _newest_first(self.folder.glob(f"*{SUFFIX}"))]
+
+    def _load(self, file: Path) -> bool:
         try:
-            content = self._file.read_bytes()
-            os.utime(self._file)  # it is used
-        except OSError:
+            content = file.read_bytes()
+        except OSError as error:
+            logger.info("%s is not used: %s", file, error)
             return False
         if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
-            logger.warning("%s is damaged, its steps are compiled again", self._file)
+            logger.warning("%s is damaged: deleted, its steps are compiled again where torch has not kept them", file)
+            _delete(file)
             return False
+        with contextlib.suppress(OSError):
+            os.utime(file)  # it is used
         try:
             return torch.compiler.load_cache_artifacts(content[DIGEST:]) is not None
-        except OSError as error:  # torch writes it to its own cache
-            logger.info("%s is not used: %s", self._file, error)
+        except OSError as error:  # torch writes it to its own folder
+            logger.info("%s is not used: %s", file, error)
             return False
 
     def _remove_old(self) -> None:
-        bundles = sorted(self._file.parent.glob("*.bundle"), key=lambda file: file.stat().st_mtime, reverse=True)
-        held = 0
-        for bundle in bundles:
-            held += bundle.stat().st_size
+        """Delete the oldest bundles beyond what is kept, and what was left by processes that were ended in a write."""
+        assert self.folder is not None
+        everything, held = self.folder.parent, 0
+        for number, (file, _) in enumerate(_newest_first(self.folder.glob(f"*{SUFFIX}"))):
+            if number >= MOST_BUNDLES:
+                _delete(file)
+        for file, stat in _newest_first(everything.glob(f"*/*{SUFFIX}")):
+            held += stat.st_size
             if held > MOST_BYTES:
-                bundle.unlink(missing_ok=True)
+                _delete(file)
+        for file, stat in _newest_first(everything.glob(f"*/*{PARTIAL}*")):
+            if time.time() - stat.st_mtime > ABANDONED_S:
+                _delete(file)
 
 
-def cache_folder() -> Path:
-    """Where fastllama keeps files that it can make again."""
+def _newest_first(files: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:
+    found = []
+    for file in files:
+        with contextlib.suppress(OSError):  # another process has deleted it
+            found.append((file, file.stat()))
+    return sorted(found, key=lambda pair: pair[1].st_mtime, reverse=True)
+
+
+def _delete(file: Path) -> None:
+    with contextlib.suppress(OSError):  # somebody else's, or gone
+        file.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path | None:
+    """Where fastllama keeps files that it can make again; None where the user has no home folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fastllama")
-    return Path(os.environ.get(CACHE_VARIABLE) or default).expanduser()
+    try:
+        return Path(os.environ.get(CACHE_VARIABLE) or default).expanduser()
+    except RuntimeError:
+        return None
 
 
-def agrees(net: FusedDecoder, buffers: Buffers, key: StepKey, compiled: Callable[[], None]) -> bool:
-    """Whether a compiled step does what the network does as it is written.
-
-    Every row takes one step from its newest token. Logits are held against those that the network gives without being
-    compiled, where the step samples those of its token; so are keys and values. Rows and cache stay as they were.
-    """
-    with torch.no_grad(), buffers.trial(key.batch) as rows:
-        ids_b1, position_b1 = rows.ids_b1.clone(), rows.position_b1.clone()
-        last, first = buffers.cache.max_cache_len - 1, position_b1[:, 0].tolist()
-        places = [[min(place + ahead, last) for place in first] for ahead in range(key.tokens)]  # that may be written
-        kept = [buffers.written_at(each) for each in places]
-        try:
-            buffers.write_at(first, torch.zeros(len(kept[0])))  # what is there already would pass for written
-            if key.kind in ("prefill", "verify"):
-                buffers.repeat_newest(buffers.chunk(key.batch, key.tokens))
-            if key.kind == "verify":
-                buffers.logits(*key[1:]).zero_()
-            compiled()
-            written = buffers.written_at(first)
-            wanted_bv = net.logits(net(ids_b1, position_b1, *buffers.memory)[:, -1]).float()
-            wanted = buffers.written_at(first)
-        finally:
-            for each, values in zip(reversed(places), reversed(kept), strict=True):
-                buffers.write_at(each, values)
-        largest = wanted_bv.abs().amax()
-        errors = [_error(written - wanted, wanted.abs().amax())]
-        if key.kind == "verify":
-            errors += [_error(buffers.logits(*key[1:]) - wanted_bv[:, None], largest)]
-        elif key.kind != "prefill":
-            first_b1, moved_b1 = rows.output_bn[:, :1], rows.position_b1 - position_b1
-            errors += [_error(wanted_bv.amax(dim=1, keepdim=True) - wanted_bv.gather(1, first_b1), largest)]
-            errors += [_error(moved_b1.clamp(1, key.tokens) - moved_b1, ONE)]
-            newest_b1 = rows.output_bn.gather(1, (rows.step_b[:, None] - 1).clamp(min=0))
-            errors += [_error(newest_b1 - rows.ids_b1, ONE), _error(moved_b1[:, 0] - rows.step_b, ONE)]
-    return all(error <= TOLERANCE[buffers.dtype] for error in errors)
-
-
-def _error(difference: torch.Tensor, largest: torch.Tensor) -> float:
-    return float(difference.abs().amax().cpu() / largest.cpu().clamp(min=torch.finfo(torch.float32).tiny))
-
-
-def _compiler_runs() -> int:
-    """How often Inductor has found nothing stored in this process."""
+def _found_and_missed() -> tuple[int, int]:
+    """How often torch has found something stored in this process, and how often nothing."""
     from torch._dynamo.utils import counters
 
-    return counters["inductor"]["fxgraph_cache_miss"]
+    inductor, autograd = counters["inductor"], counters["aot_autograd"]
+    found = inductor["fxgraph_cache_hit"] + autograd["autograd_cache_hit"]
+    return found, inductor["fxgraph_cache_miss"]

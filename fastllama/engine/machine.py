@@ -15,11 +15,12 @@ import torch
 from fastllama.engine import steps
 from fastllama.engine.buffers import Buffers
 from fastllama.engine.callers import Callers
-from fastllama.engine.compiled_code import CompiledCode, agrees
+from fastllama.engine.compiled_code import CompiledCode
 from fastllama.engine.decoder import FusedDecoder
 from fastllama.engine.graphs import StepKey, Steps, plain_mode
 from fastllama.engine.prefill import PREFILL_CHUNKS, prefill_chunks
 from fastllama.engine.steps import VERIFY_TOKENS, batch_bucket
+from fastllama.engine.trial import agrees
 from fastllama.model.cache import CacheMemoryError, StaticCache
 from fastllama.model.llama import Llama
 
@@ -122,7 +123,7 @@ class Machine:
                 yield session
             finally:
                 self._end()
-            self._code.save()
+                self._code.save()  # however it ends
 
     def hold(self, session: object) -> None:
         """Hold the engine in this thread from now on, see :meth:`Callers.hold`."""
@@ -231,7 +232,7 @@ class Machine:
             logger.info("compiling %s step: batch %d, tokens %d", *key)
             buffers.mark_dynamic(b)
             self._code.compiled(lambda: self._warm_up(key, call))
-            if self._code.is_loaded and self._code.is_trusted and not agrees(net, buffers, key, call):
+            if self._code.was_found and not agrees(net, buffers, key, call):
                 self._code.distrust()
                 self._steps.clear(key)
                 return self._compiled(kind, b, t)
