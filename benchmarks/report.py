@@ -238,7 +238,7 @@ def _speculation_remarks(record: Record) -> Iterator[str]:
     costs = ", ".join(f"{size}: {number(cost)}" for size, cost in record["costs"].items())
     yield f"{record['new_tokens']} new tokens, batch {record['batch']}; a number: the share of drafts that are right"
     yield "accepted, by place: drafted tokens that came true, the first ones first"
-    yield f"a step of t tokens a row takes so many times as long as one of 1: {costs or 'none is taken'}"
+    yield f"a step of t tokens a row over one of 1 takes: {costs or 'none is taken'}"
     second = record["assistant"] or {}
     if second:
         yield f"drafts by a second model, {second['num_hidden_layers']} layers of {second['hidden_size']}"

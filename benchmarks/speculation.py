@@ -1,7 +1,7 @@
 """``bench decode --speculate``: tokens per second with drafts over those without, interleaved, and what steps cost.
 
 Texts: ``code`` is a file of the standard library and the beginning of the same again (or the wish for it, of a model
-with a chat template), ``story`` is free text, and a share such as ``0.7`` is random tokens whose drafts come true so
+with a chat template), ``story`` is free text; a share such as ``0.7`` is random tokens whose drafts come true so
 often, each for itself: they are looked up in what the model has decoded before. With a second model its drafts cost
 what they cost, but for a share it is that share that decides what is drafted.
 """
@@ -121,7 +121,7 @@ def measure(
         new_tokens: of each row.
         rounds: timed decodes of each kind.
         assistant: a second model that drafts.
-        say: is told what goes on.
+        say: shows what goes on.
 
     Raises:
         ValueError: a text that there is not; with sampling off, other tokens with drafts than without.

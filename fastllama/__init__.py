@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastllama.version import __version__ as __version__
+
 if TYPE_CHECKING:  # imported when first asked for: torch takes seconds, and --help needs none of it
     from fastllama.causal_lm import LlamaForCausalLM
     from fastllama.config import GenerationConfig, LlamaConfig, QuantizationConfig
     from fastllama.loading.stored import CheckpointError
     from fastllama.model.cache import CacheOverflowError, StaticCache
     from fastllama.tokenizer import load_tokenizer
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CacheOverflowError",

@@ -15,6 +15,7 @@ KERNELS = ROOT / "kernels" / "fastllama_kernels"
 BENCHMARKS = ROOT / "benchmarks"
 
 LAYERS = (
+    "version",
     "ops",
     "config",
     "model",

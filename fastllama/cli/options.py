@@ -66,14 +66,10 @@ MinP = Annotated[
     typer.Option(help="Minimum probability, relative to the most likely token's.", show_default=CHECKPOINT_SETTING),
 ]
 Seed = Annotated[int | None, typer.Option(help="Random seed of the sampling.", show_default="a new one each time")]
-Speculate = Annotated[
-    bool, typer.Option("--speculate", help="Several tokens a step where they can be guessed; the text stays the same.")
-]
+Speculate = Annotated[bool, typer.Option("--speculate", help="Several tokens a step where they can be guessed.")]
 AssistantModel = Annotated[
     str | None,
-    typer.Option(
-        "--assistant-model", metavar="NAME", help="A smaller model that guesses them, as --model.", show_default="none"
-    ),
+    typer.Option("--assistant-model", metavar="NAME", help="Smaller model that guesses them.", show_default="none"),
 ]
 Strict = Annotated[
     bool, typer.Option("--strict", help="Refuse what a checkpoint has and a Llama does not use, instead of warning.")

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import torch
 
-from fastllama import __version__
+from fastllama.version import __version__
 
 logger = logging.getLogger(__name__)
 

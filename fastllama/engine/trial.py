@@ -25,9 +25,9 @@ TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torc
 def agrees(net: FusedDecoder, buffers: Buffers, key: StepKey, compiled: Callable[[], None]) -> bool:
     """Whether a compiled step gives what the network gives as it is written, token after token.
 
-    Each row has tokens of its own before it, samples the most likely one of those that are likely enough, and may not
-    write what it would write first, where the step processes logits. What is compared: keys and values of every layer, and logits, or where the step samples
-    the logits of its tokens, which may differ within rounding.
+    Each row has tokens of its own before it and samples the most likely one; where the step processes logits, that
+    which would come first is banned. What is compared: keys and values of every layer, and logits, or where the step
+    samples the logits of its tokens, which may differ within rounding.
     """
     b, tokens = key.batch, min(key.tokens, COMPARED)
     before = max(0, min(TEXT, buffers.cache.max_cache_len - tokens))

@@ -46,7 +46,7 @@ class Drafting:
         why = assistant.why_no_logits(rows) if assistant else None
         sizes = [] if why else runner.draft_sizes(rows)
         if not sizes:
-            logger.info("no tokens are drafted: %s", f"of the second model, {why}" if why else "no step takes several")
+            say_off(f"of the second model, {why}" if why else "no step takes several tokens of these rows")
             return None
         return Drafter(self.source(requests), rows, sizes, known_of(runner), self.most, self.adapts)
 
@@ -89,6 +89,12 @@ def drafting_of(
         return LookupSource([request.prompt for request in requests], longest, texts, pool)
 
     return Drafting(lookup, lookup_tokens or LONGEST)
+
+
+@functools.cache
+def say_off(why: str) -> None:
+    """Say once that a call that asks for drafts gets none."""
+    logger.warning("no tokens are drafted: %s", why)
 
 
 def _check(asked: Mapping[str, Any]) -> None:

@@ -5,7 +5,6 @@ Shape suffixes: ``b`` rows, ``n`` tokens.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 
@@ -13,14 +12,12 @@ import torch
 
 from fastllama.engine.buffers import Snapshot
 from fastllama.engine.runner import Runner
-from fastllama.generation.drafting import Drafting
+from fastllama.generation.drafting import Drafting, say_off
 from fastllama.generation.request import Request
 from fastllama.generation.speculation import drafted
 from fastllama.generation.stopping import Stopping
 from fastllama.generation.token_masks import TokenMasks
 from fastllama.model.cache import StaticCache
-
-logger = logging.getLogger(__name__)
 
 AHEAD = 256  # tokens a row has room for at the beginning; memory follows what is written, not what might be
 
@@ -62,7 +59,7 @@ def decode(
         burst = poll_every if runner.runs_ahead and not masks else 1
         drafter = None
         if drafting and (masks or cache is not None):
-            logger.info("no tokens are drafted: a cache or a token mask is given")
+            say_off("next to a token mask" if masks else "next to a cache that is given")
         elif drafting:
             drafter = drafting.drafter(runner, requests)
         if drafter is None:

@@ -20,6 +20,7 @@ from fastllama.config import GenerationConfig
 from fastllama.config.settings import DRAFTS, FUNCTIONS, NOT_IN_TRANSFORMERS, said
 from fastllama.config.tokens import bias_items
 from fastllama.engine.runner import Runner
+from fastllama.generation.drafting import say_off
 from fastllama.generation.generate import Streamer
 from fastllama.generation.processors import CountPenalties, MaskedTokens
 from fastllama.generation.request import (
@@ -124,6 +125,8 @@ def _prepared(
         given[_cache_name()] = cache
     if isinstance(given.get("tokenizer"), Tokenizer):
         _use_our_tokenizer(values, given)
+    if (values | given).get("speculate") == "auto" or (values | given).get("prompt_lookup_num_tokens"):
+        say_off("transformers' loop decodes, which has no part in it")
     for name in DRAFTS:  # nothing comes out otherwise without
         values.pop(name, None)
         given.pop(name, None)

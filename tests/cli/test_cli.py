@@ -24,6 +24,7 @@ from fastllama.cli import console
 from fastllama.cli.app import app
 from fastllama.cli.info import gather
 from fastllama.cli.options import sampling_arguments
+from fastllama.generation.speculation import DraftCounts
 
 ANSWER = "wörld"
 
@@ -67,6 +68,7 @@ class FakeModel:
         self.settings: list[dict[str, Any]] = []
         self.loaded: dict[str, Any] = {}
         self.failure: BaseException | None = None
+        self.draft_counts = DraftCounts()
 
     def from_pretrained(self, name: str, **arguments: Any) -> FakeModel:
         self.loaded = {"name": name} | arguments
@@ -75,6 +77,8 @@ class FakeModel:
     def stream(self, input_ids: torch.Tensor, **settings: Any) -> Iterator[torch.Tensor]:
         self.prompts.append("".join(map(chr, input_ids[0].tolist())))
         self.settings.append(settings)
+        if settings.get("speculate") == "auto":
+            self.draft_counts = DraftCounts(2, 5, [2, 1, 1, 0, 0, 0, 0], [2, 1, 0, 0, 0, 0, 0])
         for count, character in enumerate(ANSWER[: settings["max_new_tokens"]]):
             if count == 2 and self.failure is not None:
                 failure, self.failure = self.failure, None
@@ -291,6 +295,30 @@ def test_the_help_of_every_option_is_a_noun_phrase_with_its_default(name: str) -
             assert ";" not in option.help.replace("; - for", "").replace("; 0 for", ""), option.name
             has_default = option.default is not None or isinstance(option.show_default, str)
             assert has_default, f"{option.name} has no default and does not say what happens without it"
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_drafts_are_asked_for_and_counted(model: FakeModel, command: str) -> None:
+    arguments = ("generate", "hello ") if command == "generate" else ("chat",)
+    result = run(*arguments, "--speculate", stdin="hello\n")
+    assert result.exit_code == 0
+    assert model.settings[0]["speculate"] == "auto"
+    assert ", 2.50 a step" in result.stderr
+    result = run(*arguments, stdin="hello\n")
+    assert "speculate" not in model.settings[1]
+    assert "a step" not in result.stderr
+
+
+def test_drafts_are_in_the_record(model: FakeModel) -> None:
+    timing = json.loads(run("generate", "hello ", "--speculate", "--json").stdout)["timing"]
+    assert timing["tokens_per_step"] == 2.5
+    assert timing["acceptance"] == [1.0, 1.0, 0.0, None, None, None, None]
+
+
+def test_a_second_model_is_loaded_as_the_first_one(model: FakeModel) -> None:
+    run("generate", "hello ", "--assistant-model", "small")
+    assert model.settings[0]["assistant_model"] is model
+    assert (model.loaded["name"], model.loaded["dtype"], model.loaded["device"]) == ("small", "float32", "cpu")
 
 
 # ---- chat --------------------------------------------------------------------------------------------------

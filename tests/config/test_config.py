@@ -401,7 +401,7 @@ def test_what_changes_nothing_is_one_warning_and_an_error_if_strict(fields, mess
         {"num_beams": 4},
         {"encoder_repetition_penalty": 1.3},
         {"guidance_scale": 1.5},
-        {"stop_strings": ["\n"]},
+        {"max_time": 5.0},
         {"penalty_alpha": 0.6},
         {"return_dict_in_generate": True},
     ],

@@ -82,7 +82,11 @@ def wrongs(runner: Runner, key: StepKey, step: Callable[[], None]) -> dict[str, 
         return run
 
     def then(change: Callable[[], object]) -> Callable[[], None]:
-        return lambda: (step(), change()) and None
+        def run() -> None:
+            step()
+            change()
+
+        return run
 
     found = {
         "does nothing": lambda: None,
