@@ -22,10 +22,10 @@ from fastllama.causal_lm import engine_of
 from fastllama.engine.runner import Runner
 from fastllama.generation.assistant import AssistantSource
 from fastllama.generation.drafting import Drafting
+from fastllama.generation.known import DraftCounts, known_of
 from fastllama.generation.lookup import Draft
 from fastllama.generation.loop import decode
 from fastllama.generation.request import Request
-from fastllama.generation.speculation import DraftCounts, known_of
 from fastllama.measure import BandwidthProbe
 
 from .environment import bandwidth

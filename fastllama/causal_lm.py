@@ -15,9 +15,9 @@ from fastllama.config import GenerationConfig, LlamaConfig, QuantizationConfig
 from fastllama.engine.decoder import check_plain
 from fastllama.engine.runner import Runner
 from fastllama.generation.generate import Assistant, Streamer, cache_in_step, check_cache, even_out, generate, stream
+from fastllama.generation.known import DraftCounts, known_of
 from fastllama.generation.outside import generate_outside
 from fastllama.generation.request import outside_the_step, start_of
-from fastllama.generation.speculation import DraftCounts, known_of
 from fastllama.loading.load import load_model
 from fastllama.loading.save import save_model
 from fastllama.model.cache import one_cache

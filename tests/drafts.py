@@ -8,7 +8,8 @@ from shapes import SHAPE
 
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.generation import speculation
-from fastllama.generation.speculation import Costs, Drafter
+from fastllama.generation.known import Costs
+from fastllama.generation.speculation import Drafter
 
 
 def make(dtype: str, scheme: str | None = None, cache: str | None = None, folder=None) -> LlamaForCausalLM:

@@ -11,7 +11,7 @@ from fastllama.cli.console import progress
 
 if TYPE_CHECKING:
     from fastllama.cli.options import Loaded
-    from fastllama.generation.speculation import DraftCounts
+    from fastllama.generation.known import DraftCounts
     from fastllama.measure import Decode
 
 

@@ -13,9 +13,10 @@ from fastllama.config.fields import check_int, check_number
 from fastllama.config.settings import DRAFTS
 from fastllama.engine.runner import Runner
 from fastllama.generation.assistant import AssistantSource
+from fastllama.generation.known import known_of
 from fastllama.generation.lookup import LONGEST, LookupSource
 from fastllama.generation.request import Request
-from fastllama.generation.speculation import Drafter, Source, known_of
+from fastllama.generation.speculation import Drafter, Source
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from fastllama.cli import console
 from fastllama.cli.app import app
 from fastllama.cli.info import gather
 from fastllama.cli.options import sampling_arguments
-from fastllama.generation.speculation import DraftCounts
+from fastllama.generation.known import DraftCounts
 
 ANSWER = "wörld"
 

@@ -12,9 +12,10 @@ from shapes import SHAPE
 from fastllama import GenerationConfig, LlamaForCausalLM, StaticCache
 from fastllama.engine.runner import Runner
 from fastllama.generation.drafting import drafting_of
+from fastllama.generation.known import Costs, DraftCounts, Known, Odds
 from fastllama.generation.lookup import Draft, LookupSource
 from fastllama.generation.request import Request
-from fastllama.generation.speculation import Costs, DraftCounts, Drafter, Known, Odds
+from fastllama.generation.speculation import Drafter
 
 VOCABULARY = SHAPE["vocab_size"]
 KINDS = [("float32", None, None), ("bfloat16", None, None), ("float16", None, None), ("bfloat16", "int8", None),
