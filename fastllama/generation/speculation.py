@@ -23,7 +23,7 @@ import torch
 from fastllama.engine.row import MAX_EOS_IDS
 from fastllama.engine.runner import Runner
 from fastllama.engine.steps import batch_bucket
-from fastllama.generation.known import Known, KnownSource, Odds
+from fastllama.generation.known import Costs, Known, KnownSource, Odds
 from fastllama.generation.lookup import NOTHING, Draft
 from fastllama.generation.request import Request
 from fastllama.generation.stopping import Stopping
