@@ -34,7 +34,7 @@ from .rounds import Say, interleave
 from .workload import Contender, Decode, Workload, timed
 
 TEXTS = ("code", "story")
-CODE_CHARACTERS, AGAIN_CHARACTERS = 2400, 300
+CODE_CHARACTERS, AGAIN_CHARACTERS = 2600, 300
 COST_ROUNDS = 30
 PLAIN, DRAFTED = "plain", "speculating"
 
@@ -198,7 +198,7 @@ def prompt_of(text: str, tokenizer: Any) -> tuple[int, ...]:
     code = inspect.getsource(textwrap)[:CODE_CHARACTERS]
     if not tokenizer.chat_template:
         return tuple(tokenizer(code + code[:AGAIN_CHARACTERS] if text == "code" else "Once upon a time").input_ids)
-    wish = f"Print this code again with the name TextWrapper changed to Wrapper.\n\n```python\n{code}\n```"
+    wish = f"Rename the argument `width` to `columns` in this code and print the whole code again:\n{code}"
     content = wish if text == "code" else "Write a long story about a lighthouse."
     return tuple(tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
 

@@ -61,43 +61,6 @@ constexpr int together() {
 #endif
 }
 
-// The memory of P panels that are multiplied together, `stride` panels apart.
-template <int P, bool kOffsets>
-struct Streams {
-  const uint8_t* lines[P];
-  const Half *scales[P], *offsets[P];
-  int64_t bytes, scales_each;
-  bool lie_in_a_row;
-
-  Streams(const Panels& w, int64_t panel, int64_t stride)
-      : bytes(w.bytes()), scales_each(w.scales_each()), lie_in_a_row(stride == 1) {
-    for (int p = 0; p < P; ++p, panel += stride) {
-      lines[p] = w.codes + panel * bytes;
-      scales[p] = w.scales + panel * scales_each;
-      offsets[p] = kOffsets ? w.offsets + panel * scales_each : nullptr;
-    }
-  }
-
-  // Asks for what is some bytes ahead of a block of kLines lines at byte `at` and of its scales.
-  template <int64_t kLines>
-  void prefetch(int64_t at, int64_t scale) const {
-    const int64_t codes_ahead = ahead(at, kAheadCodes, bytes);
-    const int64_t scales_ahead = ahead(scale, kAheadScales / sizeof(Half), scales_each);
-    FASTLLAMA_UNROLL for (int p = 0; p < P; ++p) {
-      FASTLLAMA_UNROLL for (int64_t l = 0; l < kLines; ++l) __builtin_prefetch(lines[p] + codes_ahead + l * kLine);
-      if constexpr (kAheadScales > 0) __builtin_prefetch(scales[p] + scales_ahead);
-      if constexpr (kAheadScales > 0 && kOffsets) __builtin_prefetch(offsets[p] + scales_ahead);
-    }
-  }
-
- private:
-  // At the end of panels that lie one behind the other, from the beginning of those that come next.
-  int64_t ahead(int64_t place, int64_t distance, int64_t panel_size) const {
-    const bool is_next = P > 1 && lie_in_a_row && place + distance >= panel_size;
-    return place + distance + (is_next ? (P - 1) * panel_size : 0);
-  }
-};
-
 // out[p][m] = the 16 rows of panel `panel` + p * stride times row `first` + m of the activations. A function of its own:
 // inlined into a larger one, gcc 12 keeps the sums in memory for AVX2.
 template <int kBits, bool kOffsets, int P, int M, typename X>
@@ -111,29 +74,46 @@ __attribute__((noinline)) void multiply(const Panels& w, int64_t panel, int64_t 
   constexpr bool kFit = Dot::kSums * kParts * M <= kRegisters / 2;
   constexpr int kPartsAtOnce = kFit && kBits == 4 && kCodes ? kParts : 1;
   const int64_t blocks = w.k / kGroup, blocks_a_group = w.group / kGroup;
-  const Streams<P, kOffsets> from(w, panel, stride);
+  const uint8_t* lines[P];
+  const Half *scale[P], *offset[P];
+  for (int p = 0; p < P; ++p, panel += stride) {
+    lines[p] = w.codes + panel * w.bytes();
+    scale[p] = w.scales + panel * w.scales_each();
+    offset[p] = kOffsets ? w.offsets + panel * w.scales_each() : nullptr;
+  }
   const X* values = x.values.data() + first * w.k;
   const float *scales = x.scales.data() + first * blocks, *sums = x.sums.data() + first * blocks;
   const auto* less = x.less.data() + first * blocks;
   FloatPart total[P][kParts][M] = {};
   int64_t at = 0, next = 0;  // bytes of a panel, scales
+  // Where to prefetch from: at the end of panels that lie one behind the other, from the beginning of the next ones.
+  const auto ahead = [&](int64_t place, int64_t distance, int64_t panel_size) {
+    const bool is_next = P > 1 && stride == 1 && place + distance >= panel_size;
+    return place + distance + (is_next ? (P - 1) * panel_size : 0);
+  };
   for (int64_t block = 0; block < blocks; next += kLanes) {
     FloatPart scale_p[P][kParts], offset_p[P][kParts];
     FASTLLAMA_UNROLL for (int p = 0; p < P; ++p) {
       FASTLLAMA_UNROLL for (int part = 0; part < kParts; ++part) {
-        scale_p[p][part] = load_part(from.scales[p] + next + part * kPartLanes);
-        if constexpr (kOffsets) offset_p[p][part] = load_part(from.offsets[p] + next + part * kPartLanes);
+        scale_p[p][part] = load_part(scale[p] + next + part * kPartLanes);
+        if constexpr (kOffsets) offset_p[p][part] = load_part(offset[p] + next + part * kPartLanes);
       }
     }
     for (const int64_t end = block + blocks_a_group; block < end; ++block, at += kLines * kLine) {
-      from.template prefetch<kLines>(at, next);
+      const int64_t codes_ahead = ahead(at, kAheadCodes, w.bytes());
+      const int64_t scales_ahead = ahead(next, kAheadScales / sizeof(Half), w.scales_each());
+      FASTLLAMA_UNROLL for (int p = 0; p < P; ++p) {
+        FASTLLAMA_UNROLL for (int64_t l = 0; l < kLines; ++l) __builtin_prefetch(lines[p] + codes_ahead + l * kLine);
+        if constexpr (kAheadScales > 0) __builtin_prefetch(scale[p] + scales_ahead);
+        if constexpr (kAheadScales > 0 && kOffsets) __builtin_prefetch(offset[p] + scales_ahead);
+      }
       for (int first_part = 0; first_part < kParts; first_part += kPartsAtOnce) {
         Dot dot[P][kPartsAtOnce][M];
         FASTLLAMA_UNROLL for (int64_t l = 0; l < kLines; ++l) {
           FASTLLAMA_UNROLL for (int i = 0; i < kPartsAtOnce; ++i) {
             Split codes[P];
             FASTLLAMA_UNROLL for (int p = 0; p < P; ++p)
-              codes[p] = Split(load_part(from.lines[p] + at + l * kLine + (first_part + i) * kPartBytes));
+              codes[p] = Split(load_part(lines[p] + at + l * kLine + (first_part + i) * kPartBytes));
             FASTLLAMA_UNROLL for (int m = 0; m < M; ++m)
               FASTLLAMA_UNROLL for (int p = 0; p < P; ++p)
                 dot[p][i][m].add(codes[p], values + m * w.k + block * kGroup + l * kColumns);

@@ -129,20 +129,21 @@ assert build.load() is None
 ops = torch.ops.fastllama
 torch.set_num_threads(1)
 
-def fastest(rows, bits, n):
+def fastest(rows, bits, offsets, n):
     x, weight, times = torch.randn(rows, 2048).bfloat16(), torch.randn(n, 2048).bfloat16(), []
-    codes, scales, _ = ops.quantize(weight, min(bits, 8), 32, False)
+    codes, scales, offset = ops.quantize(weight, min(bits, 8), 32, offsets)
+    offset = offset if offsets else None
     for _ in range(300):
         begin = time.perf_counter()
         if bits == 16:
             ops.linear(x, weight)
         else:
-            ops.linear_packed(x, codes, scales, None, None, None, 0.0, None, True)
+            ops.linear_packed(x, codes, scales, offset, None, None, 0.0, None, True)
         times.append(time.perf_counter() - begin)
     return min(times)
 
-print(json.dumps([1e-6 * 992 / (fastest(rows, bits, 1024) - fastest(rows, bits, 32))
-                  for bits in (16, 8, 4) for rows in (1, 4)]))
+print(json.dumps([1e-6 * 992 / (fastest(rows, *kind, 1024) - fastest(rows, *kind, 32))
+                  for kind in ((16, False), (8, False), (4, False), (4, True)) for rows in (1, 4)]))
 """
 
 
@@ -160,3 +161,40 @@ def test_a_level_is_not_slower_than_the_one_below_it(level: str, below: str) -> 
     # What stays in memory in place of registers is three to ten times slower; the rest is what machines vary by.
     ratios = [speed / other for speed, other in zip(speeds(level), speeds(below), strict=True)]
     assert min(ratios) > 0.6, ratios
+
+
+# Rows of weights a microsecond on one thread, of codes that fit the caches and of codes that do not, for 1 and 4 rows.
+STREAMS = """
+import json, time, torch
+from fastllama_kernels.common import build
+from fastllama_kernels.linear import packed, quantize
+assert build.load() is None
+ops = torch.ops.fastllama
+torch.set_num_threads(1)
+
+def speed(rows, bits, n, copies):
+    x, weight, times = torch.randn(rows, 2048).bfloat16(), torch.randn(n, 2048).bfloat16(), []
+    codes, scales, offset = ops.quantize(weight, bits, 32, bits == 4)
+    held = [(codes.clone(), scales.clone(), offset.clone() if bits == 4 else None) for _ in range(copies)]
+    for _ in range(5 if copies > 1 else 300):
+        begin = time.perf_counter()
+        for each in held:
+            ops.linear_packed(x, *each, None, None, 0.0, None, True)
+        times.append(time.perf_counter() - begin)
+    return 1e-6 * n * copies / min(times)
+
+print(json.dumps([[speed(rows, bits, 1024, 1), speed(rows, bits, 16384, 16)] for bits in (4, 8) for rows in (1, 4)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", [level.name for level in levels.runnable() if level.name != "portable"])
+def test_four_rows_read_memory_as_one_does(level: str) -> None:
+    # Without prefetching they take twice as long, where neither memory nor the processor would.
+    done = subprocess.run(
+        [sys.executable, "-c", STREAMS], env=os.environ | {levels.SWITCH: level}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    found = json.loads(done.stdout)
+    for (_, one_outside), (four_inside, four_outside) in zip(found[::2], found[1::2], strict=True):
+        assert four_outside > 0.65 * min(one_outside, four_inside), found
