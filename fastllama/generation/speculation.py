@@ -170,9 +170,9 @@ class Drafter:
         return best
 
     def _cost(self, tokens: int) -> float:
-        """Seconds of a step; of one that has hardly been seen a guess."""
+        """Seconds of a step, of more tokens never less; of one that has hardly been seen a guess."""
         one = self._steps.of(1) or 1.0
-        return self._steps.of(tokens) or one * (1 + 0.03 * (tokens - 1))
+        return max(one, self._steps.of(tokens) or one * (1 + 0.03 * (tokens - 1)))
 
 
 def drafted(
