@@ -62,10 +62,9 @@ class Prescribed:
         found = {}
         for row in going:
             tokens = list(self._truth[row][self._given[row] :][:count])
-            wrong = torch.rand(len(tokens), generator=self._random) >= self._share
-            found[row] = Draft(
-                [token ^ bool(miss) for token, miss in zip(tokens, wrong, strict=True)], [0] * len(tokens)
-            )
+            misses = (torch.rand(len(tokens), generator=self._random) >= self._share).tolist()
+            drafted = [abs(token - 1) if miss else token for token, miss in zip(tokens, misses, strict=True)]
+            found[row] = Draft(drafted, [0] * len(tokens))
         return {row: draft for row, draft in found.items() if draft.tokens}
 
     def extend(self, number: int, tokens: Sequence[int]) -> None:

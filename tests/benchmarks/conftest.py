@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.measure import Bandwidth
-from fastllama_benchmarks import decode, launches, quality, startup
+from fastllama_benchmarks import decode, launches, quality, speculation, startup
 from fastllama_benchmarks.cli import app
 from fastllama_benchmarks.kernels import measure as kernels
 from fastllama_benchmarks.regress.gate import Result, Settings, verdicts_of
@@ -69,7 +69,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> type:
         def sample(self) -> None:
             pass
 
-    for module in (decode, kernels, launches, quality, startup):
+    for module in (decode, kernels, launches, quality, speculation, startup):
         monkeypatch.setattr(module, "BandwidthProbe", Probe)
     return Probe
 

@@ -50,9 +50,9 @@ def test_a_decode_shows_the_bound_every_contender_and_what_the_figures_are_worth
 
 def test_every_committed_record_can_be_shown() -> None:
     for record in [*read_all(), *RECORDS]:
-        assert "fastllama" in text_of(record) or record["kind"] == "kernels"
+        assert "fastllama" in text_of(record) or record["kind"] in ("kernels", "speculation")
         if record["kind"] != "launches":
-            assert markdown(cells(record)).count("\n") > 2
+            assert markdown(cells(record)).count("\n") >= 2
 
 
 @pytest.mark.parametrize(
