@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -128,6 +128,10 @@ class Machine:
     def hold(self, session: object) -> None:
         """Hold the engine in this thread from now on, see :meth:`Callers.hold`."""
         self._callers.hold(session)
+
+    def launching(self) -> AbstractContextManager[Any]:
+        """What is computed inside from what the engine gives is in order with its steps, on whatever CUDA stream."""
+        return self._callers.launching()
 
     def reserve(self, rows: int, slots: int) -> None:
         """Have memory for this number of rows, and of tokens in each, prompt and new together.

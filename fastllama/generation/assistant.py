@@ -49,6 +49,10 @@ class AssistantSource:
 
     def draft(self, going: Sequence[int], count: int) -> Mapping[int, Draft]:
         """Drafts of at most ``count`` tokens for rows, by number."""
+        with self._runner.launching():
+            return self._draft(going, count)
+
+    def _draft(self, going: Sequence[int], count: int) -> dict[int, Draft]:
         runner, rows = self._runner, len(self._texts)
         lengths_b = torch.tensor([len(text) for text in self._texts], device=runner.device)
         needed = int(lengths_b.max()) + count
