@@ -14,6 +14,7 @@ import torch
 from fastllama.config import GenerationConfig, LlamaConfig, QuantizationConfig
 from fastllama.engine.decoder import check_plain
 from fastllama.engine.runner import Runner
+from fastllama.generation.drafting import say_off
 from fastllama.generation.generate import Assistant, Streamer, cache_in_step, check_cache, even_out, generate, stream
 from fastllama.generation.known import DraftCounts, known_of
 from fastllama.generation.outside import generate_outside
@@ -206,12 +207,15 @@ class LlamaForCausalLM(Llama):
         return stream(engine_of(self), input_ids, attention_mask, config, assistant, **settings)
 
     def _assistant(self, config: GenerationConfig, settings: dict[str, Any]) -> Assistant | None:
-        """The second model of a call, which is taken out of its settings where the step can draft with it.
+        """The second model of a call, if it is one of ours, which is taken out of the call's settings.
 
         Raises:
+            TypeError: it is no model.
             ValueError: it is this model, or has another vocabulary.
         """
         second: Any = settings.get("assistant_model")
+        if second is not None and not isinstance(second, torch.nn.Module):
+            raise TypeError(f"assistant_model is a {type(second).__name__}; expected a model that is loaded")
         if not isinstance(second, LlamaForCausalLM):
             return None
         if second is self:
@@ -222,11 +226,14 @@ class LlamaForCausalLM(Llama):
                 f"assistant_model has a vocabulary of {its} tokens, the model one of {ours}; expected one with the "
                 "same tokenizer"
             )
-        rest = {name: value for name, value in settings.items() if name != "assistant_model"}
-        if outside_the_step(config, rest, self.device.type):
-            return None
         del settings["assistant_model"]
-        return engine_of(second), second.generation_config
+        if outside := outside_the_step(config, settings, self.device.type):
+            say_off(f"next to {', '.join(sorted(outside))}")
+            return None
+        try:
+            return engine_of(second), second.generation_config
+        except NotImplementedError as error:
+            raise NotImplementedError(f"assistant_model: {error}") from error
 
     def warmup(self, max_batch_size: int = 1, max_cache_len: int | None = None, *, speculate: bool = False) -> None:
         """Allocate memory and compile every step, so that no later call within these sizes has to.

@@ -26,4 +26,4 @@ def draft_always(patch: pytest.MonkeyPatch) -> None:
     """Draft whatever it costs."""
     patch.setattr(speculation, "MARGIN", 0.0)
     patch.setattr(Costs, "of", lambda self, tokens: 1.0)
-    patch.setattr(Drafter, "_planned", lambda self, going: min(self._most, self._sizes[-1] - 1))
+    patch.setattr(Drafter, "_planned", lambda self, going, sizes: min(self._most, sizes[-1] - 1) if sizes else 0)

@@ -184,17 +184,16 @@ class Runner(Machine):
         Returns:
             The new tokens of each of these rows.
         """
-        (count, t), b, buffers = draft_bt.shape, self._batch, self._ready
-        rows = buffers.rows(b)
+        (count, t), b, buffers, rows = draft_bt.shape, self._batch, self._ready, self._ready.rows(self._batch)
         with self._callers.launching():
             call = self._compiled("draft", b, t + 1)
             buffers.draft(b, t)[:count] = draft_bt.to(self.device)
-            before = rows.step_b[:count].tolist()
+            before_b1 = rows.step_b[:count, None].clone()
             call()
-            after = rows.step_b[:count].tolist()
-            output_bn = rows.output_bn[:count, min(before) : max(after)].tolist()
-        start = min(before)
-        return [new[first - start : last - start] for new, first, last in zip(output_bn, before, after, strict=True)]
+            at_bt = before_b1 + torch.arange(t + 1, device=self.device)
+            new_bt = rows.output_bn[:count].gather(1, at_bt.clamp(max=rows.output_bn.shape[1] - 1))
+            found = torch.cat((rows.step_b[:count, None] - before_b1, new_bt), dim=1).tolist()  # one look at the device
+        return [new[:moved] for moved, *new in found]
 
     def allow(self, masks: Mapping[int, torch.Tensor]) -> None:
         """Set what the next tokens of some rows may be, which were loaded with a token mask.
@@ -215,6 +214,7 @@ class Runner(Machine):
         Returns:
             Logits ``[b, t, v]`` of what follows each of them, in the weights' dtype; the next call overwrites them.
         """
+        self._batch = self._batch if self._lengths else batch_bucket(len(ids_bt))
         with self._callers.launching():
             self._ready.set_rope(int(position_bt[:, -1].max()) + 1 if self._rope_follows_length else 1)
             return self._logits(ids_bt, position_bt)
@@ -280,7 +280,7 @@ class Runner(Machine):
 
     def end(self, slots: Sequence[int]) -> None:
         """Let rows give their pad ids from now on, as after an EOS id."""
-        with self._callers.launching():
+        with self.launching():
             self._ready.end(slots)
 
     def newest(self) -> Snapshot:

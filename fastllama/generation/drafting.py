@@ -47,7 +47,8 @@ class Drafting:
         why = assistant.why_no_logits(rows) if assistant else None
         sizes = [] if why else runner.draft_sizes(rows)
         if not sizes:
-            say_off(f"of the second model, {why}" if why else "no step takes several tokens of these rows")
+            ours = runner.why_no_logits(rows) or "no step takes several tokens of these rows"
+            say_off(f"of the second model, {why}" if why else ours)
             return None
         return Drafter(self.source(requests), rows, sizes, known_of(runner), self.most, self.adapts)
 
@@ -71,6 +72,8 @@ def drafting_of(
     """
     asked: dict[str, Any] = {name: settings.get(name, getattr(config, name)) for name in DRAFTS}
     _check(asked)
+    if settings.get("speculate") == "off":  # as a default it says nothing
+        return None
     lookup_tokens = asked["prompt_lookup_num_tokens"]
     if assistant is not None and lookup_tokens is None:  # which counts first, as in transformers
         engine, own = assistant

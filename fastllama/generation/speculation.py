@@ -30,6 +30,7 @@ from fastllama.generation.stopping import Stopping
 
 MARGIN = 1.05  # tokens a second that a step with drafts has to promise, over one without
 DRAFT_SHARE = 0.1  # of a step, what a token of a second model is guessed to cost before one was drafted
+MOST_ROOM = 1 << 62
 LONGEST_SLEEP = 256  # steps
 
 
@@ -80,7 +81,7 @@ class Drafter:
         self, source: Source, rows: int, sizes: Sequence[int], known: Known, most: int, adapts: bool = False
     ) -> None:
         self._source, self._rows, self._sizes = source, rows, [*sizes]
-        self._most, self._adapts = most, adapts
+        self._most, self._adapts = min(most, sizes[-1] - 1), adapts
         bucket = batch_bucket(rows)
         self._steps = known.steps.setdefault(bucket, Costs())
         drafts = known.drafts.setdefault((bucket, source.key), KnownSource())
@@ -93,13 +94,15 @@ class Drafter:
         self._found: Mapping[int, Draft] = {}
         self._could_pay = True  # if all that is drafted came true
 
-    def draft(self, going: Sequence[int]) -> list[list[int]]:
-        """For each row of the next step as many drafted tokens; empty lists where a plain step is better.
+    def draft(self, going: Sequence[int], room: int = MOST_ROOM) -> list[list[int]]:
+        """For each row of the next step as many drafted tokens, or fewer; empty lists where a plain step is better.
 
         Args:
             going: numbers of the rows that have not ended.
+            room: tokens that the longest of them may still get.
         """
-        count, self._found = self._planned(going), {}
+        sizes = [size for size in self._sizes if size < 2 * (self._most + 1) and size <= room]
+        count, self._found = self._planned(going, sizes), {}
         if count:
             started = time.perf_counter()
             self._found = self._source.draft(going, count)
@@ -107,7 +110,6 @@ class Drafter:
         if not self._found or self._steps.of(1) is None:  # nothing to compare with
             return [[]] * self._rows
         likely = {row: self._odds[row].of(draft) for row, draft in self._found.items()}
-        sizes = [size for size in self._sizes if size <= self._most + 1]
 
         def expected(size: int) -> float:
             return len(going) + sum(sum(each[: size - 1]) for each in likely.values())
@@ -133,24 +135,28 @@ class Drafter:
         if any(drafts) and self._adapts:
             self._most = max(1, self._most - 1) if missed else min(self._most + 2, self._sizes[-1] - 1)
 
+    def size(self, drafts: Sequence[Sequence[int]]) -> int:
+        """Tokens a row of the step that takes these drafts."""
+        longest = 1 + max(map(len, drafts))
+        return longest if longest == 1 else min(size for size in self._sizes if size >= longest)
+
     def close(self) -> None:
         """The call has ended."""
         self._source.close()
 
-    def _planned(self, going: Sequence[int]) -> int:
+    def _planned(self, going: Sequence[int], sizes: Sequence[int]) -> int:
         """How many tokens to draft: all there may be where it is free, else what pays, if it is not asleep."""
-        sizes = [size for size in self._sizes if size <= self._most + 1]
         if not sizes or not going or self._source.is_free:
-            return sizes[-1] - 1 if sizes and going else 0
+            return min(self._most, sizes[-1] - 1) if sizes and going else 0
         if self._sleep.left or self._steps.of(1) is None:
             self._sleep.left = max(0, self._sleep.left - 1)
             return 0
         promises = self._promises(sizes, [self._odds[row].rate for row in going])
         self._could_pay = self._best(sizes, self._promises(sizes, [1.0] * len(going)), len(going)) > 1
         if (size := self._best(sizes, promises, len(going))) > 1:
-            return size - 1
+            return min(self._most, size - 1)
         self._sleep.left, self._sleep.length = self._sleep.length, min(2 * self._sleep.length, LONGEST_SLEEP)
-        return max(promises, key=promises.__getitem__) - 1
+        return min(self._most, max(promises, key=promises.__getitem__) - 1)
 
     def _promises(self, sizes: Sequence[int], rates: Sequence[float]) -> dict[int, float]:
         """Tokens a second of each size, drafting included, where tokens of the rows come true so often."""
@@ -183,6 +189,7 @@ def drafted(
     A row that has given more than another one waits with it.
     """
     count, longest = len(requests), max(len(request.prompt) for request in requests)
+    most = max(len(request.prompt) + request.max_new_tokens for request in requests)
     eos = [frozenset(request.eos_token_ids[:MAX_EOS_IDS]) for request in requests]
     waiting: list[list[int]] = [[] for _ in requests]
     given, going = [0] * count, list(range(count))
@@ -211,9 +218,10 @@ def drafted(
                 if any(waiting):
                     yield _columns(waiting, max(map(len, waiting)))
                 return
-        drafts = drafter.draft(going)
-        tokens = 1 + max(map(len, drafts))
-        runner.reserve(count, longest + max(given) + tokens)
+        held = max(len(requests[row].prompt) + given[row] for row in going)
+        drafts = drafter.draft(going, most - held)
+        tokens = drafter.size(drafts)
+        runner.reserve(count, min(most, longest + max(given) + tokens))
         started = time.perf_counter()
         if tokens == 1:
             runner.step()

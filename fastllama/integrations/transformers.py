@@ -18,6 +18,7 @@ from fastllama.causal_lm import LlamaForCausalLM, engine_of
 from fastllama.config import GenerationConfig, LlamaConfig
 from fastllama.config.settings import FUNCTIONS, KNOWN, NOT_IN_TRANSFORMERS
 from fastllama.engine.row import check_sampling
+from fastllama.generation.drafting import say_off
 from fastllama.generation.outside import ORGANISES_CACHES, add_processors, seeded
 from fastllama.generation.request import check_ids, check_tensor, inferred_mask, requests_of, unpad
 from fastllama.generation.transformers_loop import over_engine, why_not, with_cache
@@ -149,6 +150,7 @@ def _generate(model: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any)
         _check(model.fastllama, **arguments)
     except (TypeError, ValueError, NotImplementedError) as error:
         seed = kwargs.pop("seed", None)
+        _without_drafts(kwargs)
         add_processors(kwargs, _asked(model, **kwargs), kwargs.get("input_ids", kwargs.get("inputs")))
         rest = {name: value for name, value in kwargs.items() if name not in ORGANISES_CACHES}
         loops, with_engine = _loops_of(model, str(error), _asked(model, **rest))
@@ -157,6 +159,16 @@ def _generate(model: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any)
                 return theirs(**kwargs)
             return with_engine(type(loops).generate(loops, **rest))
     return model.fastllama.generate(**arguments)
+
+
+def _without_drafts(kwargs: dict[str, Any]) -> None:
+    """Take out of a call what asks for drafts in words that transformers does not know."""
+    asked = kwargs.pop("speculate", None) == "auto"
+    kwargs.pop("prompt_lookup_pool_tokens", None)
+    if isinstance(kwargs.get("assistant_model"), LlamaForCausalLM):
+        asked = kwargs.pop("assistant_model") is not None
+    if asked:
+        say_off("transformers' loop decodes, which has no part in it")
 
 
 def _config_of(values: Mapping[str, Any]) -> GenerationConfig:
@@ -225,6 +237,8 @@ def _check(
 ) -> None:
     """Raise what a call would raise before its first token."""
     engine_of(twin)
+    if isinstance(settings.get("assistant_model"), LlamaForCausalLM):
+        settings.pop("assistant_model")  # which generate() takes
     requests = requests_of(input_ids, attention_mask, generation_config, settings, twin.config.vocab_size)
     check_sampling([request.sampling for request in requests], twin.device)
     changes = [request.changes for request in requests if len(request.prompt) < input_ids.shape[1]]  # of padded rows

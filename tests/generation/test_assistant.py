@@ -8,11 +8,12 @@ import pytest
 import torch
 from drafts import make
 
-from fastllama import LlamaConfig, LlamaForCausalLM
+from fastllama import LlamaConfig, LlamaForCausalLM, StaticCache
 from fastllama.engine.runner import Runner
-from fastllama.generation import assistant
+from fastllama.generation import assistant, drafting
 from fastllama.generation.assistant import AssistantSource
 from fastllama.generation.request import Request
+from fastllama.integrations.transformers import accelerate, unaccelerate
 
 IDS = torch.tensor([[5, 9, 3, 7], [4, 4, 4, 1]])
 
@@ -149,3 +150,62 @@ def test_what_cannot_draft_is_refused(exact) -> None:
     other = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape))
     with pytest.raises(ValueError, match="vocabulary of 50 tokens, the model one of"):
         exact.generate(IDS, assistant_model=other)
+
+
+def test_its_cache_grows_in_the_middle_of_a_batch(exact, eager) -> None:
+    other = make("float32")
+    other.warmup(2, 16)
+    plain = exact.generate(IDS, max_new_tokens=60)
+    drafted = exact.generate(IDS, max_new_tokens=60, assistant_model=other, assistant_confidence_threshold=0)
+    assert torch.equal(drafted, plain)
+    assert other.engine.cache.max_cache_len > 16
+    assert eager
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"num_beams": 2}, {"max_time": 60.0}, {"return_dict_in_generate": True}, {"logits_processor": [lambda _, x: x]}],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_next_to_what_the_step_does_not_do_it_is_left_out(setting, exact, second, eager, caplog) -> None:
+    drafting.say_off.cache_clear()
+    plain = exact.generate(IDS, max_new_tokens=8, **setting)
+    other = exact.generate(IDS, max_new_tokens=8, assistant_model=second, **setting)
+    pair = [getattr(each, "sequences", each) for each in (plain, other)]
+    assert torch.equal(*pair)
+    assert f"no tokens are drafted: next to {next(iter(setting))}" in caplog.text
+    assert not eager
+
+
+def test_next_to_a_cache_it_is_left_out(exact, second, eager) -> None:
+    cache = StaticCache(exact.config, 2, 64)
+    plain = exact.generate(IDS, max_new_tokens=20)
+    assert torch.equal(exact.generate(IDS, max_new_tokens=20, past_key_values=cache, assistant_model=second), plain)
+    assert not eager
+
+
+def test_an_accelerated_model_takes_it(make_pair_once, second, eager) -> None:
+    _, theirs = make_pair_once()
+    model = accelerate(theirs)
+    try:
+        other = LlamaForCausalLM(model.fastllama.config).eval()
+        plain = model.generate(IDS, max_new_tokens=30, do_sample=False)
+        call = {"max_new_tokens": 30, "do_sample": False, "assistant_model": other, "assistant_confidence_threshold": 0}
+        assert torch.equal(model.generate(IDS, **call), plain)
+        assert eager
+        beams = model.generate(IDS, max_new_tokens=8, num_beams=3, do_sample=False)
+        for asked in ({"assistant_model": other}, {"speculate": "auto", "prompt_lookup_pool_tokens": 9}):
+            assert torch.equal(model.generate(IDS, max_new_tokens=8, num_beams=3, do_sample=False, **asked), beams)
+    finally:
+        unaccelerate(model)
+
+
+def test_off_is_off(exact, second, eager) -> None:
+    exact.generate(IDS, max_new_tokens=20, speculate="off", assistant_model=second)
+    exact.generate(IDS, max_new_tokens=20, speculate="off", prompt_lookup_num_tokens=5)
+    assert not eager
+
+
+def test_a_name_is_no_model(exact) -> None:
+    with pytest.raises(TypeError, match="assistant_model is a str; expected a model that is loaded"):
+        exact.generate(IDS, assistant_model="demo")

@@ -123,6 +123,17 @@ def test_the_memory_grows_while_tokens_are_drafted(eager) -> None:
     assert torch.equal(drafted, model.generate(ids, max_new_tokens=150))
 
 
+@pytest.mark.parametrize("new_tokens", range(20, 29))
+def test_a_cache_that_just_fits_does_not_grow(new_tokens, eager) -> None:
+    model, ids = make("float32"), torch.tensor([[5, 9, 3] * 4, [7, 1, 2] * 4])
+    model.warmup(2, ids.shape[1] + new_tokens)
+    slots = model.engine.cache.max_cache_len
+    drafted = model.generate(ids, max_new_tokens=new_tokens, speculate="auto")
+    assert model.engine.cache.max_cache_len == slots
+    assert torch.equal(drafted, model.generate(ids, max_new_tokens=new_tokens))
+    assert eager
+
+
 def test_next_to_a_cache_or_a_token_mask_nothing_is_drafted(exact, eager) -> None:
     ids = torch.tensor([[5, 9, 3]])
     plain = exact.generate(ids, max_new_tokens=30)
@@ -256,7 +267,7 @@ def test_a_second_model_sleeps_ever_longer_and_wakes_up() -> None:
     assert steps(50) >= 47
 
 
-@pytest.mark.parametrize(("adapts", "sizes"), [(False, [3, 3, 3, 3]), (True, [3, 3, 1, 3])])
+@pytest.mark.parametrize(("adapts", "sizes"), [(False, [3, 3, 3, 3]), (True, [3, 3, 2, 3])])
 def test_a_schedule_follows_how_drafts_do(adapts, sizes, monkeypatch) -> None:
     draft_always(monkeypatch)
     source, found = Right(), []
