@@ -148,7 +148,8 @@ class LlamaForCausalLM(Llama):
                 ``prefix_allowed_tokens_fn`` as in transformers; ``token_mask``, a function of a row's number, its
                 tokens, int64 ``[n]``, and a mask, int32 ``[words]``, in which it clears bit v % 32 of word v // 32 of
                 every token v that may not follow; ``speculate="auto"`` for several tokens a step where they can be
-                guessed, or transformers' ``prompt_lookup_num_tokens`` and ``max_matching_ngram_size``;
+                guessed, or transformers' ``prompt_lookup_num_tokens`` and ``max_matching_ngram_size``, or
+                ``assistant_model``, a smaller model of fastllama that guesses; ``stop_strings`` with ``tokenizer``;
                 ``past_key_values`` or ``cache``, a StaticCache of the prompts' first tokens, which are not computed
                 again, and in the end of all tokens but the last one. What else
                 transformers takes is done by its code over the engine's logits, or over the eager forward, where a

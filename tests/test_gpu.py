@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from drafts import draft_always
 
 from fastllama import LlamaConfig, LlamaForCausalLM
 from fastllama.causal_lm import engine_of
@@ -13,6 +14,7 @@ from fastllama.engine import graphs
 from fastllama.engine.decoder import FusedDecoder
 from fastllama.generation.loop import decode
 from fastllama.generation.request import Request
+from fastllama_benchmarks.parity import check
 from fastllama_kernels.common import pdl
 
 pytestmark = pytest.mark.gpu
@@ -42,6 +44,19 @@ def greedy(model: LlamaForCausalLM, ids: torch.Tensor, new: int) -> torch.Tensor
 def test_greedy_tokens_equal_the_eager_forward(model) -> None:
     ids = torch.randint(0, 512, (3, 40), device="cuda")
     assert model.generate(ids, max_new_tokens=20).tolist() == greedy(model, ids, 20).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drafts_change_no_token_but_near_ties(dtype, monkeypatch) -> None:
+    draft_always(monkeypatch)
+    torch.manual_seed(1)
+    model, second = (LlamaForCausalLM(SMALL).eval().to(dtype).cuda() for _ in range(2))
+    second.load_state_dict(model.state_dict())
+    ids = torch.randint(0, 6, (2, 40), device="cuda")
+    for how in ({"speculate": "auto"}, {"assistant_model": second, "assistant_confidence_threshold": 0}):
+        tokens = model.generate(ids, max_new_tokens=60, **how)[:, 40:].tolist()
+        assert check(model, ids.tolist(), tokens, 60).passed
+    assert model.draft_counts.accepted[0] > 10
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -37,7 +37,7 @@ ABANDONED_S = 3600.0  # after which nobody still writes a part of a file
 class CompiledCode:
     """What is stored for one engine. Files that cannot be read or written are as if they were not there.
 
-    Each process that compiles something adds a bundle of what torch has compiled or found in it, for whatever engine.
+    Each process that compiles something has a bundle of what torch has compiled or found in it, for whatever engine.
 
     Args:
         decides: what the code depends on; any values whose ``repr`` differs where it does.
@@ -53,6 +53,7 @@ class CompiledCode:
         self.was_found = False
         self._is_trusted = True
         self._loaded: list[Path] | None = None  # None: nobody has looked
+        self._saved: Path | None = None
         self._has_new = False
 
     def compiled(self, compile_: Callable[[], None]) -> None:
@@ -100,6 +101,9 @@ class CompiledCode:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(digest + artifacts[0])
             partial.replace(file)  # whole, or not at all
+            if self._saved is not None and self._saved != file:
+                _delete(self._saved)  # all that it held is in this one
+            self._saved = file
         except OSError as error:
             logger.info("compiled code is not stored: %s", error)
             _delete(partial)

@@ -209,7 +209,8 @@ class Machine:
             self._compiled("prefill", b, t)
         for t in reversed(VERIFY_TOKENS if speculate else ()):
             self._compiled("verify", b, t)
-            if t > 1 and (self.runs_ahead or self._steps.is_one_operation(self.dtype, b, t)):
+            fits = 1 < t <= self._buffers.cache.max_cache_len
+            if fits and (self.runs_ahead or self._steps.is_one_operation(self.dtype, b, t)):
                 self._compiled("draft", b, t)
         for kind in DECODE:
             self._compiled(kind, b, 1)

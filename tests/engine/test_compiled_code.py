@@ -68,6 +68,18 @@ def test_a_further_bucket_is_added(call) -> None:
     assert len(bundles()) == 2
 
 
+def test_a_process_has_one_bundle_of_all_that_it_compiled(model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FASTLLAMA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "torch"))
+    torch.compiler._cache.CacheArtifactManager.clear()
+    sizes = []
+    for rows in (1, 2):
+        model.generate(PROMPT.repeat(rows, 1), max_new_tokens=4)
+        (bundle,) = bundles()
+        sizes.append(bundle.stat().st_size)
+    assert sizes[1] > 1.5 * sizes[0]
+
+
 def test_what_torch_has_kept_is_stored_too(call) -> None:
     tokens, _, _ = call(torchs="kept")
     (bundle,) = bundles()

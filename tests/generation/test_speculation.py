@@ -144,6 +144,23 @@ def test_next_to_a_cache_or_a_token_mask_nothing_is_drafted(exact, eager) -> Non
     assert not eager
 
 
+def test_a_row_that_a_string_has_ended_stays_where_it_is(exact, eager, monkeypatch) -> None:
+    positions, genuine = list[int](), Runner.step_with
+
+    def step_with(self, draft_bt):
+        came = genuine(self, draft_bt)
+        positions.append(int(self._ready.rows(2).position_b1[0]))
+        return came
+
+    monkeypatch.setattr(Runner, "step_with", step_with)
+    ids = torch.tensor([[5, 9, 3], [4, 4, 4]])
+    plain = exact.generate(ids, max_new_tokens=60)
+    stop = Letters().decode(plain[0, 10:12].tolist())
+    drafted = exact.generate(ids, max_new_tokens=60, stop_strings=stop, tokenizer=Letters(), speculate="auto")
+    assert drafted.shape[1] == 63  # the other row goes on
+    assert max(positions) < 3 + 9 + 8
+
+
 def test_what_came_before_is_drafted_from_earlier_texts(eager) -> None:
     model, ids = make("float32"), torch.tensor([[5, 9, 3, 4, 2]])
     call = {"max_new_tokens": 40, "speculate": "auto"}

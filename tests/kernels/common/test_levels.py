@@ -119,16 +119,18 @@ def test_the_kernels_are_right_on_levels_below_the_own_one(level: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
-# Rows of weights a microsecond in the processor's caches, on one thread: of the fastest of many calls, without what a
-# call costs whatever its size.
-SPEEDS = """
+BEGIN = """
 import json, time, torch
 from fastllama_kernels.common import build
 from fastllama_kernels.linear import packed, quantize
 assert build.load() is None
 ops = torch.ops.fastllama
 torch.set_num_threads(1)
+"""
 
+# Rows of weights a microsecond in the processor's caches, on one thread: of the fastest of many calls, without what a
+# call costs whatever its size.
+SPEEDS = """
 def fastest(rows, bits, offsets, n):
     x, weight, times = torch.randn(rows, 2048).bfloat16(), torch.randn(n, 2048).bfloat16(), []
     codes, scales, offset = ops.quantize(weight, min(bits, 8), 32, offsets)
@@ -148,9 +150,9 @@ print(json.dumps([1e-6 * 992 / (fastest(rows, *kind, 1024) - fastest(rows, *kind
 
 
 @functools.cache
-def speeds(level: str) -> list[float]:
+def printed(code: str, level: str) -> list:
     environment = os.environ | {levels.SWITCH: level}
-    done = subprocess.run([sys.executable, "-c", SPEEDS], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", BEGIN + code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]
     return json.loads(done.stdout)
 
@@ -159,19 +161,12 @@ def speeds(level: str) -> list[float]:
 @pytest.mark.parametrize(("level", "below"), [*itertools.pairwise(level.name for level in levels.runnable())])
 def test_a_level_is_not_slower_than_the_one_below_it(level: str, below: str) -> None:
     # What stays in memory in place of registers is three to ten times slower; the rest is what machines vary by.
-    ratios = [speed / other for speed, other in zip(speeds(level), speeds(below), strict=True)]
+    ratios = [speed / other for speed, other in zip(printed(SPEEDS, level), printed(SPEEDS, below), strict=True)]
     assert min(ratios) > 0.6, ratios
 
 
 # Rows of weights a microsecond on one thread, of codes that fit the caches and of codes that do not, for 1 and 4 rows.
 STREAMS = """
-import json, time, torch
-from fastllama_kernels.common import build
-from fastllama_kernels.linear import packed, quantize
-assert build.load() is None
-ops = torch.ops.fastllama
-torch.set_num_threads(1)
-
 def speed(rows, bits, n, copies):
     x, weight, times = torch.randn(rows, 2048).bfloat16(), torch.randn(n, 2048).bfloat16(), []
     codes, scales, offset = ops.quantize(weight, bits, 32, bits == 4)
@@ -191,10 +186,6 @@ print(json.dumps([[speed(rows, bits, 1024, 1), speed(rows, bits, 16384, 16)] for
 @pytest.mark.parametrize("level", [level.name for level in levels.runnable() if level.name != "portable"])
 def test_four_rows_read_memory_as_one_does(level: str) -> None:
     # Without prefetching they take twice as long, where neither memory nor the processor would.
-    done = subprocess.run(
-        [sys.executable, "-c", STREAMS], env=os.environ | {levels.SWITCH: level}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-1000:]
-    found = json.loads(done.stdout)
+    found = printed(STREAMS, level)
     for (_, one_outside), (four_inside, four_outside) in zip(found[::2], found[1::2], strict=True):
         assert four_outside > 0.65 * min(one_outside, four_inside), found
